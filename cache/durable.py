@@ -1,0 +1,110 @@
+"""Writing so that a crash at any moment leaves either the old file or the new one, never half of one."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+PARTIAL = ".partial"
+
+
+def digest(*pieces: bytes | memoryview) -> str:
+    """XXH3-128 of the pieces, one after the other, as 32 hex digits."""
+    state = xxhash.xxh3_128()
+    for piece in pieces:
+        state.update(piece)
+    return state.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, each of them durable."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed."""
+    make_folder(path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+    try:
+        yield partial
+        handle = os.open(partial, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(partial, path)  # noqa: PTH105 - the tests that kill between the steps patch os.fsync and os.replace
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a whole file durably: temporary name, fsync, rename, fsync of the folder."""
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+def to_json(value: Any) -> bytes:
+    """JSON with sorted keys, so that equal values are equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document durably."""
+    write_bytes(path, to_json(value))
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Add one JSON line and fsync it. A kill in the middle leaves a torn last line, which `read_lines` drops."""
+    line = json.dumps(value, sort_keys=True) + "\n"
+    with path.open("ab+") as file:
+        if file.tell() and not _ends_with_newline(file):
+            line = "\n" + line  # fence off a torn line, or it would swallow this one
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _ends_with_newline(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) == b"\n")
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The JSON lines of a file that `append_line` wrote; torn ones are left out, a missing file has none."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def sweep_partials(root: Path) -> None:
+    """Remove what a killed writer left half written below a folder. Only the one writer may call this."""
+    for partial in root.rglob(f".*{PARTIAL}"):
+        partial.unlink(missing_ok=True)

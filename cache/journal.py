@@ -1,0 +1,60 @@
+"""The journal of finished shards. A shard counts once its line is here: its file was fsynced and renamed before."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .durable import append_line, make_folder, read_lines
+from .layout import Layout
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of one finished shard.
+
+    Attributes:
+        array: name of the array in its store.
+        shard: number of the chunk.
+        digest: of the chunk file's bytes.
+        failures: (row within the shard, reason) of each row that could not be embedded.
+    """
+
+    array: str
+    shard: int
+    digest: str
+    failures: tuple[tuple[int, str], ...] = ()
+
+
+class Journal:
+    """Finished shards of one cache, in memory and on disk."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._records: dict[tuple[str, int], ShardRecord] = {}
+        for line in read_lines(layout.journal):
+            self._remember(_record(line))
+
+    def add(self, record: ShardRecord, seconds: dict[str, float]) -> None:
+        """Count a shard whose file is durable. Times go to a file of their own: they never repeat."""
+        make_folder(self._layout.journal.parent)
+        append_line(self._layout.journal, asdict(record))
+        append_line(self._layout.timings, {"array": record.array, "shard": record.shard, **seconds})
+        self._remember(record)
+
+    def has(self, array: str, shard: int) -> bool:
+        return (array, shard) in self._records
+
+    def of(self, array: str) -> list[ShardRecord]:
+        """Records of one array, by shard."""
+        return sorted((r for r in self._records.values() if r.array == array), key=lambda r: r.shard)
+
+    def __iter__(self) -> Iterator[ShardRecord]:
+        return iter(self._records.values())
+
+    def _remember(self, record: ShardRecord) -> None:
+        self._records[record.array, record.shard] = record
+
+
+def _record(line: dict[str, Any]) -> ShardRecord:
+    failures = tuple((int(row), str(reason)) for row, reason in line["failures"])
+    return ShardRecord(line["array"], line["shard"], line["digest"], failures)

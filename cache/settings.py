@@ -1,0 +1,32 @@
+"""What a user sets about the cache. No heavy import here: a config is refused before anything else loads."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Settings(BaseModel):
+    """Base of every settings table: unknown keys are refused, types are not coerced, values do not change later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class CacheSettings(Settings):
+    """`[cache]`: where the teacher's embeddings go and in which pieces."""
+
+    dir: Path = Field(strict=False)
+    """Folder of the cache; made if it is not there."""
+    shard_rows: int = Field(default=8192, ge=1, le=1_048_576)
+    """Rows of one chunk file: the unit of writing, resuming, checking and mending."""
+
+
+class PairsSettings(Settings):
+    """`[pairs]`: retrieval of pseudo-pairs between the images and the sentences."""
+
+    k: int = Field(default=8, ge=0, le=1024)
+    """Neighbours kept for each row, both ways; 0 turns retrieval off (no index is built)."""
+    index: Literal["auto", "flat", "ivf"] = "auto"
+    """`flat` is exact; `ivf` is approximate and says its measured recall; `auto` is flat while that is affordable."""
+    min_recall: float = Field(default=0.95, gt=0.0, le=1.0)
+    """Recall@k that the number of probed lists of an IVF index is raised for."""

@@ -1,0 +1,1 @@
+"""Whole jobs, composed of stages: what each command runs."""

@@ -1,0 +1,63 @@
+"""How long work shows itself: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 15.0
+
+
+def say(line: str = "") -> None:
+    """One line for the person at the terminal. Standard output is for results; this goes to standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """One piece of long work: call it with how much is done."""
+
+    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self._start_done, self._start = done, time.monotonic()
+        self._last_line = self._start
+        self._rich: tuple[Progress, TaskID] | None = None
+
+    def update(self, done: int, total: int | None = None, text: str = "") -> None:
+        """Show that `done` of the total are finished; `text` says what else is worth seeing."""
+        self.total = self.total if total is None else total
+        seconds = time.monotonic() - self._start
+        rate = (done - self._start_done) / seconds if seconds > 0 else 0.0
+        shown = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.1f} {self.unit}/s"
+        if self._rich:
+            progress, task = self._rich
+            progress.update(task, completed=done, total=self.total, rate=shown, text=text)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            left = f", {(self.total - done) / rate:,.0f} s left" if rate > 0 else ""
+            say(f"{self.title}: {done:,} of {self.total:,}, {shown}{left}{f', {text}' if text else ''}")
+
+
+@contextmanager
+def bar(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
+    """Show progress of `total` things, `done` of which an earlier run has finished."""
+    shown = Bar(title, total, unit, done)
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield shown
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        shown._rich = progress, progress.add_task(title, total=total, completed=done, rate="", text="")
+        yield shown

@@ -1,0 +1,172 @@
+"""What a user sets about the stages. No heavy import here: a config is refused before anything else loads."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ..cache.settings import Settings
+
+FilePath = Annotated[Path, Field(strict=False)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
+Temperature = Annotated[float, Field(gt=0.0)]
+
+
+class TeacherSettings(Settings):
+    """`[teacher]`: the model that is asked once."""
+
+    model: str
+    """An open_clip architecture, `hf-hub:org/name`, `local-dir:path`, or the path of an open_clip model config (.json)."""
+    pretrained: str | None = None
+    """An open_clip tag, `hf-hub:org/name`, or the path of a .safetensors / .pt file; None with `hf-hub:` and `local-dir:`."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Number format of weights and activations."""
+    batch_size: int = Field(default=256, ge=1)
+    """Rows of one forward pass. Part of the cache's identity: the last bits of an embedding depend on it."""
+    device: str = "auto"
+    """`auto` (every GPU there is, else the CPU), `cpu`, `cuda` or `cuda:N`."""
+    workers: int = Field(default=0, ge=0)
+    """Threads that read and decode images for one device; 0 takes one for each core."""
+
+
+class ImagesSettings(Settings):
+    """`[images]`: the unlabelled images."""
+
+    source: FilePath
+    """A folder, read recursively: .jpg, .jpeg, .png and .webp."""
+    max_failed: Fraction = 0.01
+    """Share of unreadable images above which stage one stops."""
+
+
+class PromptSettings(Settings):
+    """`[sentences.prompts]`: class names through templates join the sentences."""
+
+    classes: FilePath
+    """JSON, class id -> list of names."""
+    templates: str = "openai"
+    """`openai` (open_clip's 80 ImageNet templates) or the path of a text file, one template a line, {} for the name."""
+    names: Literal["first", "all"] = "first"
+    """Which of a class's names are used."""
+
+
+class SentencesSettings(Settings):
+    """`[sentences]`: the sentences, paired with nothing."""
+
+    source: list[FilePath] = Field(min_length=1)
+    """Text files, UTF-8, one sentence a line."""
+    prompts: PromptSettings | None = None
+
+
+class EvaluateSettings(Settings):
+    """`[evaluate.NAME]`: a labelled set to score on."""
+
+    images: FilePath
+    """A folder with one folder per class id."""
+    classes: FilePath
+    """JSON, class id -> list of names."""
+    templates: str = "openai"
+    """`openai` or the path of a text file, one template a line, {} for the name."""
+    names: Literal["first", "all"] = "first"
+    """Which of a class's names make its prompts."""
+
+
+class StudentSettings(Settings):
+    """`[student.NAME]`: one small model."""
+
+    model: str = Field(pattern=r"^(timm:.+|open_clip:.+|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
+    """`timm:NAME`, `open_clip:ARCH` (its image tower) or `package.module:function`."""
+    image_size: int = Field(default=224, ge=8)
+    """Side of the square input, pixels."""
+
+
+class AugmentSettings(Settings):
+    """`[distill.augment]`: the views that a student sees."""
+
+    preset: Literal["light", "paper"] | None = None
+    """`paper` is scale 0.08-1 with flips; `light` is the default. Keys beside it win over it."""
+    scale: tuple[Fraction, Fraction] = (0.65, 1.0)
+    """Range of the crop's share of the image's area."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Range of the crop's width / height."""
+    flip: bool = False
+    """Mirror half of the views. A flipped photo is another view than the one that was cached."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, keys: object) -> object:
+        if isinstance(keys, dict) and keys.get("preset") == "paper":
+            keys = {"scale": [0.08, 1.0], "flip": True, **keys}
+        if isinstance(keys, dict):  # TOML has lists, strict tuples want tuples
+            keys = {name: tuple(value) if isinstance(value, list) else value for name, value in keys.items()}
+        return keys
+
+    @model_validator(mode="after")
+    def _ranges_run_upward(self) -> "AugmentSettings":
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                raise ValueError(f"{name} = [{low}, {high}]: wanted 0 < low <= high")
+        return self
+
+
+class LossSettings(Settings):
+    """`[distill.loss]`: weights; a loss that is not named is off."""
+
+    vl: Weight = 0.0
+    """Vision-language: images over sentences and sentences over images."""
+    pvl: Weight = 0.0
+    """Pseudo vision-language: the batch's teacher image embeddings stand in for sentences."""
+    udist: Weight = 0.0
+    """Uni-modal distance: student-student against teacher-teacher similarities."""
+    feature: Weight = 0.0
+    """1 - cosine between the student's embedding and the teacher's."""
+    logit_scale: Literal["teacher"] | Annotated[float, Field(gt=0.0)] = "teacher"
+    """Multiplies cosines before the softmax: the teacher's own, from the cache, or a number."""
+
+    @model_validator(mode="after")
+    def _something_is_on(self) -> "LossSettings":
+        if not any((self.vl, self.pvl, self.udist, self.feature)):
+            raise ValueError("every loss is off; give one of vl, pvl, udist, feature a weight above 0")
+        return self
+
+
+class TemperatureSettings(Settings):
+    """`[distill.temperature]`: softmax temperatures, the same for teacher and student."""
+
+    vl: Temperature = 1.0
+    pvl: Temperature = 3.0
+    udist: Temperature = 7.0
+
+
+class DistillSettings(Settings):
+    """`[distill]`: stage two."""
+
+    output: FilePath = Path("runs")
+    """Folder of the runs: one folder per student in it."""
+    epochs: float = Field(default=10, gt=0.0, strict=False)
+    """Passes over the images."""
+    batch_images: int = Field(default=256, ge=1)
+    batch_sentences: int = Field(default=4096, ge=0)
+    """Sentences of a step; its own number, since their embeddings come from the cache."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    lr: float = Field(default=1e-3, gt=0.0)
+    """Peak learning rate of AdamW."""
+    lr_min: float = Field(default=1e-5, ge=0.0)
+    """Learning rate that the cosine ends at."""
+    warmup: Fraction = 0.05
+    """Share of all steps over which the learning rate rises linearly."""
+    weight_decay: float = Field(default=0.05, ge=0.0)
+    """On matrices and filters only; norms, biases and positional embeddings have none."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    """Autocast format of the student; losses are computed in float32 whatever it is. `auto`: bf16 on a GPU, else fp32."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    workers: int = Field(default=0, ge=0)
+    """Threads that read, decode and augment images; 0 takes one for each core."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Steps between checkpoints."""
+    augment: AugmentSettings = AugmentSettings()
+    loss: LossSettings = LossSettings(vl=0.7, pvl=0.3)
+    temperature: TemperatureSettings = TemperatureSettings()
