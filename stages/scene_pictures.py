@@ -10,7 +10,16 @@ from PIL import Image, ImageDraw
 from .scenes import Scene, Thing, generator
 
 _OVERSAMPLE = 4
-_HUE_DEGREES = {"red": 0, "orange": 27, "yellow": 53, "green": 125, "cyan": 183, "blue": 225, "purple": 274, "pink": 322}
+_HUE_DEGREES = {
+    "red": 0,
+    "orange": 27,
+    "yellow": 53,
+    "green": 125,
+    "cyan": 183,
+    "blue": 225,
+    "purple": 274,
+    "pink": 322,
+}
 _HUE_JITTER_DEGREES = 6.0
 _JPEG_QUALITY = 90
 
@@ -107,7 +116,7 @@ def _background(rng: np.random.Generator, scene: Scene, size: int) -> np.ndarray
 
 def _paste_thing(image: Image.Image, thing: Thing, rng: np.random.Generator) -> None:
     hue = _HUE_DEGREES[thing.colour] + rng.uniform(-_HUE_JITTER_DEGREES, _HUE_JITTER_DEGREES)
-    saturation = rng.uniform(0.45, 0.6) if thing.colour == "pink" else rng.uniform(0.75, 1.0)
+    saturation = rng.uniform(0.5, 0.62) if thing.colour == "pink" else rng.uniform(0.75, 1.0)
     value = rng.uniform(0.55, 0.8) if thing.colour in ("green", "purple") else rng.uniform(0.8, 1.0)
     colour = _rgb(hue, saturation, value)
     lighter = rng.random() < 0.5
@@ -193,7 +202,9 @@ def _as_if_photographed(rng: np.random.Generator, pixels: np.ndarray) -> np.ndar
 
 
 def _muted_colour(rng: np.random.Generator, dark: bool) -> Rgb:
-    return _rgb(rng.uniform(0, 360), rng.uniform(0.0, 0.4), rng.uniform(0.08, 0.38) if dark else rng.uniform(0.65, 0.97))
+    return _rgb(
+        rng.uniform(0, 360), rng.uniform(0.0, 0.4), rng.uniform(0.08, 0.38) if dark else rng.uniform(0.65, 0.97)
+    )
 
 
 def _any_colour(rng: np.random.Generator) -> Rgb:

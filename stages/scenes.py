@@ -28,8 +28,8 @@ HELD_OUT: frozenset[Composition] = frozenset(
 """Compositions that no scene has unless it is asked for: each colour twice and each shape twice, so that neither gives them away."""
 SEEN: tuple[Composition, ...] = tuple(pair for pair in COMPOSITIONS if pair not in HELD_OUT)
 
-_RADIUS = {"small": (0.13, 0.18), "large": (0.26, 0.35)}
-_RADIUS_AMONG_OTHERS = {"small": (0.10, 0.13), "large": (0.18, 0.23)}
+_RADIUS = {"small": (0.15, 0.20), "large": (0.27, 0.36)}
+_RADIUS_AMONG_OTHERS = {"small": (0.12, 0.145), "large": (0.19, 0.23)}
 _RADIUS_AROUND = (0.30, 0.36)
 _HOLDS_OTHERS = ("circle", "square", "ring", "heart")
 _TURN_DEGREES = 30.0

@@ -1,0 +1,47 @@
+# Every target sets up what it needs; on a fresh clone `make distill` alone runs everything.
+CONFIG ?= data/demo/demo.toml
+VENV ?= .venv
+PYTHON3 ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: setup cache-teacher distill evaluate test acceptance lint bench clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON3) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+# The default config is the demo's, so the demo is made where it is wanted.
+data/demo/demo.toml: | setup
+	$(BIN)/dimefm demo data/demo
+
+cache-teacher: setup $(CONFIG)
+	$(BIN)/dimefm cache-teacher $(CONFIG)
+
+distill: cache-teacher
+	$(BIN)/dimefm distill $(CONFIG)
+	$(BIN)/dimefm evaluate $(CONFIG)
+
+evaluate: setup $(CONFIG)
+	$(BIN)/dimefm evaluate $(CONFIG)
+
+test: setup
+	$(BIN)/pytest
+
+acceptance: setup
+	$(BIN)/pytest -m acceptance
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/gather.py
+	$(BIN)/python benchmarks/stage_one.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,91 @@
+"""`dimefm evaluate`: scores of finished runs on every labelled set, without the teacher."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..cache.durable import write_json
+from ..cache.errors import InputError
+from ..cache.feature_cache import FeatureCache
+from ..stages.trained import load_student
+from ..stages.zero_shot import evaluate_student
+from .config import load_config
+from .distill import SOURCE
+from .progress import say
+
+COLUMNS = (
+    ("student top-1", "student_top1"),
+    ("top-5", "student_top5"),
+    ("teacher top-1", "teacher_top1"),
+    ("top-5", "teacher_top5"),
+    ("agreement", "agreement"),
+    ("cosine", "cosine"),
+)
+
+
+def evaluate(runs: list[Path]) -> dict[str, dict[str, Any]]:
+    """Score runs and write `evaluation.json` into each.
+
+    Args:
+        runs: folders of runs; a config file (.toml) stands for the runs of all its students.
+
+    Returns:
+        For each run's folder, for each set: the scores, shares between 0 and 1.
+
+    Raises:
+        InputError: if a folder is no run, or its run has no checkpoint.
+        CacheError: if the cache it was trained from is gone or damaged.
+    """
+    scores: dict[str, dict[str, Any]] = {}
+    for run in _folders(runs):
+        source = _source(run)
+        cache = FeatureCache.open(source["cache"])
+        student = load_student(run)
+        if not student.finished:
+            say(f"{run}: not finished, at step {student.step:,} of {student.record['total_steps']:,}")
+        scores[str(run)] = {}
+        for name, folder in source["evaluate"].items():
+            say(f"scoring {run} on {name}")
+            scores[str(run)][name] = evaluate_student(student, cache, name, Path(folder))
+        write_json(run / "evaluation.json", scores[str(run)])
+    return scores
+
+
+def score_table(scores: dict[str, dict[str, Any]]) -> str:
+    """The scores as a plain table, one line for each run and set; shares in per cent."""
+    header = ["run", "set", "images", *(title for title, _ in COLUMNS)]
+    rows = [
+        [Path(run).name, name, f"{item['n']:,}", *(_shown(key, item[key]) for _, key in COLUMNS)]
+        for run, sets in scores.items()
+        for name, item in sets.items()
+    ]
+    if not rows:
+        return "no [evaluate.*] set in the config of these runs: nothing to score"
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows])
+
+
+def _shown(key: str, value: float) -> str:
+    return f"{value:.3f}" if key == "cosine" else f"{100 * value:.1f}"
+
+
+def _folders(runs: list[Path]) -> list[Path]:
+    folders = []
+    for run in runs:
+        if run.suffix == ".toml":
+            config = load_config(run)
+            folders += [config.distill.output / name for name in config.student]
+        else:
+            folders.append(run)
+    return folders
+
+
+def _source(run: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((run / SOURCE).read_bytes()))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{run}: not a run of dimefm (no {SOURCE}); wanted a folder that `dimefm distill` made"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{run / SOURCE}: not JSON ({error}); run `dimefm distill` again to rewrite it") from error

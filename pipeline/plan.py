@@ -1,0 +1,120 @@
+"""`dimefm plan`: what is done, what is left and what it will take, without loading a model."""
+
+import shutil
+from typing import Any
+
+from ..cache.arrays import ArraySpec
+from ..cache.durable import read_lines
+from ..cache.index import index_bytes
+from ..cache.journal import Journal
+from ..cache.layout import IMAGES, SENTENCES, Layout
+from ..cache.plan import read_plan
+from ..stages.images import find_images, find_labelled_images
+from ..stages.prompts import read_classes
+from ..stages.sentences import read_sentences
+from ..stages.teacher_identity import configured_embed_dim
+from .cache_teacher import array_specs, existing_parent, is_finished, require_same_run
+from .config import Config
+from .inputs import prompt_lines
+
+NEIGHBOUR_BYTES = 8 + 4
+"""An int64 id and a float32 score."""
+
+
+def describe_plan(config: Config) -> dict[str, Any]:
+    """What stage one has done and has still to do.
+
+    Returns:
+        `cache`, `state` (not started, unfinished, finished), `arrays` (rows, shards done and in all, bytes), `notes`,
+        `disk` and `memory_bytes` of the whole cache and its largest index, `rows_left`, `rows_per_s` and `seconds_left`
+        (None until a shard has been measured). Sizes are None where only a hub knows the teacher's width.
+
+    Raises:
+        CacheError: if the cache belongs to another run.
+    """
+    layout = Layout(config.cache.dir)
+    plan = read_plan(layout)
+    notes = require_same_run(config, layout, plan) if plan else []
+    width = plan["teacher"]["embed_dim"] if plan else configured_embed_dim(config.teacher)
+    inputs = plan["inputs"] if plan else _count_inputs(config)
+    specs = array_specs(inputs, width or 1, config.cache.shard_rows)
+    journal = Journal(layout)
+    arrays = {name: _array_state(name, spec, journal) for name, spec in specs.items()}
+    rows_left = sum(item["rows_left"] for item in arrays.values())
+    rows = {side: specs[side].shape[0] for side in (IMAGES, SENTENCES)}
+    largest_index = max(index_bytes(n, width, config.pairs.index) for n in rows.values()) if width else 0
+    pairs = sum(rows.values()) * config.pairs.k * NEIGHBOUR_BYTES
+    indexes = sum(index_bytes(n, width, config.pairs.index) for n in rows.values()) if width and config.pairs.k else 0
+    rate = _rows_per_s(layout, specs)
+    finished = plan is not None and is_finished(config, layout)
+    return {
+        "cache": str(layout.root),
+        "state": "finished" if finished else "unfinished" if plan else "not started",
+        "arrays": {name: {**item, "bytes": item["bytes"] if width else None} for name, item in arrays.items()},
+        "disk": {
+            "cache_bytes": sum(spec.num_bytes for spec in specs.values()) + pairs + indexes if width else None,
+            "free_bytes": shutil.disk_usage(existing_parent(layout.root)).free,
+        },
+        "memory_bytes": largest_index if width and config.pairs.k else None,
+        "rows_left": rows_left,
+        "rows_per_s": rate,
+        "seconds_left": rows_left / rate if rate else None,
+        "notes": notes,
+    }
+
+
+def plan_lines(found: dict[str, Any]) -> list[str]:
+    """The same for a person to read."""
+    lines = [f"{found['cache']}: {found['state']}"]
+    for name, item in found["arrays"].items():
+        size = f", {_size(item['bytes'])}" if item["bytes"] is not None else ""
+        lines.append(f"  {name}: {item['rows']:,} rows, {item['shards_done']} of {item['shards']} shards done{size}")
+    disk, free = found["disk"]["cache_bytes"], _size(found["disk"]["free_bytes"])
+    lines.append(f"disk: {'unknown before the teacher is loaded' if disk is None else _size(disk)}, {free} free")
+    if found["memory_bytes"]:
+        lines.append(f"memory: {_size(found['memory_bytes'])} for the larger index, beside the teacher")
+    if found["seconds_left"] is not None:
+        rate = f"at the {found['rows_per_s']:,.0f} rows/s measured so far"
+        lines.append(f"left: {found['rows_left']:,} rows, {found['seconds_left']:,.0f} s {rate}")
+    else:
+        lines.append(f"left: {found['rows_left']:,} rows; the time is known once the first shard is done")
+    return lines + found["notes"]
+
+
+def _count_inputs(config: Config) -> dict[str, Any]:
+    sentences = sum(1 for _ in read_sentences(config.sentences.source))
+    if config.sentences.prompts:
+        sentences += len(prompt_lines(config.sentences.prompts))
+    evaluate = {}
+    for name, settings in config.evaluate.items():
+        class_ids = sorted(read_classes(settings.classes))
+        evaluate[name] = {"rows": len(find_labelled_images(settings.images, class_ids)), "class_ids": class_ids}
+    images = {"rows": len(find_images(config.images.source))}
+    return {"images": images, "sentences": {"rows": sentences}, "evaluate": evaluate}
+
+
+def _array_state(name: str, spec: ArraySpec, journal: Journal) -> dict[str, Any]:
+    missing = [shard for shard in range(spec.num_chunks) if not journal.has(name, shard)]
+    left = sum(min(spec.chunk_rows, spec.shape[0] - shard * spec.chunk_rows) for shard in missing)
+    return {
+        "rows": spec.shape[0],
+        "rows_left": left,
+        "shards": spec.num_chunks,
+        "shards_done": spec.num_chunks - len(missing),
+        "bytes": spec.num_bytes,
+    }
+
+
+def _rows_per_s(layout: Layout, specs: dict[str, ArraySpec]) -> float | None:
+    """Rows for each second of a device, over the image shards done so far; they are what takes long."""
+    rows, seconds = 0, 0.0
+    for line in read_lines(layout.timings):
+        if line["array"] == IMAGES:
+            spec = specs[IMAGES]
+            rows += min(spec.chunk_rows, spec.shape[0] - line["shard"] * spec.chunk_rows)
+            seconds += line["infer"] + line["wait"]
+    return rows / seconds if seconds else None
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

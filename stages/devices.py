@@ -1,0 +1,29 @@
+"""Which device `auto` means."""
+
+import torch
+
+from ..cache.errors import InputError
+
+
+def devices_of(setting: str) -> list[torch.device]:
+    """Devices that a setting names: for `auto` and `cuda` every GPU there is; `auto` without one is the CPU.
+
+    Raises:
+        InputError: for a device that this machine does not have.
+    """
+    num_gpus = torch.cuda.device_count()
+    if setting == "cpu" or (setting == "auto" and not num_gpus):
+        return [torch.device("cpu")]
+    if setting in ("auto", "cuda") and num_gpus:
+        return [torch.device("cuda", i) for i in range(num_gpus)]
+    wanted = setting.removeprefix("cuda:")
+    if setting.startswith("cuda:") and wanted.isdecimal() and int(wanted) < num_gpus:
+        return [torch.device("cuda", int(wanted))]
+    raise InputError(
+        f"device = {setting!r}: this machine has {num_gpus} GPUs; wanted 'auto', 'cpu', 'cuda' or 'cuda:N'"
+    )
+
+
+def resolve_device(setting: str) -> torch.device:
+    """The first device that a setting names."""
+    return devices_of(setting)[0]

@@ -1,0 +1,268 @@
+"""Asking the teacher: files and sentences in, embeddings out, one shard at a time.
+
+Batches start at multiples of the batch size and are always full, the last one padded: the last bits of an embedding
+depend on the shape of its batch, and so a shard comes out the same whether or not a run was interrupted before it.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache.errors import InputError
+from .images import ImageError, decode_image, read_file
+from .teacher import Teacher
+
+BATCHES_IN_FLIGHT = 3
+"""Batches that are being decoded, wait for the model or are on it; bounds the memory."""
+
+NOT_FINITE = "the teacher's output is not finite"
+BEYOND_FLOAT16 = "beyond float16"
+
+Lock = AbstractContextManager[object]
+Prepare = Callable[[int], Callable[[], Tensor]]
+"""Starts work on the batch whose first row this is; what it returns waits for the end of that work."""
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """Embeddings of one shard.
+
+    Attributes:
+        embeddings: (n, D) float16 as the teacher emits them, before normalisation; rows without one are NaN.
+        failures: (position in the shard, reason), in order; rows that were given as None are not among them.
+        seconds: `read` and `decode` (of sentences: tokenising), summed over threads; `wait`, the model idle for want
+            of data; `infer`, forward passes with their copies.
+    """
+
+    embeddings: np.ndarray
+    failures: list[tuple[int, str]]
+    seconds: dict[str, float]
+
+
+def embed_image_shard(
+    teacher: Teacher, files: Sequence[Path | None], batch_size: int, workers: int, lock: Lock
+) -> ShardResult:
+    """Embed images. One that cannot be read is embedded as black, so that shapes stay, and then marked.
+
+    Args:
+        files: the shard's images; None where it is known that there is nothing to read.
+        batch_size: rows of every forward pass.
+        workers: threads that read and decode; 0 takes one for each core.
+        lock: held while the model runs. The first batches are started before it is asked for, so that a shard gets
+            ready while another one has the device.
+
+    Raises:
+        InputError: if a batch does not fit into the device's memory.
+    """
+    rows = _Rows(len(files), teacher.embed_dim)
+    seconds = {"read": 0.0, "decode": 0.0}
+    on_gpu = teacher.device.type == "cuda"
+    # Used in turn: fresh pinned memory costs more time than it saves.
+    buffers = deque(
+        torch.empty(batch_size, *teacher.image_size, 3, dtype=torch.uint8, pin_memory=on_gpu)
+        for _ in range(min(BATCHES_IN_FLIGHT, -(-len(files) // batch_size)))
+    )
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode") as pool:
+
+        def prepare(first: int) -> Callable[[], Tensor]:
+            buffer = buffers[0]
+            buffers.rotate(-1)
+            batch = [*files[first : first + batch_size]]
+            batch += [None] * (batch_size - len(batch))
+            loading = [pool.submit(_load, teacher, file, pixels) for file, pixels in zip(batch, buffer.numpy())]
+
+            def finish() -> Tensor:
+                for row, future in enumerate(loading, start=first):
+                    loaded = future.result()
+                    seconds["read"] += loaded.read_s
+                    seconds["decode"] += loaded.decode_s
+                    if loaded.failed:
+                        rows.reasons[row] = loaded.reason
+                return buffer
+
+            return finish
+
+        def encode(batch: Tensor) -> Tensor:
+            return teacher.encode_images(teacher.normalise(batch))
+
+        try:
+            seconds |= _run(teacher, range(0, len(files), batch_size), prepare, encode, rows.take, lock)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return rows.result(seconds)
+
+
+def embed_sentence_shard(teacher: Teacher, texts: Sequence[str | None], batch_size: int, lock: Lock) -> ShardResult:
+    """Embed sentences; None, a sentence that cannot be embedded, is embedded as the empty one and then marked.
+
+    Args:
+        texts: the shard's sentences.
+        batch_size: rows of every forward pass.
+        lock: held while the model runs; tokenising starts before it is asked for.
+
+    Raises:
+        InputError: if a batch does not fit into the device's memory.
+    """
+    rows = _Rows(len(texts), teacher.embed_dim)
+    rows.reasons.update({row: None for row, text in enumerate(texts) if text is None})
+    seconds = {"read": 0.0, "decode": 0.0}
+    seconds |= _encode_texts(teacher, texts, batch_size, rows.take, lock, seconds)
+    return rows.result(seconds)
+
+
+def class_head(teacher: Teacher, prompts: Sequence[Sequence[str]], batch_size: int, lock: Lock) -> np.ndarray:
+    """One vector for each class: every prompt's embedding normalised, their mean, normalised.
+
+    Args:
+        prompts: the prompts of each class, at least one.
+        batch_size: rows of every forward pass; the prompts of all classes run on through the batches.
+        lock: held while the model runs.
+
+    Returns:
+        (classes, D) float32, unit rows.
+
+    Raises:
+        InputError: if a class has no prompt or no direction: a NaN among its embeddings, or a mean of zero.
+    """
+    class_of = np.repeat(np.arange(len(prompts)), [len(texts) for texts in prompts])
+    sums = np.zeros((len(prompts), teacher.embed_dim))
+
+    def take(first: int, block: np.ndarray) -> None:
+        classes = class_of[first : first + len(block)]
+        vectors = block[: len(classes)].astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            np.add.at(sums, classes, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+    texts = [text for texts in prompts for text in texts]
+    _encode_texts(teacher, texts, batch_size, take, lock, {"decode": 0.0})
+    norms = np.linalg.norm(sums, axis=1, keepdims=True)
+    broken = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
+    if len(broken):
+        first = int(broken[0])
+        raise InputError(
+            f"class prompts: class {first} of {len(prompts)} has no vector (its prompts: {list(prompts[first])[:2]}); "
+            "wanted at least one prompt, and a teacher whose embeddings of them are finite and not zero"
+        )
+    return np.asarray(sums / norms, dtype=np.float32)
+
+
+@dataclass
+class _Rows:
+    """Embeddings of a shard as they come, and the rows that have none: a reason, or None if it is known elsewhere."""
+
+    num_rows: int
+    embed_dim: int
+    reasons: dict[int, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.embeddings = np.full((self.num_rows, self.embed_dim), np.nan, np.float16)
+
+    def take(self, first: int, block: np.ndarray) -> None:
+        block = block[: self.num_rows - first]
+        with np.errstate(over="ignore"):
+            halves = block.astype(np.float16)
+        for row in np.flatnonzero(~np.isfinite(halves).all(axis=1)):
+            reason = BEYOND_FLOAT16 if np.isfinite(block[row]).all() else NOT_FINITE
+            self.reasons.setdefault(first + int(row), reason)
+        self.embeddings[first : first + len(block)] = halves
+
+    def result(self, seconds: dict[str, float]) -> ShardResult:
+        self.embeddings[[row for row in self.reasons if row < self.num_rows]] = np.nan
+        failures = sorted((row, reason) for row, reason in self.reasons.items() if reason is not None)
+        return ShardResult(self.embeddings, failures, seconds)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    failed: bool = False
+    reason: str | None = None
+
+
+def _load(teacher: Teacher, file: Path | None, pixels: np.ndarray) -> _Loaded:
+    """Fill one row of a batch; runs in a thread and uses no torch, whose own threads would multiply there."""
+    started = opened = time.perf_counter()
+    reason = None
+    try:
+        if file is not None:
+            data = read_file(file)
+            opened = time.perf_counter()
+            pixels[:] = teacher.crop(decode_image(data))
+            return _Loaded(opened - started, time.perf_counter() - opened)
+    except ImageError as error:
+        reason = str(error)
+    pixels[:] = 0
+    return _Loaded(opened - started, time.perf_counter() - opened, failed=True, reason=reason)
+
+
+def _encode_texts(
+    teacher: Teacher,
+    texts: Sequence[str | None],
+    batch_size: int,
+    take: Callable[[int, np.ndarray], None],
+    lock: Lock,
+    seconds: dict[str, float],
+) -> dict[str, float]:
+    with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
+
+        def tokenize(first: int) -> Tensor:
+            started = time.perf_counter()
+            batch = [text or "" for text in texts[first : first + batch_size]]
+            tokens = teacher.tokenize(batch + [""] * (batch_size - len(batch)))
+            seconds["decode"] += time.perf_counter() - started
+            return tokens
+
+        try:
+            return _run(
+                teacher,
+                range(0, len(texts), batch_size),
+                lambda first: pool.submit(tokenize, first).result,
+                teacher.encode_tokens,
+                take,
+                lock,
+            )
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _run(
+    teacher: Teacher,
+    firsts: range,
+    prepare: Prepare,
+    encode: Callable[[Tensor], Tensor],
+    take: Callable[[int, np.ndarray], None],
+    lock: Lock,
+) -> dict[str, float]:
+    """Every batch through the model in order, a few of them in preparation; returns seconds of `wait` and `infer`."""
+    upcoming = iter(firsts)
+    pending = deque((first, prepare(first)) for first in islice(upcoming, BATCHES_IN_FLIGHT))
+    wait_s = infer_s = 0.0
+    with lock:
+        while pending:
+            first, finish = pending.popleft()
+            started = time.perf_counter()
+            batch = finish()
+            ready = time.perf_counter()
+            try:
+                block = encode(batch).numpy()
+            except torch.cuda.OutOfMemoryError as error:
+                raise InputError(
+                    f"teacher.batch_size = {firsts.step}: a batch of {tuple(batch.shape)} does not fit into the memory "
+                    f"of {teacher.device}; lower it (it is part of a cache's identity: start that cache anew)"
+                ) from error
+            done = time.perf_counter()
+            wait_s, infer_s = wait_s + ready - started, infer_s + done - ready
+            pending.extend((later, prepare(later)) for later in islice(upcoming, 1))
+            take(first, block)
+    return {"wait": wait_s, "infer": infer_s}

@@ -1,0 +1,207 @@
+"""Images on disk: which files there are, in the order that numbers the rows, and their pixels."""
+
+import io
+import os
+import stat
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from ..cache.errors import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""Decoders that may run, whatever a file's name says: a wrong extension among these three does no harm."""
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(Exception):
+    """An image cannot be used. Its text is a short reason, the same for every file with the same fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundImage:
+    """A file that counts as an image, looked at but not opened.
+
+    Attributes:
+        source: path below the folder, with `/`; bytes that are not UTF-8 are shown as `\\xff`.
+        bytes: size of the file; 0 where it could not be looked at.
+        modified_ns: time of its last change, nanoseconds since 1970; 0 where it could not be looked at.
+        problem: why it can never be opened under this name, or None.
+    """
+
+    source: str
+    bytes: int
+    modified_ns: int
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledImage(FoundImage):
+    """An image of an evaluation set; its class is the first folder of its path."""
+
+    class_id: str = ""
+
+
+def find_images(folder: Path) -> list[FoundImage]:
+    """Every image below a folder (.jpg, .jpeg, .png, .webp in any case), sorted by the bytes of its path.
+
+    Links are followed; one that leads back into a folder it lies in ends there.
+
+    Raises:
+        InputError: if the folder is missing, is none, cannot be listed, or has no image below it.
+    """
+    found = list(_walk(folder))
+    if not found:
+        raise InputError(f"{folder}: no image below it; wanted files that end in {', '.join(SUFFIXES)}")
+    return found
+
+
+def find_labelled_images(folder: Path, class_ids: Collection[str]) -> list[LabelledImage]:
+    """The images of an evaluation set, one folder per class id; a class without images is allowed.
+
+    Raises:
+        InputError: as `find_images`, and if images lie outside of a class's folder.
+    """
+    known = frozenset(class_ids)
+    images = [LabelledImage(**asdict(image), class_id=image.source.partition("/")[0]) for image in find_images(folder)]
+    strangers = sorted({image.class_id for image in images} - known)
+    if strangers:
+        shown = ", ".join(strangers[:3]) + (f" and {len(strangers) - 3} more" if len(strangers) > 3 else "")
+        raise InputError(f"{folder}: {shown}: not a class id; wanted one folder for each class id and nothing else")
+    return images
+
+
+def read_image(path: Path) -> Image.Image:
+    """One image, upright, all of its pixels loaded, mode RGB.
+
+    Raises:
+        ImageError: if it cannot be read or decoded.
+    """
+    return decode_image(read_file(path))
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageError: if it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageError("gone") from error
+    except PermissionError as error:
+        raise ImageError("permission denied") from error
+    except IsADirectoryError as error:
+        raise ImageError("not a regular file") from error
+    except OSError as error:
+        raise ImageError(f"cannot be read: {error.strerror}") from error
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Decode an image file: upright by its EXIF orientation, of an animation the first frame, mode RGB.
+
+    Colour is converted before anything is resized, as training pipelines do: Pillow would resize a palette image by
+    nearest neighbour. Alpha is dropped, as by open_clip.
+
+    Raises:
+        ImageError: if it is no image, is cut short, is damaged or would decompress to an absurd size.
+    """
+    if not data:
+        raise ImageError("empty file")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image.load()
+    except UnidentifiedImageError as error:
+        raise ImageError("not a JPEG, PNG or WebP image") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError("decompression bomb") from error
+    except MemoryError:
+        raise  # this machine's fault, not the file's
+    except Exception as error:  # the decoders raise almost anything on damaged bytes
+        raise ImageError("truncated" if "truncated" in str(error).lower() else "damaged") from error
+    return _to_rgb(_upright(image))
+
+
+def _walk(folder: Path) -> Iterator[FoundImage]:
+    """Depth first, each folder's entries sorted with a `/` behind the names of folders: whole paths come out sorted."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; wanted one with images")
+    root = os.fsencode(folder)
+    stack = [(b"", True, frozenset[tuple[int, int]]())]
+    while stack:
+        relative, is_folder, inside_of = stack.pop()
+        path = os.path.join(root, relative)  # noqa: PTH118 - pathlib has no paths of bytes
+        if not is_folder:
+            yield _look_at(path, relative)
+            continue
+        try:
+            status = os.stat(path)  # noqa: PTH116
+            entries = list(os.scandir(path))
+        except OSError as error:
+            raise InputError(f"{os.fsdecode(path)}: the folder cannot be listed: {error.strerror}") from error
+        identity = (status.st_dev, status.st_ino)
+        if identity in inside_of:
+            continue
+        below = []
+        for entry in entries:
+            if _is_folder(entry):
+                below.append((relative + entry.name + b"/", True, inside_of | {identity}))
+            elif entry.name.lower().endswith(tuple(os.fsencode(suffix) for suffix in SUFFIXES)):
+                below.append((relative + entry.name, False, frozenset()))
+        stack.extend(sorted(below, key=lambda item: item[0], reverse=True))
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _look_at(path: bytes, relative: bytes) -> FoundImage:
+    try:
+        source = relative.decode()
+        problem = None
+    except UnicodeDecodeError:
+        source = relative.decode(errors="backslashreplace")
+        problem = "file name is not UTF-8"
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return FoundImage(source, 0, 0, problem or "broken link")
+    if not stat.S_ISREG(status.st_mode):
+        problem = problem or "not a regular file"  # opening a pipe would wait for ever
+    return FoundImage(source, status.st_size, status.st_mtime_ns, problem)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except Exception:  # damaged EXIF: the pixels are still good
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits a pixel: Pillow's own conversion clips every value above 255 to white.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours; straight to RGB, Pillow warns
+    return image.convert("RGB")

@@ -1,0 +1,40 @@
+"""`metrics.jsonl` and TensorBoard of one run, kept in step with its checkpoint."""
+
+import json
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from ..cache.durable import append_line, read_lines, write_bytes
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """A line for each logged step. Use it in a `with` block, which closes TensorBoard's file."""
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        """Open the log of a run that continues after `step` steps.
+
+        Lines of later steps are dropped: they were written by a run that died before its next checkpoint, and their
+        steps are about to be repeated.
+        """
+        self._path = run_dir / METRICS
+        lines = [line for line in read_lines(self._path) if line["step"] <= step]
+        write_bytes(self._path, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode())
+        self._board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._board.close()
+
+    def write(self, metrics: dict[str, float]) -> None:
+        """Add a line; `metrics["step"]` counts the steps that are done."""
+        append_line(self._path, metrics)
+        step = int(metrics["step"])
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+        self._board.flush()

@@ -1,0 +1,81 @@
+"""Stage one's unit of work: the embeddings of one shard, read, computed and written durably."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Literal
+
+from ..cache.arrays import ArraySpec, write_chunk
+from ..cache.journal import ShardRecord
+from ..cache.rows import OK, RowTable
+from .embed import class_head, embed_image_shard, embed_sentence_shard
+from .settings import TeacherSettings
+from .teacher import Teacher
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to embed; small and picklable, so that it can travel to another machine.
+
+    Attributes:
+        store: the Zarr group that the array is in.
+        table: row table of the array; None for a head.
+        root: folder that the image rows are relative to.
+        prompts: prompts of each class, for a head.
+    """
+
+    kind: Literal["images", "sentences", "head"]
+    store: Path
+    array: str
+    spec: ArraySpec
+    shard: int
+    table: Path | None = None
+    root: Path | None = None
+    prompts: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A shard whose file is durable.
+
+    Attributes:
+        num_rows: rows embedded, failed ones included.
+        seconds: of `read`, `decode` (summed over threads), `infer`, `wait` and `write`.
+    """
+
+    record: ShardRecord
+    num_rows: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lock: Lock) -> ShardDone:
+    """Embed one shard and write its chunk file.
+
+    Args:
+        lock: held while the model runs, so that one shard at a time is on the device; the next shard's images are
+            decoded, and the last shard's file written, meanwhile.
+    """
+    if task.kind == "head":
+        start = time.perf_counter()
+        block = class_head(teacher, [list(prompts) for prompts in task.prompts], settings.batch_size, lock)
+        failures: list[tuple[int, str]] = []
+        seconds = {"infer": time.perf_counter() - start}
+    else:
+        assert task.table is not None
+        column = "source" if task.kind == "images" else "text"
+        rows = RowTable(task.table).shard(task.shard, [column, "status"])
+        given = [value if status == OK else None for value, status in zip(rows[column], rows["status"], strict=True)]
+        if task.kind == "images":
+            assert task.root is not None
+            files = [None if source is None else task.root / source for source in given]
+            result = embed_image_shard(teacher, files, settings.batch_size, settings.workers, lock)
+        else:
+            result = embed_sentence_shard(teacher, given, settings.batch_size, lock)
+        # A row that was listed as failed has its reason in the table already.
+        failures = [(row, reason) for row, reason in result.failures if given[row] is not None]
+        block, seconds = result.embeddings, dict(result.seconds)
+    start = time.perf_counter()
+    written = write_chunk(task.store, task.array, task.spec, task.shard, block)
+    seconds["write"] = time.perf_counter() - start
+    return ShardDone(ShardRecord(task.array, task.shard, written, tuple(failures)), len(block), seconds)

@@ -1,0 +1,230 @@
+"""The teacher: a frozen open_clip model that is asked once for each image and each sentence."""
+
+import importlib.metadata
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torchvision.transforms import Compose
+
+from ..cache.durable import digest, to_json
+from ..cache.errors import InputError
+from .images import ImageError
+from .settings import TeacherSettings
+from .teacher_identity import configured_identity
+from .teacher_source import TeacherSource, find_teacher, one_line, quiet_open_clip
+from .tokens import check_vocabulary, load_tokenizer, tokenize, tokenizer_identity
+
+MAX_ASPECT = 64
+"""Of an image longer than this, in its own widths, only the middle is resized: open_clip's resize would fill gigabytes
+with pixels that its crop then throws away."""
+
+_LIBRARIES = ("torchvision", "open_clip_torch", "timm", "pillow", "numpy", "transformers", "tokenizers")
+
+
+class Teacher:
+    """A frozen open_clip model with its preprocessing and tokenizer.
+
+    Attributes:
+        model: the open_clip model, in evaluation mode.
+        model_cfg: its architecture, as in open_clip's model configs.
+        preprocess_cfg: keys as in open_clip's `preprocess_cfg`, lists instead of tuples.
+        embed_dim: width of the shared space.
+        logit_scale: what cosines are multiplied by, the exponential of the model's parameter.
+    """
+
+    def __init__(self, settings: TeacherSettings, model: Any, model_cfg: Mapping[str, Any], tokenizer: Any) -> None:
+        """Take over a loaded model, on whatever device it is."""
+        self.settings = settings
+        self.model = model.eval().requires_grad_(False)
+        self.model_cfg = dict(model_cfg)
+        self.tokenizer = tokenizer
+        self.embed_dim = int(model_cfg["embed_dim"])
+        self.logit_scale = float(self.model.logit_scale.exp())
+        self.device: torch.device = self.model.logit_scale.device
+        cfg = PreprocessCfg(**self.model.visual.preprocess_cfg)
+        self.preprocess_cfg: dict[str, Any] = {
+            key: list(value) if isinstance(value, tuple | list) else value for key, value in vars(cfg).items()
+        }
+        # The last two steps are to-tensor and normalise: `normalise` does them for a whole batch, on the device.
+        self._crop = Compose(image_transform_v2(cfg, is_train=False).transforms[:-2])
+        self._mean = torch.tensor(cfg.mean, dtype=torch.float32, device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(cfg.std, dtype=torch.float32, device=self.device).view(3, 1, 1)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the input, pixels."""
+        size = self.preprocess_cfg["size"]
+        return (size[0], size[1]) if isinstance(size, list) else (size, size)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a sentence, padding included."""
+        return int(self.tokenizer.context_length)
+
+    def crop(self, image: Image.Image) -> np.ndarray:
+        """Resize and crop one RGB image as open_clip does for this model.
+
+        Returns:
+            (height, width, 3) uint8.
+
+        Raises:
+            ImageError: if one side would be left without a pixel.
+        """
+        width, height = image.size
+        longest = MAX_ASPECT * min(width, height)
+        if max(width, height) > longest:
+            left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+            image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+        try:
+            return np.asarray(self._crop(image))
+        except ValueError as error:
+            raise ImageError("too narrow to resize") from error
+
+    def normalise(self, crops: Tensor) -> Tensor:
+        """Crops to the model's input: the same bits on a CPU as open_clip's own transform.
+
+        Args:
+            crops: (B, height, width, 3) uint8, as `crop` returns them.
+
+        Returns:
+            (B, 3, height, width) float32 on the teacher's device.
+        """
+        images = crops.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float()
+        return images.div_(255).sub_(self._mean).div_(self._std)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """One RGB image to (3, height, width) float32 on the teacher's device."""
+        return self.normalise(torch.from_numpy(self.crop(image).copy())[None])[0]
+
+    @torch.inference_mode()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Embeddings as the teacher emits them, before normalisation.
+
+        Args:
+            images: (B, 3, height, width) float32 as from `preprocess` or `normalise`.
+
+        Returns:
+            (B, D) float32 on the CPU.
+        """
+        dtype = open_clip.get_input_dtype(self.settings.precision) or torch.float32
+        embeddings: Tensor = self.model.encode_image(images.to(self.device).to(dtype), normalize=False)
+        return embeddings.float().cpu()
+
+    def tokenize(self, sentences: Sequence[str]) -> Tensor:
+        """(len(sentences), context_length) int64 token ids, on the CPU."""
+        return tokenize(self.tokenizer, sentences)
+
+    @torch.inference_mode()
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Embeddings of tokenised sentences, before normalisation: (B, context_length) int64 to (B, D) float32, CPU."""
+        embeddings: Tensor = self.model.encode_text(tokens.to(self.device, non_blocking=True), normalize=False)
+        return embeddings.float().cpu()
+
+    def encode_sentences(self, sentences: Sequence[str]) -> Tensor:
+        """Embeddings of sentences, before normalisation: (len(sentences), D) float32 on the CPU."""
+        return self.encode_tokens(self.tokenize(sentences))
+
+    def identity(self) -> dict[str, Any]:
+        """All that an embedding depends on, ready for JSON: equal identities on equal machines give equal bytes."""
+        versions = {name: _version(name) for name in _LIBRARIES}
+        return {
+            **configured_identity(self.settings),
+            "architecture": digest(to_json(self.model_cfg)),
+            "weights": _weights_digest(self.model),
+            "preprocess": self.preprocess_cfg,
+            "tokenizer": tokenizer_identity(self.tokenizer),
+            "logit_scale": self.logit_scale,
+            "embed_dim": self.embed_dim,
+            "libraries": {"torch": torch.__version__, **{name: found for name, found in versions.items() if found}},
+        }
+
+
+def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
+    """Load the teacher that `[teacher]` describes; a local one never touches the network.
+
+    Raises:
+        InputError: if it cannot be found, built, filled with its weights or held by the device: one line.
+    """
+    with quiet_open_clip():
+        source = find_teacher(settings)
+        model = _build(settings, source, device)
+        _load_weights(model, source)
+        tokenizer = load_tokenizer(source.tokenizer)
+    check_vocabulary(tokenizer, model.vocab_size, settings.model)
+    return Teacher(settings, model, source.model_cfg, tokenizer)
+
+
+def _build(settings: TeacherSettings, source: TeacherSource, device: torch.device) -> Any:
+    try:
+        model: Any = open_clip.create_model(
+            source.name,
+            load_weights=False,
+            pretrained_text=False,
+            precision=settings.precision,
+            device=device,
+            force_preprocess_cfg=source.preprocess,
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise InputError(f"{settings.model}: does not fit into the memory of {device}; choose a smaller one") from error
+    except Exception as error:  # a config can be wrong in ways that open_clip and timm have no common error for
+        raise InputError(f"{settings.model}: open_clip cannot build this model: {one_line(error)}") from error
+    # With a timm image tower open_clip casts the scale too, and 100 in bf16 is 98.9.
+    for scalar in (model.logit_scale, model.logit_bias):
+        if scalar is not None:
+            scalar.data = scalar.data.float()
+    return model
+
+
+def _load_weights(model: Any, source: TeacherSource) -> None:
+    try:
+        open_clip.load_checkpoint(model, str(source.weights), strict=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _not_only_weights(source) from error
+    except (SafetensorError, EOFError, StopIteration, AttributeError, TypeError, KeyError, ValueError) as error:
+        raise _damaged(source, error) from error
+    except OSError as error:
+        raise InputError(f"{source.weights}: cannot be read: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if "TorchScript" in str(error):
+            raise _not_only_weights(source) from error
+        if "loading state_dict" in str(error):
+            raise InputError(
+                f"{source.weights}: not the weights of this architecture ({one_line(error)}); choose the model config "
+                "that they were trained with"
+            ) from error
+        raise _damaged(source, error) from error
+
+
+def _not_only_weights(source: TeacherSource) -> InputError:
+    return InputError(
+        f"{source.weights}: not plain weights (TorchScript, or Python objects that would run code when loaded); use "
+        "the model's safetensors or hub weights, or, where the file came from, load it and write its state_dict() "
+        "with safetensors.torch.save_file"
+    )
+
+
+def _damaged(source: TeacherSource, error: Exception) -> InputError:
+    return InputError(f"{source.weights}: damaged or no checkpoint ({one_line(error)}); fetch the file again")
+
+
+def _weights_digest(model: nn.Module) -> str:
+    pieces: list[bytes | memoryview] = []
+    for name, tensor in sorted(model.state_dict().items()):
+        pieces.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        pieces.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest(*pieces)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,204 @@
+"""Zero-shot scores of a student on a labelled set, beside its teacher's, from cached class vectors."""
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from ..cache.errors import InputError
+from ..cache.feature_cache import EvaluateSet, FeatureCache
+from .checkpoint import load_checkpoint, load_weights
+from .devices import resolve_device
+from .images import ImageError, read_image
+from .run_record import CHECKPOINT, read_run_record
+from .students import build_student
+
+Matrix = NDArray[np.floating[Any]]
+
+
+def unit_rows(embeddings: Matrix) -> NDArray[np.float32]:
+    """Rows of length 1, in float32; rows of zeros stay, rows with NaN stay NaN."""
+    rows = embeddings.astype(np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def top_k_accuracy(logits: Matrix, labels: NDArray[np.int64], k: int) -> float:
+    """Share of images whose label is among the k classes of highest logit.
+
+    Args:
+        logits: (N, C). Of equal logits the class that comes first wins; a row of NaN is wrong for every k.
+        labels: (N,) classes.
+
+    >>> top_k_accuracy(np.array([[3.0, 1.0], [2.0, 5.0], [4.0, 0.0]]), np.array([0, 0, 1]), k=1)
+    0.3333333333333333
+    """
+    of_label = np.take_along_axis(logits, labels[:, None], axis=1)
+    before = np.arange(logits.shape[1]) < labels[:, None]
+    rank = ((logits > of_label) | ((logits == of_label) & before)).sum(axis=1)
+    return float(np.mean((rank < k) & np.isfinite(logits).all(axis=1)))
+
+
+def agreement(first: Matrix, second: Matrix) -> float:
+    """Share of images for which two models choose the same class, right or wrong; NaN where there is no image.
+
+    Args:
+        first, second: (N, C) logits; images that one of them could not read are left out.
+
+    >>> agreement(np.array([[3.0, 1.0], [2.0, 5.0]]), np.array([[0.2, 0.1], [0.9, 0.3]]))
+    0.5
+    """
+    both = np.isfinite(first).all(axis=1) & np.isfinite(second).all(axis=1)
+    return float(np.mean(first[both].argmax(axis=1) == second[both].argmax(axis=1))) if both.any() else float("nan")
+
+
+def mean_cosine(first: Matrix, second: Matrix) -> float:
+    """Mean cosine between rows of two models, over the images that both could read; NaN where there is none.
+
+    Args:
+        first, second: (N, D) embeddings of any norm.
+
+    >>> mean_cosine(np.array([[2.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 0.0], [3.0, 0.0]]))
+    0.5
+    """
+    cosines = (unit_rows(first) * unit_rows(second)).sum(axis=1)
+    cosines = cosines[np.isfinite(cosines)]
+    return float(cosines.mean()) if len(cosines) else float("nan")
+
+
+def load_student(run_dir: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild a student from its run; needs no teacher, no cache and no network.
+
+    Returns:
+        The student, from (B, 3, S, S) to (B, embed_dim), in eval mode, on the CPU; and its `run.json`, with the number
+        of steps that the weights have behind them as `step`.
+
+    Raises:
+        InputError: if the folder holds no run, it has no checkpoint yet, or a file is damaged.
+    """
+    record = read_run_record(run_dir)
+    settings = record["student"][record["name"]]
+    student = build_student(settings["model"], record["embed_dim"], settings["image_size"])
+    state = load_checkpoint(run_dir / CHECKPOINT)
+    load_weights(student, state, run_dir / CHECKPOINT)
+    return student.eval(), {**record, "step": state["step"]}
+
+
+def evaluate_student(
+    student: nn.Module,
+    record: dict[str, Any],
+    cache: FeatureCache,
+    name: str,
+    images_root: Path,
+    *,
+    batch_size: int = 256,
+    device: str = "auto",
+    workers: int = 0,
+) -> dict[str, float | int | None]:
+    """Score a student and, from the cache, its teacher on one labelled set. Computed in float32, without the teacher.
+
+    The student sees images as the teacher does (resize mode, filter, mean and std), at its own size. An image that
+    stage one or the student cannot read counts as wrong for both.
+
+    Args:
+        student, record: from `load_student`.
+        name: of the evaluation set, as in `[evaluate.NAME]`.
+        images_root: folder that the set's rows are relative to.
+        workers: threads that decode; 0 takes one for each core.
+
+    Returns:
+        `n`, `unreadable`, `student_top1`, `student_top5`, `teacher_top1`, `teacher_top5`, `agreement` and `cosine`;
+        the last two are None if no image could be read.
+
+    Raises:
+        InputError: if the cache has no such set or another teacher's embeddings, or the folder is missing.
+    """
+    labelled = _evaluate_set(record, cache, name)
+    if not images_root.is_dir():
+        raise InputError(f"{images_root}: no such folder; wanted the images of evaluate.{name}")
+    student_embeddings = _embed(student, record, labelled, images_root, batch_size, resolve_device(device), workers)
+    teacher_embeddings = labelled.images.embeddings[:].astype(np.float32)
+    unreadable = np.isnan(student_embeddings).any(axis=1) | np.isnan(teacher_embeddings).any(axis=1)
+    student_embeddings[unreadable] = teacher_embeddings[unreadable] = np.nan
+
+    student_logits = unit_rows(student_embeddings) @ labelled.head.T
+    teacher_logits = unit_rows(teacher_embeddings) @ labelled.head.T
+    shared = {
+        "agreement": agreement(student_logits, teacher_logits),
+        "cosine": mean_cosine(student_embeddings, teacher_embeddings),
+    }
+    return {
+        "n": len(labelled.labels),
+        "unreadable": int(unreadable.sum()),
+        "student_top1": top_k_accuracy(student_logits, labelled.labels, 1),
+        "student_top5": top_k_accuracy(student_logits, labelled.labels, 5),
+        "teacher_top1": top_k_accuracy(teacher_logits, labelled.labels, 1),
+        "teacher_top5": top_k_accuracy(teacher_logits, labelled.labels, 5),
+        **{key: None if math.isnan(value) else value for key, value in shared.items()},
+    }
+
+
+def _evaluate_set(record: dict[str, Any], cache: FeatureCache, name: str) -> EvaluateSet:
+    teacher = {key: cache.teacher.get(key) for key in record["teacher"]}
+    if teacher != record["teacher"]:
+        raise InputError(
+            f"{cache.layout.root}: embeddings of {teacher}, but the student learned from {record['teacher']}; "
+            "evaluate it with the cache of its own teacher"
+        )
+    if name not in cache.evaluate:
+        there = ", ".join(sorted(cache.evaluate)) or "none"
+        raise InputError(f"{cache.layout.root}: no evaluation set {name!r}, there is {there}; add it and run stage one")
+    return cache.evaluate[name]
+
+
+def _embed(
+    student: nn.Module,
+    record: dict[str, Any],
+    labelled: EvaluateSet,
+    images_root: Path,
+    batch_size: int,
+    device: torch.device,
+    workers: int,
+) -> NDArray[np.float32]:
+    """(N, D) student embeddings, NaN where stage one or we could not read the image."""
+    embeddings = np.full(labelled.images.embeddings.shape, np.nan, dtype=np.float32)
+    sources = labelled.images.rows.column("source").to_pylist()
+    usable = labelled.images.usable
+    image_size = record["student"][record["name"]]["image_size"]
+    transform = image_transform_v2(PreprocessCfg(**{**record["preprocess"], "size": image_size}), is_train=False)
+    student = student.to(device).eval()
+
+    def load(row: int) -> Tensor | None:
+        try:
+            tensor: Tensor = transform(read_image(images_root / sources[row]))
+        except ImageError:
+            return None
+        return tensor
+
+    batches = [usable[start : start + batch_size].tolist() for start in range(0, len(usable), batch_size)]
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool, torch.inference_mode():
+        for rows, images in _a_batch_ahead(pool, load, batches):
+            read = {row: image for row, image in zip(rows, images) if image is not None}
+            if read:
+                inputs = torch.stack(list(read.values())).to(device)
+                embeddings[list(read)] = student(inputs).float().cpu().numpy()
+    return embeddings
+
+
+def _a_batch_ahead(
+    pool: ThreadPoolExecutor, load: Callable[[int], Tensor | None], batches: Sequence[list[int]]
+) -> Iterator[tuple[list[int], list[Tensor | None]]]:
+    """Load batches in order, each while the one before it is used."""
+    pending: deque[list[Future[Tensor | None]]] = deque()
+    for i, rows in enumerate(batches):
+        for following in batches[i + len(pending) : i + 2]:
+            pending.append([pool.submit(load, row) for row in following])
+        yield rows, [future.result() for future in pending.popleft()]

@@ -1,0 +1,94 @@
+"""A finished cache made by hand: random embeddings, real rows, real image files. No teacher and no stage one."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dimefm.cache.arrays import ArraySpec, declare_arrays, write_chunk
+from dimefm.cache.durable import write_json
+from dimefm.cache.feature_cache import FeatureCache
+from dimefm.cache.layout import FORMAT, IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
+from dimefm.cache.plan import identity, write_plan
+from dimefm.cache.rows import FAILED, IMAGE_COLUMNS, LABELLED_COLUMNS, SENTENCE_COLUMNS, write_rows
+
+EMBED_DIM = 16
+CHUNK_ROWS = 16
+CLASSES = ["a_red", "b_green", "c_blue"]
+TEACHER = {
+    "model": "tiny",
+    "pretrained": "tiny.safetensors",
+    "logit_scale": 20.0,
+    "preprocess": {
+        "size": 24,
+        "mode": "RGB",
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.3, 0.3, 0.2],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+        "fill_color": 0,
+    },
+}
+
+STUDENTS = """
+from torch import nn
+
+def with_dropout(embed_dim, image_size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, 32), nn.ReLU(), nn.Dropout(0.5),
+                         nn.Linear(32, embed_dim))
+
+def too_wide(embed_dim, image_size):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, embed_dim + 1))
+
+def no_model(embed_dim, image_size):
+    return 3
+
+def other_arguments(width):
+    return None
+"""
+
+
+def photo(path: Path, seed: int, size: tuple[int, int] = (28, 24)) -> str:
+    """Write a noisy picture; returns its path below the folder of its split."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path.name
+
+
+def make_cache(folder: Path, num_images: int = 40, num_sentences: int = 30) -> FeatureCache:
+    """Write `images/`, `dev/` and `cache/` into a folder. Image row 3 failed; dev's row 1 has a file that is no image."""
+    random = np.random.default_rng(0)
+    layout = Layout(folder / "cache")
+    dev_rows = []
+    for i in range(9):
+        name = CLASSES[i // 3]
+        dev_rows.append({"source": f"{name}/{photo(folder / 'dev' / name / f'{i}.png', 100 + i)}", "class_id": name})
+    (folder / "dev" / dev_rows[1]["source"]).write_bytes(b"no image")
+    image_rows = [{"source": photo(folder / "images" / f"{i:03d}.jpg", i)} for i in range(num_images)]
+    image_rows[3] |= {"status": FAILED, "reason": "truncated"}
+    arrays = {
+        IMAGES: random.normal(size=(num_images, EMBED_DIM)) + 1,
+        SENTENCES: random.normal(size=(num_sentences, EMBED_DIM)) + 1,
+        evaluate_images("dev"): random.normal(size=(9, EMBED_DIM)),
+    }
+    arrays[IMAGES][3] = np.nan
+    head = random.normal(size=(len(CLASSES), EMBED_DIM))
+    specs = {name: ArraySpec(array.shape, "float16", CHUNK_ROWS) for name, array in arrays.items()}
+    specs[evaluate_head("dev")] = ArraySpec(head.shape, "float32", len(CLASSES))
+    declare_arrays(layout.teacher_zarr, specs)
+    for name, array in arrays.items():
+        for chunk in range(specs[name].num_chunks):
+            block = array[chunk * CHUNK_ROWS : (chunk + 1) * CHUNK_ROWS]
+            write_chunk(layout.teacher_zarr, name, specs[name], chunk, block)
+    head /= np.linalg.norm(head, axis=1, keepdims=True)
+    write_chunk(layout.teacher_zarr, evaluate_head("dev"), specs[evaluate_head("dev")], 0, head)
+    write_rows(layout.image_rows, IMAGE_COLUMNS, image_rows, CHUNK_ROWS)
+    write_rows(layout.evaluate_rows("dev"), LABELLED_COLUMNS, dev_rows, CHUNK_ROWS)
+    write_rows(layout.sentence_rows, SENTENCE_COLUMNS, ({"text": f"s{i}"} for i in range(num_sentences)), CHUNK_ROWS)
+    dev = {"class_ids": CLASSES, "class_names": [[name] for name in CLASSES]}
+    write_plan(layout, {"teacher": TEACHER, "inputs": {"evaluate": {"dev": dev}}})
+    counts = {name: {"rows": len(array)} for name, array in arrays.items()}
+    manifest = {"format": FORMAT, "plan": identity(layout), "arrays": counts, "transductive": [], "pairs": None}
+    write_json(layout.manifest, manifest)
+    return FeatureCache.open(layout.root)

@@ -1,0 +1,105 @@
+"""Files that are either old or new, a journal that survives a torn line, one writer, plans that say what differs."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+
+from dimefm.cache.durable import append_line, read_lines, replacing, sweep_partials, write_bytes, write_json
+from dimefm.cache.errors import CacheError
+from dimefm.cache.journal import Journal, ShardRecord
+from dimefm.cache.layout import Layout
+from dimefm.cache.lock import writer_lock
+from dimefm.cache.plan import first_difference, read_document, require_same
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "value"
+    write_bytes(path, b"old")
+    with pytest.raises(RuntimeError), replacing(path) as partial:
+        partial.write_bytes(b"half of the new")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "value"
+    write_bytes(path, b"old")
+
+    def no_space(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_partials_of_a_killed_writer_are_swept(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / ".0.abc.partial").write_bytes(b"half")
+    (tmp_path / "deep" / "0").write_bytes(b"whole")
+    sweep_partials(tmp_path)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["0"]
+
+
+def test_equal_documents_are_equal_bytes(tmp_path):
+    write_json(tmp_path / "a", {"x": 1, "y": [2]})
+    write_json(tmp_path / "b", {"y": [2], "x": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_torn_line_is_dropped_and_does_not_swallow_the_next(tmp_path):
+    path = tmp_path / "journal"
+    append_line(path, {"shard": 0})
+    with path.open("ab") as file:
+        file.write(b'{"shard": 1, "dig')
+    assert list(read_lines(path)) == [{"shard": 0}]
+    append_line(path, {"shard": 2})
+    assert list(read_lines(path)) == [{"shard": 0}, {"shard": 2}]
+
+
+def test_the_journal_remembers_shards_with_their_failures(tmp_path):
+    layout = Layout(tmp_path)
+    Journal(layout).add(ShardRecord("images/embedding", 3, "ab", ((5, "truncated"),)), {"infer": 1.0})
+    again = Journal(layout)
+    assert again.has("images/embedding", 3) and not again.has("images/embedding", 2)
+    assert again.of("images/embedding")[0].failures == ((5, "truncated"),)
+
+
+def _hold(root, ready, leave):
+    with writer_lock(Layout(root)):
+        ready.set()
+        leave.wait()
+
+
+def test_a_second_writer_is_refused_by_name_and_a_dead_one_does_not_block(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, leave = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path, ready, leave))
+    holder.start()
+    assert ready.wait(20)
+    with pytest.raises(CacheError, match=f'"pid": {holder.pid}'), writer_lock(Layout(tmp_path)):
+        pass
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with writer_lock(Layout(tmp_path)):
+        pass
+
+
+def test_the_first_difference_is_named_with_both_values(tmp_path):
+    assert first_difference({"a": {"b": 1}, "c": 2}, {"a": {"b": 1}, "c": 2}) is None
+    assert first_difference({"a": {"b": 1}}, {"a": {}}) == ("a.b", 1, "nothing")
+    with pytest.raises(CacheError, match=r"teacher\.model = ViT-L-14, but this run asks for ViT-B-32"):
+        require_same(tmp_path, {"teacher": {"model": "ViT-L-14"}}, {"teacher": {"model": "ViT-B-32"}})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("{", "not a JSON"), ("[]", "says no format"), ('{"format": 99}', "update dimefm")]
+)
+def test_a_cut_foreign_or_newer_document_is_refused(tmp_path, text, says):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(CacheError, match=says):
+        read_document(tmp_path / "manifest.json")
