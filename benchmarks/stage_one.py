@@ -121,7 +121,8 @@ def compare(
     def stage_one() -> None:
         assert sum(done.num_rows for done in run_shards(tasks, settings, "", None)) == len(files)
 
-    forward(), decode(), stage_one()  # warm: page cache, thread pools, imports
+    for warm in (forward, decode, stage_one):  # page cache, thread pools, imports
+        warm()
     taken: dict[str, list[float]] = {"forward": [], "decode": [], "stage one": []}
     for _ in range(options.repeats):
         for name, work in (("forward", forward), ("decode", decode), ("stage one", stage_one)):

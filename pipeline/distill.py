@@ -6,7 +6,7 @@ from ..cache.feature_cache import FeatureCache
 from ..cache.plan import first_difference
 from ..stages.settings import StudentSettings
 from ..stages.teacher_identity import configured_identity
-from ..stages.train import TrainResult, train_student
+from ..stages.train import train_student
 from .config import Config
 from .progress import bar, say
 
@@ -32,11 +32,11 @@ def distill(config: Config, names: list[str], stop_after: int | None = None) -> 
         run_dir = config.distill.output / name
         say(f"student {name}: {student.model} at {student.image_size} px -> {run_dir}")
         write_json(run_dir / SOURCE, _source(config))
-        with bar(f"stage two, {name}", 1, "steps") as shown:
+        with bar(f"stage two, {name}", 1, "images") as shown:
             result = train_student(
-                cache, config.images.source, name, student, config.distill, run_dir, stop_after, shown
+                cache, config.images.source, name, student, config.distill, run_dir, stop_after, shown.update
             )
-        say(_line(name, result))
+        say(result.line())
 
 
 def _chosen(config: Config, names: list[str]) -> dict[str, StudentSettings]:
@@ -58,16 +58,6 @@ def _require_configured_teacher(config: Config, cache: FeatureCache) -> None:
             f"{config.cache.dir}: made with teacher.{key} = {found}, but the config asks for {asked}; "
             "choose the cache.dir of that teacher"
         )
-
-
-def _line(name: str, result: TrainResult) -> str:
-    if not result.steps_now:
-        return f"student {name}: finished at step {result.steps:,}; nothing to do"
-    line = (
-        f"student {name}: {result.num_parameters:,} parameters, step {result.steps:,} of {result.total_steps:,}, "
-        f"loss {result.loss:.4f}, {result.images_per_s:,.0f} images/s, {100 * result.data_wait:.0f} % waiting for data"
-    )
-    return line if result.peak_bytes is None else f"{line}, {result.peak_bytes / 1e9:.1f} GB of GPU memory"
 
 
 def _source(config: Config) -> dict[str, object]:

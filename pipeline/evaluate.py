@@ -7,8 +7,7 @@ from typing import Any
 from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
-from ..stages.trained import load_student
-from ..stages.zero_shot import evaluate_student
+from ..stages.zero_shot import evaluate_student, load_student
 from .config import load_config
 from .distill import SOURCE
 from .progress import say
@@ -40,13 +39,13 @@ def evaluate(runs: list[Path]) -> dict[str, dict[str, Any]]:
     for run in _folders(runs):
         source = _source(run)
         cache = FeatureCache.open(source["cache"])
-        student = load_student(run)
-        if not student.finished:
-            say(f"{run}: not finished, at step {student.step:,} of {student.record['total_steps']:,}")
+        student, record = load_student(run)
+        if record["step"] < record["total_steps"]:
+            say(f"{run}: not finished, at step {record['step']:,} of {record['total_steps']:,}")
         scores[str(run)] = {}
         for name, folder in source["evaluate"].items():
             say(f"scoring {run} on {name}")
-            scores[str(run)][name] = evaluate_student(student, cache, name, Path(folder))
+            scores[str(run)][name] = evaluate_student(student, record, cache, name, Path(folder))
         write_json(run / "evaluation.json", scores[str(run)])
     return scores
 

@@ -1,6 +1,6 @@
 """What goes into a cache: listed once into row tables, then compared with what a later run is given."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def _labelled_row(image: FoundImage) -> dict[str, Any]:
     return {**_image_row(image), "class_id": image.source.split("/", 1)[0]}
 
 
-def _list_document(images: list[FoundImage]) -> dict[str, Any]:
+def _list_document(images: Sequence[FoundImage]) -> dict[str, Any]:
     names = xxhash.xxh3_128()
     for image in images:
         names.update(image.source.encode() + b"\0")

@@ -93,8 +93,8 @@ def _retrieve_all(
         for shard in missing:
             start = shard * spec.chunk_rows
             stop = min(start + spec.chunk_rows, spec.shape[0])
-            blocks = retrieve(queries.embeddings, targets.embeddings, index, spec.shape[1], start, stop)
-            for name, block in zip((ids_name, scores_name), blocks, strict=True):  # scores last: they count the shard
+            ids, scores = retrieve(queries.embeddings, targets.embeddings, index, spec.shape[1], start, stop)
+            for name, block in ((ids_name, ids), (scores_name, scores)):  # scores last: they count the shard
                 written = write_chunk(layout.pairs_zarr, name, specs[name], shard, block)
                 journal.add(ShardRecord(counted + name, shard, written), {})
             done += stop - start

@@ -6,7 +6,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(Exception):  # noqa: N818 - no error: nothing is lost
     """The run was asked to stop and has saved its state. Its text is one line that says at which step."""
 
 

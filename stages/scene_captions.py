@@ -86,9 +86,9 @@ def _two(rng: np.random.Generator, scene: Scene, phrases: list[str]) -> str:
 
 def _phrase(rng: np.random.Generator, thing: Thing) -> str:
     """A thing by some of its properties: colour and shape nearly always, size and texture about half of the time."""
-    chances = {thing.size: 0.45, thing.texture: 0.3 if thing.texture == "solid" else 0.6, thing.colour: 0.94}
+    chances = {thing.size: 0.45, thing.texture: 0.3 if thing.texture == "solid" else 0.6, thing.colour: 0.9}
     words = [_word(rng, name) for name, chance in chances.items() if rng.random() < chance]
-    words.append(_word(rng, thing.shape) if rng.random() < 0.95 else "shape")
+    words.append(_word(rng, thing.shape) if rng.random() < 0.96 else "shape")
     article = _pick(rng, ("a", "a", "a", "one", "the"))
     if article == "a" and words[0][0] in "aeiou":
         article = "an"

@@ -120,7 +120,7 @@ def _paste_thing(image: Image.Image, thing: Thing, rng: np.random.Generator) -> 
     value = rng.uniform(0.55, 0.8) if thing.colour in ("green", "purple") else rng.uniform(0.8, 1.0)
     colour = _rgb(hue, saturation, value)
     lighter = rng.random() < 0.5
-    tone = _rgb(hue, 0.25 * saturation, 1.0) if lighter else _rgb(hue, saturation, 0.4 * value)
+    tone = _rgb(hue, 0.4 * saturation, 1.0) if lighter else _rgb(hue, saturation, 0.5 * value)
     hole = _corners(_RING_HOLE, thing) if thing.shape == "ring" else None
     corners = _corners(_OUTLINES[thing.shape], thing)
     _paste(image, corners, colour, hole)
@@ -185,7 +185,7 @@ def _scrap(rng: np.random.Generator) -> np.ndarray:
 def _bar_across(rng: np.random.Generator, thing: Thing) -> np.ndarray:
     """(4, 2) corners of a bar over part of the thing."""
     centre = np.array([thing.x, thing.y]) + rng.uniform(-0.5, 0.5, size=2) * thing.radius
-    return _oblong(centre, 2.4 * thing.radius, rng.uniform(0.2, 0.4) * thing.radius, rng.uniform(0, math.pi))
+    return _oblong(centre, 2.4 * thing.radius, rng.uniform(0.15, 0.3) * thing.radius, rng.uniform(0, math.pi))
 
 
 def _oblong(centre: np.ndarray, length: float, width: float, angle: float) -> np.ndarray:
@@ -197,7 +197,7 @@ def _oblong(centre: np.ndarray, length: float, width: float, angle: float) -> np
 def _as_if_photographed(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     """Light, contrast and noise that differ from picture to picture. (H, W, 3) uint8 in and out."""
     gain, lift = rng.uniform(0.85, 1.1), rng.uniform(-12, 12)
-    noise = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(rng.uniform(1, 9))
+    noise = rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(rng.uniform(1, 7))
     return np.clip(pixels * np.float32(gain) + np.float32(lift) + noise, 0, 255).astype(np.uint8)
 
 

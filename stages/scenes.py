@@ -23,12 +23,12 @@ Composition = tuple[str, str]
 
 COMPOSITIONS: tuple[Composition, ...] = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 HELD_OUT: frozenset[Composition] = frozenset(
-    (colour, SHAPES[(3 * i + offset) % len(SHAPES)]) for i, colour in enumerate(COLOURS) for offset in (0, 4)
+    (colour, SHAPES[(3 * i + offset) % len(SHAPES)]) for i, colour in enumerate(COLOURS) for offset in (0, 2, 5)
 )
-"""Compositions that no scene has unless it is asked for: each colour twice and each shape twice, so that neither gives them away."""
+"""Compositions that no scene has unless it is asked for: each colour and each shape three times, so that neither alone gives one away."""
 SEEN: tuple[Composition, ...] = tuple(pair for pair in COMPOSITIONS if pair not in HELD_OUT)
 
-_RADIUS = {"small": (0.15, 0.20), "large": (0.27, 0.36)}
+_RADIUS = {"small": (0.17, 0.22), "large": (0.28, 0.36)}
 _RADIUS_AMONG_OTHERS = {"small": (0.12, 0.145), "large": (0.19, 0.23)}
 _RADIUS_AROUND = (0.30, 0.36)
 _HOLDS_OTHERS = ("circle", "square", "ring", "heart")
@@ -102,7 +102,7 @@ def make_scene(
     key = (seed, int(stream), row)
     rng = generator(key, purpose=0)
     if num_things is None:
-        num_things = int(rng.choice((1, 2, 3), p=(0.55, 0.33, 0.12)))
+        num_things = int(rng.choice((1, 2, 3), p=(0.6, 0.3, 0.1)))
     relation = None if num_things == 1 else str(rng.choice(RELATIONS))
     first = subject or SEEN[rng.integers(len(SEEN))]
     compositions = [first, *_others(rng, first, num_things - 1)]
@@ -115,7 +115,7 @@ def make_scene(
         background=str(rng.choice(BACKGROUNDS)),
         dark=bool(rng.random() < 0.5),
         num_clutter=int(rng.integers(0, 7)),
-        occluded=bool(rng.random() < 0.25),
+        occluded=bool(rng.random() < 0.2),
         key=key,
     )
 

@@ -17,9 +17,9 @@ class TeacherSettings(Settings):
     """`[teacher]`: the model that is asked once."""
 
     model: str
-    """An open_clip architecture, `hf-hub:org/name`, `local-dir:path`, or the path of an open_clip model config (.json)."""
+    """An open_clip architecture, `hf-hub:org/name`, `local-dir:path`, or the path of a model config (.json)."""
     pretrained: str | None = None
-    """An open_clip tag, `hf-hub:org/name`, or the path of a .safetensors / .pt file; None with `hf-hub:` and `local-dir:`."""
+    """An open_clip tag, or the path of a .safetensors / .pt file; left out with `hf-hub:` and `local-dir:` models."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Number format of weights and activations."""
     batch_size: int = Field(default=256, ge=1)
@@ -158,7 +158,7 @@ class DistillSettings(Settings):
     weight_decay: float = Field(default=0.05, ge=0.0)
     """On matrices and filters only; norms, biases and positional embeddings have none."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Autocast format of the student; losses are computed in float32 whatever it is. `auto`: bf16 on a GPU, else fp32."""
+    """Autocast format of the student; losses are in float32 whatever it is. `auto`: bf16 on a GPU, else fp32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     workers: int = Field(default=0, ge=0)

@@ -51,7 +51,7 @@ def test_seeds_and_names_have_orders_of_their_own():
 
 def test_the_order_does_not_change_from_one_release_to_the_next():
     # Regression values: another order would silently break the resuming of runs that are under way.
-    assert Stream(np.arange(100), 6, seed=0, name="images").draw(0).rows.tolist() == ORDER
+    assert Stream(np.arange(100), 6, seed=0, name="images").draw(0).rows.tolist() == [65, 44, 20, 66, 36, 91]
 
 
 def test_a_far_step_of_a_huge_stream_costs_no_more():

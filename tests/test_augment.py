@@ -1,0 +1,136 @@
+"""Views: a function of their key, of torchvision's distribution, inside the image, and cheap for large JPEGs."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from dimefm.stages.augment import NUM_UNIFORMS, ViewMaker, crop_box, is_flipped, jpeg_reduction, resample_filter
+from dimefm.stages.counter_random import uniforms
+from dimefm.stages.images import ImageError
+from dimefm.stages.settings import AugmentSettings
+
+RATIO = (0.75, 4 / 3)
+WHOLE = AugmentSettings(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+
+
+def numbers(count, key=0):
+    return uniforms(key, np.arange(count), np.zeros(count, dtype=np.int64), NUM_UNIFORMS).tolist()
+
+
+def encoded(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def smooth(width, height):
+    across, down = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([across, down, 255 - across], axis=2).astype(np.uint8))
+
+
+def views(settings, size=16):
+    return ViewMaker(settings, size, Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("scale", [(0.65, 1.0), (0.08, 1.0)])
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (64, 64), (200, 700)])
+def test_crops_have_the_distribution_of_torchvisions(width, height, scale):
+    boxes = np.array([crop_box(width, height, scale, RATIO, one) for one in numbers(4000)])
+    mine = np.stack([boxes[:, 0], boxes[:, 1], boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]], axis=1)
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(RATIO)) for _ in range(4000)])
+    theirs = theirs[:, [1, 0, 3, 2]]  # they say (top, left, height, width)
+    # Means of 4,000 draws each: six standard errors of their difference. Spreads: within a tenth.
+    error = np.sqrt((mine.var(axis=0) + theirs.var(axis=0)) / 4000)
+    assert (np.abs(mine.mean(axis=0) - theirs.mean(axis=0)) <= 6 * error + 1e-9).all()
+    np.testing.assert_allclose(mine.std(axis=0), theirs.std(axis=0), rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 10_000), (10_000, 1), (1, 1), (3, 2), (640, 480)])
+@pytest.mark.parametrize("ratio", [RATIO, (4.0, 5.0), (0.1, 0.2)])
+def test_crops_stay_inside_and_are_never_empty(width, height, ratio):
+    for one in numbers(300):
+        left, top, right, bottom = crop_box(width, height, (0.08, 1.0), ratio, one)
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height
+
+
+def test_what_no_crop_fits_is_cropped_in_the_middle():
+    # A line 10,000 high: no crop of a ratio of at least 3/4 fits, the largest has 1 x round(1 / .75).
+    assert crop_box(1, 10_000, (0.65, 1.0), RATIO, numbers(1)[0]) == (0, 4999, 1, 5000)
+
+
+def test_the_same_key_makes_the_same_view_and_another_key_another():
+    data, maker = encoded(noise(40, 30)), views(AugmentSettings())
+    first, second = numbers(2)
+    assert (maker.view(data, first) == maker.view(data, first)).all()
+    assert not (maker.view(data, first) == maker.view(data, second)).all()
+
+
+def test_the_whole_image_at_its_own_size_comes_back_untouched():
+    image = noise(16, 16)
+    view = views(WHOLE).view(encoded(image, "PNG"), numbers(1)[0])
+    assert view.dtype == np.uint8 and (view == np.asarray(image)).all()
+
+
+def test_half_of_the_views_are_mirrored_and_only_where_that_is_on():
+    image, many = noise(16, 16), numbers(1000)
+    data, pixels = encoded(image, "PNG"), np.asarray(image)
+    flipping = views(WHOLE.model_copy(update={"flip": True}))
+    assert 400 < sum(map(is_flipped, many)) < 600
+    for one in many[:10]:
+        assert (flipping.view(data, one) == (pixels[:, ::-1] if is_flipped(one) else pixels)).all()
+        assert (views(WHOLE).view(data, one) == pixels).all()
+
+
+def test_a_jpeg_keeps_twice_the_pixels_of_its_view():
+    assert [jpeg_reduction((0, 0, side, side), 32) for side in (64, 127, 128, 255, 256, 512, 9000)] == [
+        1, 1, 2, 2, 4, 8, 8,
+    ]  # fmt: skip
+    assert jpeg_reduction((0, 0, 9000, 100), 32) == 1  # the shorter side decides
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_a_large_jpeg_decoded_small_shows_the_same_view(orientation):
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    photo = Image.blend(smooth(1600, 1200), noise(1600, 1200), 0.2)
+    large = encoded(photo, quality=95, exif=exif)
+    exact = encoded(photo, "PNG", exif=exif)
+    for one in numbers(3):
+        difference = views(AugmentSettings()).view(large, one).astype(int) - views(AugmentSettings()).view(exact, one)
+        assert np.abs(difference).max() <= 6  # of 255
+
+
+def test_a_view_follows_the_exif_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    view = views(WHOLE).view(encoded(smooth(16, 16), "PNG", exif=exif), numbers(1)[0])
+    assert (view == np.rot90(np.asarray(smooth(16, 16)), -1)).all()
+
+
+@pytest.mark.parametrize("size", [(40, 30), (1600, 1200)])
+def test_a_cut_file_is_an_image_error(size):
+    data = encoded(noise(*size))
+    with pytest.raises(ImageError):
+        views(AugmentSettings()).view(data[: len(data) // 2], numbers(1)[0])
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_jpegs_that_are_not_rgb_become_so(mode):
+    data = encoded(noise(1200, 900).convert(mode))
+    assert views(AugmentSettings()).view(data, numbers(1)[0]).shape == (16, 16, 3)
+
+
+def test_the_filter_is_the_teachers():
+    assert resample_filter("bilinear") == Image.Resampling.BILINEAR
+    assert resample_filter("bicubic") == resample_filter("random") == Image.Resampling.BICUBIC

@@ -1,0 +1,121 @@
+"""Batches: their content is a function of the step; threads, prefetching and resuming change nothing."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dimefm.cache import InputError
+from dimefm.stages.augment import NUM_UNIFORMS, ViewMaker
+from dimefm.stages.batches import BatchLoader, normalise
+from dimefm.stages.counter_random import uniforms
+from dimefm.stages.order import Stream
+from dimefm.stages.settings import AugmentSettings
+
+from .small_cache import make_cache
+
+SIDE = 12
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batches")
+    return make_cache(folder), folder / "images"
+
+
+def loader(world, workers=2, sentences=True):
+    cache, root = world
+    views = ViewMaker(AugmentSettings(flip=True), SIDE, Image.Resampling.BICUBIC)
+    images = cache.images, Stream(cache.images.usable, 10, 0, "images")
+    texts = (cache.sentences, Stream(cache.sentences.usable, 7, 0, "sentences")) if sentences else None
+    return BatchLoader(images, texts, root, views, view_key=5, workers=workers)
+
+
+def batches(world, first, end, **options):
+    with loader(world, **options) as one:
+        return list(one.batches(first, end))
+
+
+def equal(first, second):
+    return (
+        first.step == second.step
+        and (first.rows == second.rows).all()
+        and torch.equal(first.images, second.images)
+        and torch.equal(first.targets, second.targets)
+        and torch.equal(first.sentences, second.sentences)
+    )
+
+
+def test_a_batch_holds_the_rows_of_its_step_their_views_and_their_cached_embeddings(world):
+    cache, root = world
+    (batch,) = batches(world, 4, 5)
+    draw = Stream(cache.images.usable, 10, 0, "images").draw(4)
+    assert (batch.rows == draw.rows).all() and draw.passes.tolist() == [1] * 10
+    assert batch.images.shape == (10, SIDE, SIDE, 3) and batch.images.dtype == torch.uint8
+    assert (batch.targets.numpy() == cache.images.embeddings[draw.rows]).all() and batch.targets.dtype == torch.float16
+    sentences = Stream(cache.sentences.usable, 7, 0, "sentences").draw(4).rows
+    assert (batch.sentences.numpy() == cache.sentences.embeddings[sentences]).all()
+    maker = ViewMaker(AugmentSettings(flip=True), SIDE, Image.Resampling.BICUBIC)
+    for i, one in enumerate(uniforms(5, draw.rows, draw.passes, NUM_UNIFORMS).tolist()):
+        data = (root / f"{draw.rows[i]:03d}.jpg").read_bytes()
+        assert (batch.images[i].numpy() == maker.view(data, one)).all()
+
+
+def test_starting_in_the_middle_gives_the_batches_of_a_run_from_the_start(world):
+    whole = batches(world, 0, 9)
+    assert [batch.step for batch in whole] == list(range(9))
+    assert all(map(equal, whole[5:], batches(world, 5, 9)))
+
+
+def test_the_number_of_threads_changes_nothing(world):
+    assert all(map(equal, batches(world, 0, 5, workers=1), batches(world, 0, 5, workers=7)))
+
+
+def test_failed_rows_are_never_drawn(world):
+    drawn = np.concatenate([batch.rows for batch in batches(world, 0, 8)])
+    assert 3 not in drawn and set(drawn) == set(range(40)) - {3}
+
+
+def test_an_image_has_another_view_in_each_pass(world):
+    seen = {}
+    for batch in batches(world, 0, 8):
+        for row, view in zip(batch.rows, batch.images):
+            seen.setdefault(int(row), set()).add(view.numpy().tobytes())
+    assert max(map(len, seen.values())) > 1
+
+
+def test_sentences_are_not_read_where_no_loss_wants_them(world):
+    assert batches(world, 0, 1, sentences=False)[0].sentences is None
+
+
+def test_an_image_that_is_gone_stops_the_run_naming_file_and_row(tmp_path):
+    cache = make_cache(tmp_path)
+    (tmp_path / "images/007.jpg").unlink()
+    with pytest.raises(InputError, match=r"images/007\.jpg: row 7 can no longer be used \(gone\)"):
+        batches((cache, tmp_path / "images"), 0, 8)
+
+
+def test_no_thread_outlives_the_loader_even_after_an_error(tmp_path):
+    cache = make_cache(tmp_path)
+    for path in (tmp_path / "images").iterdir():
+        path.write_bytes(b"")
+    before = threading.active_count()
+    with pytest.raises(InputError, match="empty"):
+        batches((cache, tmp_path / "images"), 0, 8)
+    assert threading.active_count() == before
+
+
+def test_a_missing_folder_of_images_is_refused(world, tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        loader((world[0], tmp_path / "absent"))
+
+
+def test_normalising_is_torchvisions():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 5, 5, 3), dtype=np.uint8)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.3, 0.2, 0.1])
+    found = normalise(torch.from_numpy(pixels), mean, std)
+    wanted = (pixels.transpose(0, 3, 1, 2) / 255 - mean.numpy()[:, None, None]) / std.numpy()[:, None, None]
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,224 @@
+"""The losses against the numbers of the specification, an independent NumPy reference, and properties of the paper."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dimefm.stages.losses import (
+    effective_candidates,
+    feature_loss,
+    loss_terms,
+    pvl_loss,
+    udist_loss,
+    vl_loss,
+)
+from dimefm.stages.settings import LossSettings, TemperatureSettings
+
+# Made with another implementation, checked against the authors' code; see "about" in the file.
+VECTORS = json.loads((Path(__file__).parent / "data/loss_vectors.json").read_text())["cases"]
+
+
+def embeddings(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def reference_kl(p_logits, q_logits):
+    """Row by row, from the definition."""
+    total = 0.0
+    for p_row, q_row in zip(p_logits, q_logits):
+        p, q = np.exp(p_row - p_row.max()), np.exp(q_row - q_row.max())
+        p, q = p / p.sum(), q / q.sum()
+        total += float(np.sum(p * np.log(p / q)))
+    return total / len(p_logits)
+
+
+def reference(student, teacher, sentences, scale, temperature):
+    """The three losses in NumPy, float64."""
+    student, teacher, sentences = (
+        matrix.double().numpy() / np.linalg.norm(matrix.double().numpy(), axis=1, keepdims=True)
+        for matrix in (student, teacher, sentences)
+    )
+
+    def kl(p, q, of):
+        return reference_kl(scale * p / of, scale * q / of)
+
+    return {
+        "vl": kl(teacher @ sentences.T, student @ sentences.T, temperature["vl"])
+        + kl(sentences @ teacher.T, sentences @ student.T, temperature["vl"]),
+        "pvl": 2 * kl(teacher @ teacher.T, student @ teacher.T, temperature["pvl"]),
+        "udist": 2 * kl(teacher @ teacher.T, student @ student.T, temperature["udist"]),
+    }
+
+
+def ours(student, teacher, sentences, scale, temperature):
+    return {
+        "vl": vl_loss(student, teacher, sentences, temperature["vl"], scale),
+        "pvl": pvl_loss(student, teacher, temperature["pvl"], scale),
+        "udist": udist_loss(student, teacher, temperature["udist"], scale),
+    }
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_the_specifications_numbers_come_out_in_float64(name):
+    case = VECTORS[name]
+    student, teacher, sentences = (
+        torch.tensor(case[key], dtype=torch.float64) for key in ("student_images", "teacher_images", "teacher_sentences")
+    )
+    student.requires_grad_()
+    found = ours(student, teacher, sentences, case["logit_scale"], case["temperature"])
+    for key in ("vl", "pvl", "udist"):
+        assert found[key].item() == pytest.approx(case["expected"][key], rel=1e-10)
+    total = 0.7 * found["vl"] + 0.3 * found["pvl"]
+    assert total.item() == pytest.approx(case["expected"]["total_0.7_0.3_0"], rel=1e-10)
+    if "gradient_of_total_wrt_student_images" in case:
+        total.backward()
+        wanted = torch.tensor(case["gradient_of_total_wrt_student_images"]["value"], dtype=torch.float64)
+        torch.testing.assert_close(student.grad, wanted, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_the_specifications_numbers_come_out_in_float32(name):
+    case = VECTORS[name]
+    matrices = [torch.tensor(case[key]) for key in ("student_images", "teacher_images", "teacher_sentences")]
+    found = ours(*matrices, case["logit_scale"], case["temperature"])
+    for key in ("vl", "pvl", "udist"):
+        assert found[key].item() == pytest.approx(case["expected"][key], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(3))
+def test_losses_equal_the_reference_on_the_rounded_inputs(dtype, seed):
+    matrices = [embeddings(rows, 12, seed=10 * seed + rows, dtype=dtype) for rows in (7, 7, 19)]
+    matrices[1] = matrices[1] + 3  # a narrow cone, like a real teacher's
+    temperature = {"vl": 1.0, "pvl": 3.0, "udist": 7.0}
+    wanted = reference(*matrices, 30.0, temperature)
+    for key, value in ours(*matrices, 30.0, temperature).items():
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert value.item() == pytest.approx(wanted[key], rel=1e-10 if dtype == torch.float64 else 2e-5)
+
+
+def test_one_float64_input_makes_float64():
+    student, teacher = embeddings(4, 6), embeddings(4, 6, seed=1, dtype=torch.float16)
+    assert pvl_loss(student, teacher).dtype == torch.float64
+
+
+def test_a_student_that_matches_has_no_loss():
+    teacher, sentences = embeddings(6, 8), embeddings(9, 8, seed=1)
+    student = 3 * teacher  # norms do not count
+    assert vl_loss(student, teacher, sentences).item() == pytest.approx(0, abs=1e-12)
+    assert pvl_loss(student, teacher).item() == pytest.approx(0, abs=1e-12)
+    assert udist_loss(student, teacher).item() == pytest.approx(0, abs=1e-12)
+    assert feature_loss(student, teacher).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_udist_is_0_for_a_rotated_student_and_the_others_are_not():
+    teacher, sentences = embeddings(6, 8), embeddings(9, 8, seed=1)
+    rotation = torch.linalg.qr(embeddings(8, 8, seed=2)).Q
+    student = teacher @ rotation
+    assert udist_loss(student, teacher).item() == pytest.approx(0, abs=1e-12)
+    assert min(vl_loss(student, teacher, sentences), pvl_loss(student, teacher), feature_loss(student, teacher)) > 0.1
+
+
+def test_udist_alone_takes_a_student_of_another_width():
+    assert udist_loss(embeddings(5, 3), embeddings(5, 8, seed=1)).isfinite()
+    for loss in (pvl_loss, feature_loss):
+        with pytest.raises(ValueError, match="3 wide, the teacher's 8"):
+            loss(embeddings(5, 3), embeddings(5, 8, seed=1))
+
+
+def test_feature_loss_is_1_minus_cosine_by_hand():
+    student, teacher = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, -1.0]])
+    assert feature_loss(student, teacher).item() == pytest.approx((0 + 2) / 2)
+
+
+def test_no_gradient_reaches_a_target():
+    student, teacher, sentences = (embeddings(rows, 8, seed=rows).requires_grad_() for rows in (5, 5, 9))
+    teacher = embeddings(5, 8, seed=1).requires_grad_()
+    total = vl_loss(student, teacher, sentences) + pvl_loss(student, teacher)
+    (total + udist_loss(student, teacher) + feature_loss(student, teacher)).backward()
+    assert teacher.grad is None and sentences.grad is None
+    assert student.grad is not None and student.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("name", ["vl", "pvl", "udist", "feature"])
+def test_gradients_are_those_of_finite_differences(name):
+    teacher, sentences = embeddings(4, 5, seed=1), embeddings(6, 5, seed=2)
+    losses = {
+        "vl": lambda student: vl_loss(student, teacher, sentences, 2.0, 10.0),
+        "pvl": lambda student: pvl_loss(student, teacher, 3.0, 10.0),
+        "udist": lambda student: udist_loss(student, teacher, 7.0, 10.0),
+        "feature": lambda student: feature_loss(student, teacher),
+    }
+    assert torch.autograd.gradcheck(losses[name], embeddings(4, 5, seed=3).requires_grad_())
+
+
+def test_autocast_and_coarse_products_change_no_bit():
+    # 300 wide so that the coarse kernels are really chosen; on the CPU "medium" may round products to bf16.
+    student, teacher, sentences = (embeddings(64, 300, seed=seed, dtype=torch.float32) for seed in range(3))
+
+    def value_and_gradient():
+        leaf = student.clone().requires_grad_()
+        loss = vl_loss(leaf, teacher, sentences) + pvl_loss(leaf, teacher) + udist_loss(leaf, teacher)
+        loss.backward()
+        return torch.cat([loss.detach()[None], leaf.grad.flatten()])
+
+    plain, before = value_and_gradient(), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (value_and_gradient() == plain).all()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_sharp_teacher_overflows_nothing():
+    teacher = torch.eye(3)
+    loss = pvl_loss(-teacher, teacher, temperature=0.01, logit_scale=1000.0)
+    # By hand: the teacher says 1 for its own image, the student -1 against 0: 1e5 nats a row, twice; log 2 is lost in it.
+    assert loss.item() == pytest.approx(2e5, rel=1e-4)
+
+
+def test_terms_that_are_off_are_absent_and_each_has_its_own_temperature():
+    student, teacher = embeddings(4, 6), embeddings(4, 6, seed=1)
+    temperature = TemperatureSettings(pvl=2.0, udist=5.0)
+    terms = loss_terms(student, teacher, None, LossSettings(pvl=0.1, udist=2.0), temperature, 10.0)
+    assert set(terms) == {"pvl", "udist"}
+    assert terms["pvl"] == pvl_loss(student, teacher, 2.0, 10.0)
+    assert terms["udist"] == udist_loss(student, teacher, 5.0, 10.0)
+
+
+def test_effective_candidates_count_what_a_softmax_spreads_over():
+    rows = torch.tensor([[1.0, 0.0]])
+    same = rows.expand(7, 2)
+    assert effective_candidates(rows, same, 1.0, 100.0).item() == pytest.approx(7)
+    one_of_many = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+    assert effective_candidates(rows, one_of_many, 1.0, 100.0).item() == pytest.approx(1)
+    # Two candidates at odds e : 1, by hand: p = .7311, entropy .5822 nats.
+    assert effective_candidates(rows, torch.eye(2), 1.0, 1.0).item() == pytest.approx(np.exp(0.58220), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (torch.ones(3, 4), torch.ones(2, 4), "3 student images against 2"),
+        (torch.ones(1, 4), torch.ones(4), "teacher_images"),
+        (torch.ones(0, 4), torch.ones(0, 4), "student_images"),
+        (torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4), "floats"),
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(student, teacher, message):
+    for loss in (pvl_loss, udist_loss, feature_loss):
+        with pytest.raises(ValueError, match=message):
+            loss(student, teacher)
+
+
+def test_sentences_of_another_width_and_a_temperature_of_0_are_refused():
+    teacher = torch.ones(2, 4)
+    with pytest.raises(ValueError, match="teacher_sentences: 5 wide, the teacher's images are 4"):
+        vl_loss(teacher, teacher, torch.ones(3, 5))
+    with pytest.raises(ValueError, match="above 0"):
+        pvl_loss(teacher, teacher, temperature=0.0)
