@@ -38,7 +38,9 @@ class Journal:
         """Count a shard whose file is durable. Times go to a file of their own: they never repeat."""
         make_folder(self._layout.journal.parent)
         append_line(self._layout.journal, asdict(record))
-        append_line(self._layout.timings, {"array": record.array, "shard": record.shard, **seconds})
+        if seconds:
+            timing = {"array": record.array, "shard": record.shard, **seconds}
+            append_line(self._layout.timings, timing, durable=False)
         self._remember(record)
 
     def has(self, array: str, shard: int) -> bool:

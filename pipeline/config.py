@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -100,7 +101,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
     """Relative paths start at the config's own folder."""
 
     def under(path: Path) -> Path:
-        return folder / path.expanduser()
+        return Path(os.path.normpath(folder / path.expanduser()))
 
     def templates(spec: str) -> str:
         return spec if spec == "openai" else str(under(Path(spec)))

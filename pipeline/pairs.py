@@ -67,8 +67,10 @@ def _build_or_load(
     index, info = build_side(targets, queries, settings)
     index.save(path)
     write_json(beside, {"settings": asked, "info": info})
-    if info["nlist"]:
-        say(f"{name}: {info['type']}, {info['nprobe']} lists probed, recall@{info['recall_k']} {info['recall']:.3f}")
+    if info["recall"] is not None:
+        say(
+            f"{name}: {info['type']}, recall@{info['recall_k']} {info['recall']:.3f} on {info['recall_queries']} queries"
+        )
     return index, info
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..cache.arrays import ArraySpec
 from ..cache.durable import read_lines
-from ..cache.index import index_bytes
+from ..cache.index import build_bytes, index_bytes
 from ..cache.journal import Journal
 from ..cache.layout import IMAGES, SENTENCES, Layout
 from ..cache.plan import read_plan
@@ -26,7 +26,7 @@ def describe_plan(config: Config) -> dict[str, Any]:
 
     Returns:
         `cache`, `state` (not started, unfinished, finished), `arrays` (rows, shards done and in all, bytes), `notes`,
-        `disk` and `memory_bytes` of the whole cache and its largest index, `rows_left`, `rows_per_s` and `seconds_left`
+        `disk` and `memory_bytes` of the whole cache and building its larger index, `rows_left`, `rows_per_s` and `seconds_left`
         (None until a shard has been measured). Sizes are None where only a hub knows the teacher's width.
 
     Raises:
@@ -42,7 +42,7 @@ def describe_plan(config: Config) -> dict[str, Any]:
     arrays = {name: _array_state(name, spec, journal) for name, spec in specs.items()}
     rows_left = sum(item["rows_left"] for item in arrays.values())
     rows = {side: specs[side].shape[0] for side in (IMAGES, SENTENCES)}
-    largest_index = max(index_bytes(n, width, config.pairs.index) for n in rows.values()) if width else 0
+    largest_build = max(build_bytes(n, width, config.pairs.index) for n in rows.values()) if width else 0
     pairs = sum(rows.values()) * config.pairs.k * NEIGHBOUR_BYTES
     indexes = sum(index_bytes(n, width, config.pairs.index) for n in rows.values()) if width and config.pairs.k else 0
     rate = _rows_per_s(layout, specs)
@@ -55,7 +55,7 @@ def describe_plan(config: Config) -> dict[str, Any]:
             "cache_bytes": sum(spec.num_bytes for spec in specs.values()) + pairs + indexes if width else None,
             "free_bytes": shutil.disk_usage(existing_parent(layout.root)).free,
         },
-        "memory_bytes": largest_index if width and config.pairs.k else None,
+        "memory_bytes": largest_build if width and config.pairs.k else None,
         "rows_left": rows_left,
         "rows_per_s": rate,
         "seconds_left": rows_left / rate if rate else None,
@@ -72,8 +72,10 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
     disk, free = found["disk"]["cache_bytes"], _size(found["disk"]["free_bytes"])
     lines.append(f"disk: {'unknown before the teacher is loaded' if disk is None else _size(disk)}, {free} free")
     if found["memory_bytes"]:
-        lines.append(f"memory: {_size(found['memory_bytes'])} for the larger index, beside the teacher")
-    if found["seconds_left"] is not None:
+        lines.append(f"memory: {_size(found['memory_bytes'])} to build the larger index, after the teacher is gone")
+    if not found["rows_left"]:
+        lines.append("left: nothing to embed")
+    elif found["seconds_left"] is not None:
         rate = f"at the {found['rows_per_s']:,.0f} rows/s measured so far"
         lines.append(f"left: {found['rows_left']:,} rows, {found['seconds_left']:,.0f} s {rate}")
     else:

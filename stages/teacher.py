@@ -158,8 +158,10 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
         model = _build(settings, source, device)
         _load_weights(model, source)
         tokenizer = load_tokenizer(source.tokenizer)
-    check_vocabulary(tokenizer, model.vocab_size, settings.model)
-    return Teacher(settings, model, source.model_cfg, tokenizer)
+    check_vocabulary(tokenizer, getattr(model, "text", model).vocab_size, settings.model)
+    teacher = Teacher(settings, model, source.model_cfg, tokenizer)
+    _try_out(teacher)
+    return teacher
 
 
 def _build(settings: TeacherSettings, source: TeacherSource, device: torch.device) -> Any:
@@ -201,6 +203,19 @@ def _load_weights(model: Any, source: TeacherSource) -> None:
                 "that they were trained with"
             ) from error
         raise _damaged(source, error) from error
+
+
+def _try_out(teacher: Teacher) -> None:
+    """One image and one sentence: not every tower that can be built runs in every precision (Hugging Face's text)."""
+    try:
+        teacher.encode_images(torch.zeros(1, 3, *teacher.image_size))
+        teacher.encode_sentences([""])
+    except RuntimeError as error:
+        settings = teacher.settings
+        raise InputError(
+            f"{settings.model}: does not run in {settings.precision} on {teacher.device} ({one_line(error)}); try "
+            "teacher.precision = 'fp32'"
+        ) from error
 
 
 def _not_only_weights(source: TeacherSource) -> InputError:

@@ -89,7 +89,8 @@ def load_text_tower(folder: Path, device: torch.device) -> TextTower:
         config = json.loads((folder / CONFIG_NAME).read_bytes())
         state = load_file(folder / WEIGHTS_NAME)
         logit_scale = float(state["logit_scale"].exp())
-        weights = {name: tensor for name, tensor in state.items() if name not in _SCALARS}
+        # Copied, since a tensor of a mapped file may lie at an odd address, and matrix products differ by alignment.
+        weights = {name: tensor.clone() for name, tensor in state.items() if name not in _SCALARS}
         with quiet_open_clip():
             module = _build(folder, config["model_cfg"], weights)
             # `assign` keeps the number format of each tensor: a half-precision teacher has some in float32.

@@ -181,13 +181,16 @@ def train_student(
                     )
                     text = f"loss {loss.item():.4f}"
                     meter = Meter()
-                if step % settings.checkpoint_every == 0 or step == end_step or stop.asked:
+                stopping = stop.asked  # once: a signal after this line is for the next step
+                if step % settings.checkpoint_every == 0 or step == end_step or stopping:
                     _check_finite(run_dir, first_bad, total_steps, model)
                     _save(path, step, model, optimizer, scaler, device)
                 if progress is not None:
                     progress(step * len(batch.rows), total_steps * len(batch.rows), text)
-                if stop.asked:
-                    raise Interrupted(f"interrupted: state saved at step {step} of {total_steps}")
+                if stopping:
+                    break
+            if stop.asked:
+                raise Interrupted(f"interrupted: state saved at step {step} of {total_steps}")
 
     return TrainResult(
         run_dir,

@@ -57,7 +57,7 @@ def photo(path: Path, seed: int, size: tuple[int, int] = (28, 24)) -> str:
 
 
 def make_cache(folder: Path, num_images: int = 40, num_sentences: int = 30) -> FeatureCache:
-    """Write `images/`, `dev/` and `cache/` into a folder. Image row 3 failed; dev's row 1 has a file that is no image."""
+    """Write `images/`, `dev/`, `cache/` into a folder. Image row 3 failed; the file of dev's row 1 is no image."""
     random = np.random.default_rng(0)
     layout = Layout(folder / "cache")
     dev_rows = []

@@ -65,7 +65,8 @@ def ours(student, teacher, sentences, scale, temperature):
 def test_the_specifications_numbers_come_out_in_float64(name):
     case = VECTORS[name]
     student, teacher, sentences = (
-        torch.tensor(case[key], dtype=torch.float64) for key in ("student_images", "teacher_images", "teacher_sentences")
+        torch.tensor(case[key], dtype=torch.float64)
+        for key in ("student_images", "teacher_images", "teacher_sentences")
     )
     student.requires_grad_()
     found = ours(student, teacher, sentences, case["logit_scale"], case["temperature"])
@@ -178,7 +179,7 @@ def test_autocast_and_coarse_products_change_no_bit():
 def test_a_sharp_teacher_overflows_nothing():
     teacher = torch.eye(3)
     loss = pvl_loss(-teacher, teacher, temperature=0.01, logit_scale=1000.0)
-    # By hand: the teacher says 1 for its own image, the student -1 against 0: 1e5 nats a row, twice; log 2 is lost in it.
+    # By hand: the teacher is sure of its own image, for which the student has -1e5 against 0: 1e5 nats a row, twice.
     assert loss.item() == pytest.approx(2e5, rel=1e-4)
 
 

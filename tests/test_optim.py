@@ -1,6 +1,7 @@
 """The optimiser decays matrices and filters only; the learning rate is a function of the step."""
 
 import doctest
+from itertools import pairwise
 
 import pytest
 
@@ -45,7 +46,7 @@ def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine_to_its_floor(
     rates = [lr_at(step, 100, 10, peak=1.0, floor=0.01) for step in range(100)]
     assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert rates[10] == pytest.approx(1.0) and rates[99] == pytest.approx(0.01)
-    assert all(later < earlier for earlier, later in zip(rates[10:], rates[11:]))
+    assert all(later < earlier for earlier, later in pairwise(rates[10:]))
     # Half-way between steps 10 and 99 the cosine is at the mean of both ends.
     assert (rates[54] + rates[55]) / 2 == pytest.approx((1.0 + 0.01) / 2)
 

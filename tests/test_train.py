@@ -1,0 +1,304 @@
+"""Training: a run that was stopped anywhere and continued is the run that was not, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dimefm.cache import InputError
+from dimefm.cache.durable import append_line
+from dimefm.stages.checkpoint import load_checkpoint, save_checkpoint
+from dimefm.stages.interrupt import Interrupted, StopSignals
+from dimefm.stages.losses import feature_loss, vl_loss
+from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
+from dimefm.stages.train import train_student
+
+from .small_cache import STUDENTS, make_cache
+
+STUDENT = StudentSettings(model="own_students:with_dropout", image_size=8)
+SETTINGS = DistillSettings(
+    epochs=3,
+    batch_images=9,
+    batch_sentences=7,
+    lr=0.01,
+    log_every=1,
+    checkpoint_every=4,
+    device="cpu",
+    workers=2,
+    loss=LossSettings(vl=0.7, pvl=0.3, udist=0.1, feature=1.0),
+)
+STEPS = 13  # 39 usable images, 3 epochs, 9 a step
+TIMES = {"images_per_s", "data_wait"}
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads({threads})
+sys.path.insert(0, {folder!r})
+from dimefm.cache.feature_cache import FeatureCache
+from dimefm.stages.settings import DistillSettings, StudentSettings
+from dimefm.stages.train import train_student
+folder = Path({folder!r})
+student, settings = StudentSettings.model_validate_json({student!r}), DistillSettings.model_validate_json({settings!r})
+
+def kill(done, total, text):
+    if done == 6 * settings.batch_images:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train_student(FeatureCache.open(folder / "cache"), folder / "images", "own", student, settings, folder / "run",
+              progress=kill)
+"""
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A cache, its images, and a student of the user's."""
+    (tmp_path / "own_students.py").write_text(STUDENTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield make_cache(tmp_path), tmp_path
+    sys.modules.pop("own_students", None)
+
+
+def train(world, run="run", settings=SETTINGS, student=STUDENT, **options):
+    cache, folder = world
+    return train_student(cache, folder / "images", "own", student, settings, folder / run, **options)
+
+
+def lines(world, run="run"):
+    """The metrics of a run, without the times."""
+    text = (world[1] / run / "metrics.jsonl").read_text()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text.splitlines()]
+
+
+def weights(world, run="run"):
+    return load_checkpoint(world[1] / run / "checkpoint.pt")["model"]
+
+
+def same_weights(world, first, second):
+    before, after = weights(world, first), weights(world, second)
+    return all(torch.equal(before[key], after[key]) for key in before)
+
+
+def kill_at_step_6(world):
+    program = KILLED.format(
+        threads=torch.get_num_threads(),
+        folder=str(world[1]),
+        student=STUDENT.model_dump_json(),
+        settings=SETTINGS.model_dump_json(),
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_a_run_writes_a_line_a_step_with_losses_signs_and_speed(world):
+    result = train(world)
+    assert (result.steps, result.total_steps, result.steps_now, result.finished) == (STEPS, STEPS, STEPS, True)
+    assert [line["step"] for line in lines(world)] == list(range(1, STEPS + 1))
+    first = json.loads((world[1] / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert set(first) == TIMES | {
+        "step", "epoch", "loss", "vl", "pvl", "udist", "feature", "lr", "cosine",
+        "vl_candidates", "vl_candidates_sentences", "pvl_candidates", "udist_candidates",
+    }  # fmt: skip
+    weighted = 0.7 * first["vl"] + 0.3 * first["pvl"] + 0.1 * first["udist"] + first["feature"]
+    assert first["loss"] == pytest.approx(weighted, rel=1e-6)
+    assert first["cosine"] == pytest.approx(1 - first["feature"], abs=1e-6)
+    assert first["epoch"] == pytest.approx(9 / 39) and 0 <= first["data_wait"] <= 1
+    assert 1 <= first["vl_candidates"] <= 7 and 1 <= first["vl_candidates_sentences"] <= 9
+    assert list((world[1] / "run/tensorboard").iterdir())
+
+
+def test_the_student_learns(world):
+    train(world, settings=SETTINGS.model_copy(update={"epochs": 30.0, "loss": LossSettings(feature=1.0)}))
+    losses = [line["loss"] for line in lines(world)]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_a_run_repeats_bit_for_bit_dropout_and_views_included(world):
+    train(world, "first")
+    torch.rand(100)  # whatever happened to the generator in between
+    train(world, "second")
+    assert lines(world, "first") == lines(world, "second") and same_weights(world, "first", "second")
+
+
+def test_another_seed_is_another_run(world):
+    train(world, "first", stop_after=1)
+    train(world, "second", SETTINGS.model_copy(update={"seed": 1}), stop_after=1)
+    assert lines(world, "first")[0]["loss"] != lines(world, "second")[0]["loss"]
+
+
+def test_a_run_stopped_after_some_steps_goes_on_as_if_it_had_not(world):
+    train(world, "whole")
+    for steps in (1, 5, 2, None):
+        torch.manual_seed(99)
+        result = train(world, stop_after=steps)
+    assert result.finished and result.steps_now == STEPS - 8
+    assert lines(world) == lines(world, "whole") and same_weights(world, "run", "whole")
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_and_writes_no_line_twice(world):
+    train(world, "whole")
+    kill_at_step_6(world)
+    assert [line["step"] for line in lines(world)] == [1, 2, 3, 4, 5, 6]  # the checkpoint is of step 4
+    assert load_checkpoint(world[1] / "run/checkpoint.pt")["step"] == 4
+    assert train(world).steps_now == STEPS - 4
+    assert lines(world) == lines(world, "whole") and same_weights(world, "run", "whole")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(world):
+    train(world, "whole")
+    (world[1] / "run").mkdir()
+    append_line(world[1] / "run/metrics.jsonl", {"step": 1, "loss": 0.0})
+    train(world)
+    assert lines(world) == lines(world, "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_the_state_and_says_so(world, number):
+    train(world, "whole")
+    before = signal.getsignal(number)
+
+    def interrupt(done, total, text):
+        if done == 3 * 9:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted, match=r"interrupted: state saved at step 4 of 13"):
+        train(world, progress=interrupt)
+    assert signal.getsignal(number) == before
+    train(world)
+    assert lines(world) == lines(world, "whole") and same_weights(world, "run", "whole")
+
+
+def test_a_signal_in_the_last_step_is_not_lost(world):
+    with pytest.raises(Interrupted, match=r"state saved at step 2 of 13"):
+        train(world, stop_after=2, progress=lambda done, *_: done == 2 * 9 and os.kill(os.getpid(), signal.SIGINT))
+    assert load_checkpoint(world[1] / "run/checkpoint.pt")["step"] == 2
+
+
+def test_a_second_signal_is_not_held_back():
+    with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_finished_run_is_left_alone(world):
+    train(world)
+    before = {path: path.stat().st_mtime_ns for path in (world[1] / "run").rglob("*")}
+    result = train(world)
+    assert result.finished and result.steps_now == 0 and "nothing to do" in result.line()
+    assert {path: path.stat().st_mtime_ns for path in (world[1] / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0.5}, r"distill\.lr = 0\.01, but this run asks for 0\.5"),
+        ({"seed": 3}, r"distill\.seed = 0, but this run asks for 3"),
+        ({"loss": LossSettings(vl=1.0)}, r"distill\.loss\.vl = 0\.7, but this run asks for 1\.0"),
+    ],
+)
+def test_a_run_of_other_settings_is_refused_naming_the_key(world, change, message):
+    train(world, stop_after=1)
+    with pytest.raises(InputError, match=message):
+        train(world, settings=SETTINGS.model_copy(update=change))
+
+
+def test_another_student_or_cache_in_the_same_folder_is_refused(world, tmp_path):
+    train(world, stop_after=1)
+    with pytest.raises(InputError, match=r"student\.own\.image_size = 8, but this run asks for 12"):
+        train(world, student=StudentSettings(model=STUDENT.model, image_size=12))
+    other = make_cache(tmp_path / "other", num_sentences=31)
+    with pytest.raises(InputError, match=r"rows\.sentences = 30, but this run asks for 31"):
+        train((other, world[1]))
+
+
+def test_what_does_not_change_training_may_change(world):
+    train(world, "whole")
+    train(world, stop_after=3)
+    free = {"log_every": 2, "checkpoint_every": 1, "workers": 1, "output": Path("elsewhere")}
+    train(world, settings=SETTINGS.model_copy(update=free))
+    whole = {line["step"]: line for line in lines(world, "whole")}
+    assert [line["step"] for line in lines(world)] == [1, 2, 3, 4, 6, 8, 10, 12, 13]
+    assert all(line == whole[line["step"]] for line in lines(world)) and same_weights(world, "run", "whole")
+
+
+def test_a_student_of_another_width_is_refused(world):
+    with pytest.raises(InputError, match=r"emits \(2, 17\) .* wanted \(2, 16\)"):
+        train(world, student=StudentSettings(model="own_students:too_wide", image_size=8))
+
+
+def test_a_damaged_checkpoint_is_refused(world):
+    train(world, stop_after=1)
+    (world[1] / "run/checkpoint.pt").write_bytes(b"PK\x03\x04 damaged")
+    with pytest.raises(InputError, match=r"checkpoint\.pt: not a readable checkpoint; delete it"):
+        train(world)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(world):
+    train(world, stop_after=2)
+    path = world[1] / "run/checkpoint.pt"
+    state = load_checkpoint(path)
+    state["model"]["4.bias"][0] = torch.inf
+    save_checkpoint(path, {key: value for key, value in state.items() if key != "format"})
+    before = path.read_bytes()
+    with pytest.raises(InputError, match=r"the loss of step 3 is not finite; .* lower distill\.lr"):
+        train(world)
+    assert path.read_bytes() == before and [line["step"] for line in lines(world)] == [1, 2]
+
+
+def test_sentences_may_be_off_where_vl_is(world):
+    pvl = LossSettings(pvl=1.0)
+    train(world, settings=SETTINGS.model_copy(update={"batch_sentences": 0, "loss": pvl}), stop_after=1)
+    assert "vl" not in lines(world)[0]
+    with pytest.raises(InputError, match=r"distill\.batch_sentences = 0, but distill\.loss\.vl is on"):
+        train(world, "other", SETTINGS.model_copy(update={"batch_sentences": 0}))
+
+
+def test_the_teachers_logit_scale_comes_from_the_cache(world):
+    train(world, "teacher", stop_after=1)
+    number = SETTINGS.loss.model_copy(update={"logit_scale": 20.0})  # the small cache's teacher has 20
+    train(world, "number", SETTINGS.model_copy(update={"loss": number}), stop_after=1)
+    assert lines(world, "teacher") == lines(world, "number")
+    assert json.loads((world[1] / "teacher/run.json").read_bytes())["logit_scale"] == 20.0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains_and_goes_on_bit_for_bit(world, precision):
+    settings = SETTINGS.model_copy(update={"precision": precision})
+    train(world, "whole", settings)
+    train(world, settings=settings, stop_after=5)
+    train(world, settings=settings)
+    assert lines(world) == lines(world, "whole") and same_weights(world, "run", "whole")
+
+
+def test_the_logged_losses_are_those_of_the_pure_functions(world):
+    settings = SETTINGS.model_copy(update={"loss": LossSettings(vl=1.0, feature=1.0, logit_scale=5.0)})
+    seen = {}
+
+    def keep(name, loss):
+        def kept(*arguments):
+            seen[name] = loss(*arguments).item()
+            return loss(*arguments)
+
+        return kept
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dimefm.stages.losses.vl_loss", keep("vl", vl_loss))
+        patch.setattr("dimefm.stages.losses.feature_loss", keep("feature", feature_loss))
+        train(world, settings=settings, stop_after=1)
+    (line,) = lines(world)
+    assert (line["vl"], line["feature"]) == (seen["vl"], seen["feature"])
+
+
+def test_progress_counts_images(world):
+    told = []
+    train(world, stop_after=3, progress=lambda *facts: told.append(facts))
+    assert [facts[:2] for facts in told] == [(9, 117), (18, 117), (27, 117)]
+    assert told[-1][2].startswith("loss ")
