@@ -51,10 +51,19 @@ class ArraySpec:
     def num_chunks(self) -> int:
         return -(-self.shape[0] // self.chunk_rows)
 
+    def rows_of(self, chunk: int) -> int:
+        """Rows of one chunk; the last one may have fewer than the others."""
+        return min(self.chunk_rows, self.shape[0] - chunk * self.chunk_rows)
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all chunk files, padding included."""
-        return self.num_chunks * self.chunk_rows * int(np.prod(self.shape[1:])) * np.dtype(self.dtype).itemsize
+        return self.num_chunks * self.chunk_bytes
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of each chunk file."""
+        return self.chunk_rows * int(np.prod(self.shape[1:])) * np.dtype(self.dtype).itemsize
 
 
 def declare_arrays(store: Path, specs: Mapping[str, ArraySpec]) -> None:

@@ -13,7 +13,8 @@ from .arrays import MappedArray
 from .durable import digest
 from .errors import CacheError
 from .layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
-from .plan import identity, read_document, read_plan
+from .manifest import read_manifest
+from .plan import identity, read_plan
 from .rows import OK, RowTable
 
 
@@ -98,9 +99,9 @@ class FeatureCache:
         plan = read_plan(layout)
         if plan is None:
             raise CacheError(f"{layout.root}: no teacher cache (no plan.json); run `dimefm cache-teacher` first")
-        if not layout.manifest.exists():
+        manifest = read_manifest(layout)
+        if manifest is None:
             raise CacheError(f"{layout.root}: unfinished (no manifest.json); run `dimefm cache-teacher` to finish it")
-        manifest = read_document(layout.manifest)
         if manifest.get("plan") != identity(layout):
             raise CacheError(f"{layout.root}: plan.json is not the one that manifest.json was written for; restore it")
 

@@ -15,12 +15,14 @@ class ShardRecord:
     Attributes:
         array: name of the array in its store.
         shard: number of the chunk.
+        num_rows: rows in the shard; one that has grown since is another one.
         digest: of the chunk file's bytes.
         failures: (row within the shard, reason) of each row that could not be embedded.
     """
 
     array: str
     shard: int
+    num_rows: int
     digest: str
     failures: tuple[tuple[int, str], ...] = ()
 
@@ -43,8 +45,10 @@ class Journal:
             append_line(self._layout.timings, timing, durable=False)
         self._remember(record)
 
-    def has(self, array: str, shard: int) -> bool:
-        return (array, shard) in self._records
+    def has(self, array: str, shard: int, num_rows: int) -> bool:
+        """Whether the shard is finished with this many rows."""
+        record = self._records.get((array, shard))
+        return record is not None and record.num_rows == num_rows
 
     def of(self, array: str) -> list[ShardRecord]:
         """Records of one array, by shard."""
@@ -59,4 +63,4 @@ class Journal:
 
 def _record(line: dict[str, Any]) -> ShardRecord:
     failures = tuple((int(row), str(reason)) for row, reason in line["failures"])
-    return ShardRecord(line["array"], line["shard"], line["digest"], failures)
+    return ShardRecord(line["array"], line["shard"], line["num_rows"], line["digest"], failures)

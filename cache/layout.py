@@ -35,6 +35,10 @@ class Layout:
         return self.root / "manifest.json"
 
     @property
+    def manifest_digest(self) -> Path:
+        return self.root / "manifest.xxh3"
+
+    @property
     def journal(self) -> Path:
         return self.root / "log" / "shards.jsonl"
 
@@ -50,9 +54,13 @@ class Layout:
     def teacher_zarr(self) -> Path:
         return self.root / "teacher.zarr"
 
-    @property
-    def pairs_zarr(self) -> Path:
-        return self.root / "pairs.zarr"
+    def pairs_zarr(self, version: int) -> Path:
+        """Pairs of one version of the cache: readers of an older one go on undisturbed."""
+        return self.root / f"pairs{_suffix(version)}.zarr"
+
+    def index(self, side: str, version: int) -> Path:
+        """FAISS file over `images` or `sentences`, of one version of the cache."""
+        return self.root / "index" / f"{side}{_suffix(version)}.faiss"
 
     @property
     def image_rows(self) -> Path:
@@ -66,14 +74,14 @@ class Layout:
         return self.root / "rows" / "evaluate" / f"{name}.parquet"
 
     @property
-    def index_dir(self) -> Path:
-        return self.root / "index"
-
-    @property
     def text_tower(self) -> Path:
         return self.root / "text_tower"
 
     @property
-    def own_names(self) -> set[str]:
-        """Names that stage one makes in the folder."""
-        return {"plan.json", "manifest.json", "log", "teacher.zarr", "pairs.zarr", "rows", "index", "text_tower"}
+    def first_names(self) -> set[str]:
+        """Names that may lie in the folder before plan.json does."""
+        return {"log", "rows"}
+
+
+def _suffix(version: int) -> str:
+    return "" if version == 1 else f"-{version}"

@@ -12,7 +12,8 @@ from ..cache.errors import CacheError, InputError
 from ..cache.journal import Journal
 from ..cache.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
 from ..cache.lock import writer_lock
-from ..cache.plan import identity, read_document, read_plan, require_same, write_plan
+from ..cache.manifest import read_manifest
+from ..cache.plan import identity, read_plan, require_same, write_plan
 from ..cache.rows import FAILED, RowTable
 from ..stages.shard import ShardTask
 from ..stages.teacher_identity import configured_identity
@@ -50,9 +51,9 @@ def cache_teacher(config: Config, scheduler: str | None = None) -> None:
 
 def is_finished(config: Config, layout: Layout) -> bool:
     """Whether the manifest is there and its pairs are those that the config asks for."""
-    if not layout.manifest.exists():
+    manifest = read_manifest(layout)
+    if manifest is None:
         return False
-    manifest = read_document(layout.manifest)
     return manifest.get("plan") == identity(layout) and manifest.get("pairs_settings") == pairs_document(config.pairs)
 
 
@@ -66,7 +67,8 @@ def _run(config: Config, layout: Layout, scheduler: str | None) -> None:
         for note in require_same_run(config, layout, plan):
             say(note)
         inputs = plan["inputs"]
-    if plan is None or not layout.text_tower.exists() or _missing(config, layout, plan):
+    embedded = read_manifest(layout) is not None
+    if plan is None or not (embedded or (layout.text_tower.exists() and not _missing(config, layout, plan))):
         plan = _embed(config, layout, inputs, plan, scheduler)
     finish_cache(config, layout, plan, transductive_sets_or_recorded(config, layout))
     say(f"{layout.root}: finished in {time.perf_counter() - start:,.0f} s")
@@ -77,9 +79,10 @@ def transductive_sets_or_recorded(config: Config, layout: Layout) -> list[str]:
     try:
         return transductive_sets(config)
     except InputError:
-        if layout.manifest.exists():
-            return list(read_document(layout.manifest)["transductive"])
-        raise
+        manifest = read_manifest(layout)
+        if manifest is None:
+            raise
+        return list(manifest["transductive"])
 
 
 def array_specs(inputs: dict[str, Any], width: int, chunk: int) -> dict[str, ArraySpec]:
@@ -167,23 +170,23 @@ def _missing(config: Config, layout: Layout, plan: dict[str, Any]) -> list[Shard
 
     def add(kind: Any, array: str, **keys: Any) -> None:
         for shard in range(specs[array].num_chunks):
-            if not journal.has(array, shard):
+            if not journal.has(array, shard, specs[array].rows_of(shard)):
                 tasks.append(ShardTask(kind, layout.teacher_zarr, array, specs[array], shard, **keys))
 
     add("images", IMAGES, table=layout.image_rows, root=config.images.source)
     add("sentences", SENTENCES, table=layout.sentence_rows)
-    for name in plan["inputs"]["evaluate"]:
-        settings = config.evaluate.get(name)
-        root = settings.images if settings else None
-        add("images", evaluate_images(name), table=layout.evaluate_rows(name), root=root)
-        if settings and not journal.has(evaluate_head(name), 0):
-            prompts = tuple(tuple(of_class) for of_class in evaluate_prompts(settings))
-            add("head", evaluate_head(name), prompts=prompts)
+    for name in sorted(set(plan["inputs"]["evaluate"]) - set(config.evaluate)):
+        raise CacheError(f"{layout.root}: begun with evaluate.{name}, which the config no longer has; put it back")
+    for name, settings in config.evaluate.items():
+        add("images", evaluate_images(name), table=layout.evaluate_rows(name), root=settings.images)
+        head = evaluate_head(name)
+        if not journal.has(head, 0, specs[head].rows_of(0)):  # its prompts are files that may be gone by now
+            add("head", head, prompts=tuple(tuple(of_class) for of_class in evaluate_prompts(settings)))
     return tasks
 
 
 def _num_rows(task: ShardTask) -> int:
-    return min(task.spec.chunk_rows, task.spec.shape[0] - task.shard * task.spec.chunk_rows)
+    return task.spec.rows_of(task.shard)
 
 
 def require_same_run(config: Config, layout: Layout, plan: dict[str, Any]) -> list[str]:
@@ -200,7 +203,7 @@ def _require_own_folder(layout: Layout) -> None:
         make_folder(layout.root)
     if not layout.root.is_dir():
         raise CacheError(f"{layout.root}: a file; cache.dir wants a folder")
-    foreign = sorted({path.name for path in layout.root.iterdir()} - layout.own_names)
+    foreign = sorted({path.name for path in layout.root.iterdir()} - layout.first_names)
     if foreign and not layout.plan.exists():
         raise CacheError(
             f"{layout.root}: holds {foreign[0]!r}, which is not a teacher cache's; choose an empty cache.dir"

@@ -1,16 +1,19 @@
 """The end of stage one: row tables with their failures, indexes, pseudo-pairs, and last of all the manifest."""
 
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from ..cache.durable import write_json
+from ..cache.arrays import chunk_path, read_spec
 from ..cache.journal import Journal
-from ..cache.layout import FORMAT, IMAGES, SENTENCES, Layout, evaluate_images
+from ..cache.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
+from ..cache.manifest import file_entry, read_manifest, write_manifest
 from ..cache.plan import identity
 from ..cache.rows import FAILED, RowTable, mark_failures
 from ..cache.settings import PairsSettings
 from .config import Config
-from .pairs import write_pairs
+from .pairs import DIRECTIONS, write_pairs
 
 
 def pairs_document(settings: PairsSettings) -> dict[str, Any] | None:
@@ -21,32 +24,64 @@ def pairs_document(settings: PairsSettings) -> dict[str, Any] | None:
 def finish_cache(config: Config, layout: Layout, plan: dict[str, Any], transductive: list[str]) -> None:
     """Turn a folder whose shards are all counted into a finished cache."""
     journal = Journal(layout)
+    before = read_manifest(layout)
+    version = before["version"] + 1 if before else 1
     tables = {IMAGES: layout.image_rows, SENTENCES: layout.sentence_rows}
     tables |= {evaluate_images(name): layout.evaluate_rows(name) for name in plan["inputs"]["evaluate"]}
-    shard_rows = plan["shard_rows"]
-    rows = {}
+    arrays = {}
     for array, table in tables.items():
         failures = {
-            record.shard * shard_rows + row: reason for record in journal.of(array) for row, reason in record.failures
+            record.shard * plan["shard_rows"] + row: reason
+            for record in journal.of(array)
+            for row, reason in record.failures
         }
-        mark_failures(table, failures, shard_rows)
-        rows[array] = _count(RowTable(table))
-    arrays = {
-        record.array: {"chunks": [r.digest for r in journal.of(record.array)], **rows.get(record.array, {})}
-        for record in journal
-        if not record.array.startswith("pairs")
-    }
-    written = write_pairs(layout, config.pairs, journal) if config.pairs.k else {"pairs": None, "index": {}}
-    document = {
-        "format": FORMAT,
-        "plan": identity(layout),
-        "arrays": arrays,
-        "pairs_settings": pairs_document(config.pairs),
-        "text_tower": layout.text_tower.name,
-        "transductive": transductive,
-        **written,
-    }
-    write_json(layout.manifest, document)
+        mark_failures(table, failures, plan["shard_rows"])
+        arrays[array] = _count(RowTable(table))
+    retrieved: dict[str, Any] = {"pairs": None, "index": {}}
+    if config.pairs.k:
+        retrieved = write_pairs(layout, config.pairs, journal, version)
+    heads = [evaluate_head(name) for name in plan["inputs"]["evaluate"]]
+    files = dict(_files(layout, journal, [*tables, *heads], list(tables.values()), retrieved))
+    write_manifest(
+        layout,
+        {
+            "version": version,
+            "plan": identity(layout),
+            "arrays": arrays,
+            "pairs_settings": pairs_document(config.pairs),
+            "text_tower": layout.text_tower.name,
+            "transductive": transductive,
+            "files": files,
+            **retrieved,
+        },
+    )
+
+
+def _files(
+    layout: Layout, journal: Journal, arrays: list[str], tables: list[Path], retrieved: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, size and checksum) of every file of the cache; chunks as the journal has them, nothing read twice."""
+    stores = [(layout.teacher_zarr, "", arrays)]
+    others = [layout.plan, *tables, *sorted(path for path in layout.text_tower.rglob("*") if path.is_file())]
+    if retrieved["pairs"]:
+        store, counted = layout.root / retrieved["pairs"]["store"], retrieved["pairs"]["counted"]
+        names = [f"{direction}/{part}" for direction in DIRECTIONS for part in ("ids", "scores")]
+        stores.append((store, counted, names))
+        for info in retrieved["index"].values():
+            others += [layout.root / info["file"], (layout.root / info["file"]).with_suffix(".json")]
+    for store, counted, names in stores:
+        others += sorted(store.rglob("zarr.json"))
+        for name in names:
+            spec = read_spec(store, name)
+            for record in journal.of(counted + name):
+                path = chunk_path(store, name, record.shard, len(spec.shape))
+                yield _relative(layout, path), {"bytes": spec.chunk_bytes, "digest": record.digest}
+    for path in others:
+        yield _relative(layout, path), file_entry(path)
+
+
+def _relative(layout: Layout, path: Path) -> str:
+    return path.relative_to(layout.root).as_posix()
 
 
 def _count(table: RowTable) -> dict[str, Any]:

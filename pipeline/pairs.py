@@ -1,6 +1,7 @@
 """Indexes over both sides of a cache, and the pseudo-pairs between them, shard by shard."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from ..cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
@@ -14,9 +15,12 @@ from ..cache.settings import PairsSettings
 from ..stages.retrieve import build_side, retrieve
 from .progress import bar, say
 
+DIRECTIONS = {"image_to_sentence": ("images", "sentences"), "sentence_to_image": ("sentences", "images")}
+"""Array of pairs -> which side asks and which side answers."""
 
-def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal) -> dict[str, Any]:
-    """Build what is missing of the indexes and pairs.
+
+def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal, version: int) -> dict[str, Any]:
+    """Build what is missing of the indexes and pairs of one version of the cache.
 
     Returns:
         `index` and `pairs` of the manifest.
@@ -25,26 +29,24 @@ def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal) -> di
         "images": _open(layout, IMAGES, layout.image_rows),
         "sentences": _open(layout, SENTENCES, layout.sentence_rows),
     }
-    asked = settings.model_dump(mode="json")
+    store = layout.pairs_zarr(version)
     indexes = {
-        name: _build_or_load(layout, name, sides[name], sides[other], settings)
+        name: _build_or_load(layout.index(name, version), name, sides[name], sides[other], settings)
         for name, other in (("images", "sentences"), ("sentences", "images"))
     }
-    directions = {"image_to_sentence": ("images", "sentences"), "sentence_to_image": ("sentences", "images")}
     specs = {}
-    for direction, (name, _) in directions.items():
+    for direction, (name, _) in DIRECTIONS.items():
         rows, chunk = sides[name].embeddings.spec.shape[0], sides[name].embeddings.spec.chunk_rows
         specs[f"{direction}/ids"] = ArraySpec((rows, settings.k), "int64", chunk)
         specs[f"{direction}/scores"] = ArraySpec((rows, settings.k), "float32", chunk)
-    declare_arrays(layout.pairs_zarr, specs)
+    declare_arrays(store, specs)
     # Chunks of other settings may lie there under the same names: the settings are part of what the journal counts.
-    version = digest(to_json(asked))[:8]
-    for direction, (name, other) in directions.items():
-        _retrieve_all(layout, journal, direction, version, specs, sides[name], sides[other], indexes[other][0])
-    chunks = {array: [record.digest for record in journal.of(f"pairs-{version}/{array}")] for array in sorted(specs)}
+    counted = f"{store.name}[{digest(to_json(settings.model_dump(mode='json')))[:8]}]/"
+    for direction, (name, other) in DIRECTIONS.items():
+        _retrieve_all(store, journal, counted, direction, specs, sides[name], sides[other], indexes[other][0])
     return {
-        "index": {name: {"file": f"index/{name}.faiss", **info} for name, (_, info) in indexes.items()},
-        "pairs": {"store": layout.pairs_zarr.name, "k": settings.k, "chunks": chunks},
+        "index": {name: {"file": f"index/{layout.index(name, version).name}", **indexes[name][1]} for name in indexes},
+        "pairs": {"store": store.name, "k": settings.k, "counted": counted},
     }
 
 
@@ -53,10 +55,10 @@ def _open(layout: Layout, array: str, table: Any) -> EmbeddingSet:
 
 
 def _build_or_load(
-    layout: Layout, name: str, targets: EmbeddingSet, queries: EmbeddingSet, settings: PairsSettings
+    path: Path, name: str, targets: EmbeddingSet, queries: EmbeddingSet, settings: PairsSettings
 ) -> tuple[Index, dict[str, Any]]:
     """One side's index; the document beside it is written after it, so an index without one is built again."""
-    path, beside = layout.index_dir / f"{name}.faiss", layout.index_dir / f"{name}.json"
+    beside = path.with_suffix(".json")
     asked = settings.model_dump(mode="json")
     if beside.exists():
         document = json.loads(beside.read_bytes())
@@ -68,17 +70,16 @@ def _build_or_load(
     index.save(path)
     write_json(beside, {"settings": asked, "info": info})
     if info["recall"] is not None:
-        say(
-            f"{name}: {info['type']}, recall@{info['recall_k']} {info['recall']:.3f} on {info['recall_queries']} queries"
-        )
+        measured = f"recall@{info['recall_k']} {info['recall']:.3f} on {info['recall_queries']} queries"
+        say(f"{name}: {info['type']}, {measured}")
     return index, info
 
 
 def _retrieve_all(
-    layout: Layout,
+    store: Path,
     journal: Journal,
+    counted: str,
     direction: str,
-    version: str,
     specs: dict[str, ArraySpec],
     queries: EmbeddingSet,
     targets: EmbeddingSet,
@@ -86,18 +87,18 @@ def _retrieve_all(
 ) -> None:
     ids_name, scores_name = f"{direction}/ids", f"{direction}/scores"
     spec = specs[ids_name]
-    counted = f"pairs-{version}/"
-    missing = [shard for shard in range(spec.num_chunks) if not journal.has(counted + scores_name, shard)]
-    done = spec.shape[0] - sum(min(spec.chunk_rows, spec.shape[0] - shard * spec.chunk_rows) for shard in missing)
+    shards = range(spec.num_chunks)
+    missing = [shard for shard in shards if not journal.has(counted + scores_name, shard, spec.rows_of(shard))]
+    done = spec.shape[0] - sum(spec.rows_of(shard) for shard in missing)
     if not missing:
         return
     with bar(direction.replace("_", " "), spec.shape[0], "rows", done) as shown:
         for shard in missing:
             start = shard * spec.chunk_rows
-            stop = min(start + spec.chunk_rows, spec.shape[0])
+            stop = start + spec.rows_of(shard)
             ids, scores = retrieve(queries.embeddings, targets.embeddings, index, spec.shape[1], start, stop)
             for name, block in ((ids_name, ids), (scores_name, scores)):  # scores last: they count the shard
-                written = write_chunk(layout.pairs_zarr, name, specs[name], shard, block)
-                journal.add(ShardRecord(counted + name, shard, written), {})
+                written = write_chunk(store, name, specs[name], shard, block)
+                journal.add(ShardRecord(counted + name, shard, len(block), written), {})
             done += stop - start
             shown.update(done)

@@ -26,8 +26,8 @@ def describe_plan(config: Config) -> dict[str, Any]:
 
     Returns:
         `cache`, `state` (not started, unfinished, finished), `arrays` (rows, shards done and in all, bytes), `notes`,
-        `disk` and `memory_bytes` of the whole cache and building its larger index, `rows_left`, `rows_per_s` and `seconds_left`
-        (None until a shard has been measured). Sizes are None where only a hub knows the teacher's width.
+        `disk` of the whole cache, `memory_bytes` to build its larger index, `rows_left`, `rows_per_s` and
+        `seconds_left` (None until a shard has been measured). Sizes are None where only a hub knows the width.
 
     Raises:
         CacheError: if the cache belongs to another run.
@@ -96,8 +96,8 @@ def _count_inputs(config: Config) -> dict[str, Any]:
 
 
 def _array_state(name: str, spec: ArraySpec, journal: Journal) -> dict[str, Any]:
-    missing = [shard for shard in range(spec.num_chunks) if not journal.has(name, shard)]
-    left = sum(min(spec.chunk_rows, spec.shape[0] - shard * spec.chunk_rows) for shard in missing)
+    missing = [shard for shard in range(spec.num_chunks) if not journal.has(name, shard, spec.rows_of(shard))]
+    left = sum(spec.rows_of(shard) for shard in missing)
     return {
         "rows": spec.shape[0],
         "rows_left": left,
@@ -113,7 +113,7 @@ def _rows_per_s(layout: Layout, specs: dict[str, ArraySpec]) -> float | None:
     for line in read_lines(layout.timings):
         if line["array"] == IMAGES:
             spec = specs[IMAGES]
-            rows += min(spec.chunk_rows, spec.shape[0] - line["shard"] * spec.chunk_rows)
+            rows += spec.rows_of(line["shard"])
             seconds += line["infer"] + line["wait"]
     return rows / seconds if seconds else None
 

@@ -32,7 +32,7 @@ _TWO = {
     "next to": ("{a} next to {b}", "{a} beside {b}", "{b} next to {a}"),
 }
 _TWO_ANY = ("{a} and {b}", "{b} and {a}", "a picture of {a} and {b}")
-_THREE = ("{two}, and {c}", "{two}; also {c}", "{c}, and {two}")
+_THREE = ("{two}, and {c}", "{two}; also {c}")
 _GROUND = ("{} on a {} background", "{} on a {} ground", "{}, the background is {}")
 
 TEMPLATES = (
@@ -64,14 +64,14 @@ def caption(scene: Scene, draw: int = 0) -> str:
         draw: which of the scene's sentences: other words, other details.
     """
     rng = generator(scene.key, purpose=2, draw=draw)
-    phrases = [_phrase(rng, thing) for thing in scene.things]
+    phrases = [_phrase(rng, thing, full=i < 2) for i, thing in enumerate(scene.things)]
     if len(phrases) == 1:
         sentence = _pick(rng, _ALONE).format(a=phrases[0])
     elif len(phrases) == 3 and rng.random() < 0.7:
         sentence = _pick(rng, _THREE).format(two=_two(rng, scene, phrases), c=phrases[2])
     else:
         sentence = _two(rng, scene, phrases)
-    if len(phrases) < 3 and rng.random() < 0.3:
+    if len(phrases) == 1 and rng.random() < 0.35:
         tone = "dark" if scene.dark else "light"
         ground = _pick(rng, (tone, scene.background, f"{tone} {scene.background}"))
         sentence = _pick(rng, _GROUND).format(sentence, ground)
@@ -84,9 +84,11 @@ def _two(rng: np.random.Generator, scene: Scene, phrases: list[str]) -> str:
     return _pick(rng, forms).format(a=phrases[0], b=phrases[1])
 
 
-def _phrase(rng: np.random.Generator, thing: Thing) -> str:
-    """A thing by some of its properties: colour and shape nearly always, size and texture about half of the time."""
-    chances = {thing.size: 0.45, thing.texture: 0.3 if thing.texture == "solid" else 0.6, thing.colour: 0.9}
+def _phrase(rng: np.random.Generator, thing: Thing, full: bool) -> str:
+    """A thing by some of its properties: colour and shape nearly always, size and texture about half of the time if `full`."""
+    chances = {thing.colour: 0.9}
+    if full:
+        chances = {thing.size: 0.4, thing.texture: 0.25 if thing.texture == "solid" else 0.5, **chances}
     words = [_word(rng, name) for name, chance in chances.items() if rng.random() < chance]
     words.append(_word(rng, thing.shape) if rng.random() < 0.96 else "shape")
     article = _pick(rng, ("a", "a", "a", "one", "the"))

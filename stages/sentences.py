@@ -26,7 +26,8 @@ class Sentence:
     """One line.
 
     Attributes:
-        text: the line as it stands, without its line end; bytes that are not UTF-8 are shown as `\\xff`.
+        text: the line as it stands, without its line end; bytes that are not UTF-8 are shown as `\\xff`; of an
+            overlong line, its beginning.
         origin: name of its file.
         problem: why it cannot be embedded, or None.
     """

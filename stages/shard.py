@@ -78,4 +78,4 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
     start = time.perf_counter()
     written = write_chunk(task.store, task.array, task.spec, task.shard, block)
     seconds["write"] = time.perf_counter() - start
-    return ShardDone(ShardRecord(task.array, task.shard, written, tuple(failures)), len(block), seconds)
+    return ShardDone(ShardRecord(task.array, task.shard, len(block), written, tuple(failures)), len(block), seconds)

@@ -1,6 +1,7 @@
 """The teacher's frozen text tower on its own: new prompts, and students that are exported, need no teacher."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ..cache.durable import write_bytes, write_json
+from ..cache.durable import make_folder, sync_folder, write_bytes, write_json
 from ..cache.errors import CacheError
 from .teacher import Teacher
 from .teacher_source import CONFIG_NAME, LOCAL, quiet_open_clip
@@ -57,6 +58,8 @@ class TextTower:
 def save_text_tower(teacher: Teacher, folder: Path) -> None:
     """Write a teacher's text tower, tokenizer and preprocessing; equal teachers give equal bytes.
 
+    The folder appears under its name once all of it is on disk, and replaces one that is there.
+
     The weights have the key names of open_clip's `TextTransformer` (or of its Hugging Face tower), with the logit scale
     beside them, in the number format that the teacher was loaded in. The folder is open_clip's `local-dir:` for the
     tokenizer; as a whole model it lacks the image tower, and open_clip refuses it.
@@ -69,13 +72,20 @@ def save_text_tower(teacher: Teacher, folder: Path) -> None:
         for name, tensor in state.items()
         if tensor is not None and not name.startswith("visual.")
     }
-    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's
+    make_folder(unfinished)
     if hasattr(teacher.tokenizer, "save_pretrained"):
-        teacher.tokenizer.save_pretrained(str(folder))
+        teacher.tokenizer.save_pretrained(str(unfinished))
     if teacher.model_cfg["text_cfg"].get("hf_model_name"):
-        teacher.model.text.config.save_pretrained(str(folder))
-    write_bytes(folder / WEIGHTS_NAME, save(tensors))
-    write_json(folder / CONFIG_NAME, {"model_cfg": teacher.model_cfg, "preprocess_cfg": teacher.preprocess_cfg})
+        teacher.model.text.config.save_pretrained(str(unfinished))
+    for path in list(unfinished.iterdir()):
+        write_bytes(path, path.read_bytes())  # transformers does not fsync
+    write_bytes(unfinished / WEIGHTS_NAME, save(tensors))
+    write_json(unfinished / CONFIG_NAME, {"model_cfg": teacher.model_cfg, "preprocess_cfg": teacher.preprocess_cfg})
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    sync_folder(folder.parent)
 
 
 def load_text_tower(folder: Path, device: torch.device) -> TextTower:

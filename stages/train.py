@@ -117,6 +117,7 @@ def train_student(
 
     # Model and optimiser
     model = build_student(student.model, cache.images.embeddings.shape[-1], student.image_size).to(device).train()
+    model.to(memory_format=torch.channels_last)  # as the images are: convolutions gain up to twofold
     optimizer = build_optimizer(model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 

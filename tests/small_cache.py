@@ -6,9 +6,9 @@ import numpy as np
 from PIL import Image
 
 from dimefm.cache.arrays import ArraySpec, declare_arrays, write_chunk
-from dimefm.cache.durable import write_json
 from dimefm.cache.feature_cache import FeatureCache
-from dimefm.cache.layout import FORMAT, IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
+from dimefm.cache.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
+from dimefm.cache.manifest import write_manifest
 from dimefm.cache.plan import identity, write_plan
 from dimefm.cache.rows import FAILED, IMAGE_COLUMNS, LABELLED_COLUMNS, SENTENCE_COLUMNS, write_rows
 
@@ -34,8 +34,8 @@ STUDENTS = """
 from torch import nn
 
 def with_dropout(embed_dim, image_size):
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, 32), nn.ReLU(), nn.Dropout(0.5),
-                         nn.Linear(32, embed_dim))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3),
+                         nn.Linear(8 * (image_size // 2) ** 2, embed_dim))
 
 def too_wide(embed_dim, image_size):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, embed_dim + 1))
@@ -89,6 +89,5 @@ def make_cache(folder: Path, num_images: int = 40, num_sentences: int = 30) -> F
     dev = {"class_ids": CLASSES, "class_names": [[name] for name in CLASSES]}
     write_plan(layout, {"teacher": TEACHER, "inputs": {"evaluate": {"dev": dev}}})
     counts = {name: {"rows": len(array)} for name, array in arrays.items()}
-    manifest = {"format": FORMAT, "plan": identity(layout), "arrays": counts, "transductive": [], "pairs": None}
-    write_json(layout.manifest, manifest)
+    write_manifest(layout, {"plan": identity(layout), "arrays": counts, "transductive": [], "pairs": None})
     return FeatureCache.open(layout.root)

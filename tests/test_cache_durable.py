@@ -63,9 +63,10 @@ def test_a_torn_line_is_dropped_and_does_not_swallow_the_next(tmp_path):
 
 def test_the_journal_remembers_shards_with_their_failures(tmp_path):
     layout = Layout(tmp_path)
-    Journal(layout).add(ShardRecord("images/embedding", 3, "ab", ((5, "truncated"),)), {"infer": 1.0})
+    Journal(layout).add(ShardRecord("images/embedding", 3, 8, "ab", ((5, "truncated"),)), {"infer": 1.0})
     again = Journal(layout)
-    assert again.has("images/embedding", 3) and not again.has("images/embedding", 2)
+    assert again.has("images/embedding", 3, 8) and not again.has("images/embedding", 2, 8)
+    assert not again.has("images/embedding", 3, 7)  # it has grown since
     assert again.of("images/embedding")[0].failures == ((5, "truncated"),)
 
 

@@ -9,6 +9,7 @@ import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 import zarr
 from PIL import Image
 
@@ -145,8 +146,37 @@ def test_new_images_and_lines_are_reported_and_not_taken_in(copy, capsys):
     assert "1 images have appeared since" in said and "1 lines have appeared since" in said
 
 
-def test_another_k_makes_new_pairs_without_the_teacher(copy, no_teacher):
-    assert run(copy, ("k = 3", "k = 5")).pairs("image_to_sentence").ids.shape == (30, 5)
+def test_another_k_makes_new_pairs_without_the_teacher_and_leaves_the_old_ones_to_their_readers(copy, no_teacher):
+    before = FeatureCache.open(copy.parent / "cache").pairs("image_to_sentence")
+    after = run(copy, ("k = 3", "k = 5")).pairs("image_to_sentence")
+    assert after.ids.shape == (30, 5)
+    assert np.array_equal(after.ids[:][:, :3], before.ids[:])
+
+
+def test_every_file_of_a_finished_cache_is_in_its_manifest_with_its_checksum(finished):
+    root = finished.parent / "cache"
+    files = json.loads((root / "manifest.json").read_bytes())["files"]
+    there = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
+    outside = {name for name in there if name.startswith("log/")} | {"manifest.json", "manifest.xxh3"}
+    assert set(files) == set(there) - outside
+    for name, entry in files.items():
+        data = there[name].read_bytes()
+        assert entry == {"bytes": len(data), "digest": xxhash.xxh3_128(data).hexdigest()}
+
+
+def test_an_edited_manifest_is_refused(copy):
+    path = copy.parent / "cache/manifest.json"
+    path.write_text(path.read_text().replace('"rows": 30', '"rows": 29'))
+    with pytest.raises(CacheError, match="its checksum differs"):
+        FeatureCache.open(copy.parent / "cache")
+
+
+def test_an_unfinished_cache_wants_the_evaluation_sets_that_it_was_begun_with(copy):
+    (copy.parent / "cache/manifest.json").unlink()
+    text = copy.read_text()
+    copy.write_text(text[: text.index("[evaluate.dev]")])
+    with pytest.raises(CacheError, match=r"evaluate\.dev, which the config no longer has"):
+        run(copy)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int) -> Non
     assert np.array_equal(np.asarray(decode_image(data)), np.asarray(expected))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_damaged_exif_does_not_cost_the_image() -> None:
     data = encoded(picture(), "JPEG", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff" + b"\xee" * 20)
     assert decode_image(data).size == (8, 6)

@@ -61,6 +61,24 @@ def test_equal_teachers_give_equal_bytes(tiny_teacher: tuple[Path, Path], tmp_pa
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
+def test_a_killed_writer_leaves_no_folder_and_the_next_one_starts_anew(
+    tiny_teacher: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dimefm.stages.text_tower.write_json", die)  # the last file
+        with pytest.raises(KeyboardInterrupt):
+            save_text_tower(load(tiny_teacher), tmp_path / "tower")
+    assert not (tmp_path / "tower").exists()
+    (tmp_path / ".tower.new" / "leftover").touch()
+    for _ in range(2):  # the second one replaces the first
+        save_text_tower(load(tiny_teacher), tmp_path / "tower")
+        assert contents(tmp_path / "tower").keys() == {"open_clip_config.json", WEIGHTS_NAME}
+    assert [path.name for path in tmp_path.iterdir()] == ["tower"]
+
+
 def test_open_clip_finds_the_tokenizer_in_the_folder(tiny_teacher: tuple[Path, Path], tmp_path: Path) -> None:
     teacher = load(tiny_teacher)
     save_text_tower(teacher, tmp_path / "tower")
@@ -90,19 +108,19 @@ def test_half_a_model_is_not_taken_for_a_whole_one(tiny_teacher: tuple[Path, Pat
 def test_a_missing_or_damaged_file_is_a_cache_error(
     tiny_teacher: tuple[Path, Path], tmp_path: Path, name: str, data: bytes | None
 ) -> None:
-    save_text_tower(load(tiny_teacher), tmp_path)
-    (tmp_path / name).unlink()
+    save_text_tower(load(tiny_teacher), tmp_path / "tower")
+    (tmp_path / "tower" / name).unlink()
     if data is not None:
-        (tmp_path / name).write_bytes(data)
+        (tmp_path / "tower" / name).write_bytes(data)
     with pytest.raises(CacheError, match="the text tower cannot be loaded") as caught:
-        load_text_tower(tmp_path, CPU)
+        load_text_tower(tmp_path / "tower", CPU)
     assert "\n" not in str(caught.value)
 
 
 def test_weights_of_another_tower_are_a_cache_error(tiny_teacher: tuple[Path, Path], tmp_path: Path) -> None:
-    save_text_tower(load(tiny_teacher), tmp_path)
-    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    save_text_tower(load(tiny_teacher), tmp_path / "tower")
+    config = json.loads((tmp_path / "tower" / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["layers"] = 2
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    (tmp_path / "tower" / "open_clip_config.json").write_text(json.dumps(config))
     with pytest.raises(CacheError, match="the text tower cannot be loaded"):
-        load_text_tower(tmp_path, CPU)
+        load_text_tower(tmp_path / "tower", CPU)

@@ -245,7 +245,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(w
     train(world, stop_after=2)
     path = world[1] / "run/checkpoint.pt"
     state = load_checkpoint(path)
-    state["model"]["4.bias"][0] = torch.inf
+    state["model"]["5.bias"][0] = torch.inf
     save_checkpoint(path, {key: value for key, value in state.items() if key != "format"})
     before = path.read_bytes()
     with pytest.raises(InputError, match=r"the loss of step 3 is not finite; .* lower distill\.lr"):

@@ -1,0 +1,208 @@
+"""The demo's teacher: a small CLIP, trained from scratch on scenes and captions. Its scores are a demonstration, not a result.
+
+The other teachers of this project arrive trained; this one is made here so that a fresh clone needs no download.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .scene_captions import caption
+from .scene_pictures import draw
+from .scenes import COLOURS, Scene, Stream, make_scene
+
+VOCABULARY = 49408
+MODEL_CONFIG: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {
+        "timm_model_name": "test_resnet",
+        "timm_model_pretrained": False,
+        "timm_pool": "avg",
+        "timm_proj": "linear",
+        "image_size": 64,
+    },
+    "text_cfg": {"context_length": 28, "vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2},
+}
+"""As open_clip reads it; the tokenizer is CLIP's own. open_clip normalises its images with OpenAI's mean and deviation."""
+
+_LARGEST_LOGIT_SCALE = 100.0
+
+Progress = Callable[[str, int, int], None]
+"""Told (what is being done, how much of it is done, how much there is)."""
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """How the teacher is trained."""
+
+    num_pairs: int = 10240
+    """Pictures, each with `num_captions` captions."""
+    num_captions: int = 4
+    """Captions of one picture, one for each pass over the pictures in turn."""
+    steps: int = 1400
+    batch_size: int = 64
+    lr: float = 2e-3
+    """Peak learning rate of AdamW; one cycle with a short warm-up and a cosine."""
+    warmup: float = 0.08
+    """Share of the steps."""
+    weight_decay: float = 0.1
+    num_checked: int = 256
+    """Fresh pairs that the finished teacher is asked to match."""
+
+
+@dataclass(frozen=True)
+class TrainedTeacher:
+    """What training gives.
+
+    Attributes:
+        weights: state dict in open_clip's names and float32, the whole vocabulary in the token table; rows of tokens
+            that no caption and no prompt uses are zero.
+        pair_accuracy: share of `num_checked` fresh pictures whose own caption fits better than all the other ones'.
+        num_checked: how many those were; chance is 1 / num_checked.
+    """
+
+    weights: dict[str, Tensor]
+    pair_accuracy: float
+    num_checked: int
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """`pixels` (N, 3, S, S) uint8, `tokens` (captions, N, context) int64, `colours` (N,) of each scene's first thing."""
+
+    pixels: Tensor
+    tokens: Tensor
+    colours: np.ndarray
+
+
+def train_teacher(
+    seed: int, recipe: TeacherRecipe, prompts: list[str], progress: Progress | None = None
+) -> TrainedTeacher:
+    """Draw the pairs and train on them, on the CPU; the same bytes again with the same versions, threads and processor.
+
+    Args:
+        seed: of the demo: scenes, initial weights and order.
+        recipe: sizes and rates.
+        prompts: sentences that the teacher will be asked about; only their tokens are used, to keep them in the vocabulary.
+        progress: told after each picture drawn and each step.
+    """
+    from open_clip import SimpleTokenizer
+    from open_clip.model import CLIP
+
+    tell: Progress = progress or (lambda text, done, total: None)
+    tokenizer = SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
+    pairs = _make_pairs(seed, 0, recipe.num_pairs, recipe.num_captions, tokenizer, tell)
+    fresh = _make_pairs(seed, recipe.num_pairs, recipe.num_checked, 1, tokenizer, tell)
+    # Few of the 49,408 tokens occur. Training on those alone keeps the order, so the end token is still the largest.
+    used = torch.cat([pairs.tokens.flatten(), fresh.tokens.flatten(), tokenizer(prompts).flatten()]).unique()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIP(
+            embed_dim=MODEL_CONFIG["embed_dim"],
+            vision_cfg=MODEL_CONFIG["vision_cfg"],
+            text_cfg={**MODEL_CONFIG["text_cfg"], "vocab_size": len(used)},
+        )
+        model.visual.to(memory_format=torch.channels_last)
+        _fit(model, pairs, used, seed, recipe, tell)
+        accuracy = _pair_accuracy(model, fresh, used)
+    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    table = torch.zeros(VOCABULARY, MODEL_CONFIG["text_cfg"]["width"])
+    table[used] = weights["token_embedding.weight"]
+    return TrainedTeacher({**weights, "token_embedding.weight": table}, accuracy, recipe.num_checked)
+
+
+def _make_pairs(seed: int, start: int, count: int, num_captions: int, tokenizer: Any, tell: Progress) -> _Pairs:
+    scenes: list[Scene] = []
+    pixels = torch.empty(count, 3, 64, 64, dtype=torch.uint8)
+    for i in range(count):
+        scenes.append(make_scene(seed, Stream.PAIRS, start + i))
+        pixels[i] = torch.from_numpy(np.array(draw(scenes[i]))).permute(2, 0, 1)
+        tell("drawing pairs for the teacher", i + 1, count)
+    tokens = torch.stack([tokenizer([caption(scene, n) for scene in scenes]) for n in range(num_captions)])
+    return _Pairs(pixels, tokens, np.array([COLOURS.index(scene.things[0].colour) for scene in scenes]))
+
+
+def _fit(
+    model: torch.nn.Module, pairs: _Pairs, used: Tensor, seed: int, recipe: TeacherRecipe, tell: Progress
+) -> None:
+    """Symmetric InfoNCE (CLIP, arXiv 2103.00020) with a learnt logit scale, AdamW and one cycle."""
+    decayed = [value for value in model.parameters() if value.ndim > 1]
+    others = [value for value in model.parameters() if value.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
+    batches = _Batches(pairs.colours, recipe.batch_size, seed)
+    model.train()
+    for step in range(recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _lr_at(step, recipe)
+        rows = torch.from_numpy(batches.at(step))
+        draw_of_pass = step * recipe.batch_size // len(pairs.pixels) % len(pairs.tokens)
+        tokens = _compact(pairs.tokens[draw_of_pass, rows], used)
+        loss = _contrastive_loss(*_embed(model, pairs.pixels[rows], tokens), tokens, model.logit_scale.exp())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0.0, math.log(_LARGEST_LOGIT_SCALE))
+        tell("training the teacher", step + 1, recipe.steps)
+    model.eval()
+
+
+class _Batches:
+    """Rows of each step: half of a batch's pictures have one colour, half another, so that colour alone does not match them."""
+
+    def __init__(self, colours: np.ndarray, batch_size: int, seed: int) -> None:
+        self._rows = [rows for rows in (np.flatnonzero(colours == i) for i in range(len(COLOURS))) if len(rows)]
+        self._half = batch_size // 2
+        self._seed = seed
+
+    def at(self, step: int) -> np.ndarray:
+        """(batch_size,) int64 rows."""
+        rng = np.random.Generator(np.random.Philox(key=[self._seed, 0], counter=[0, step, 0, 0]))
+        if step % 2:
+            return rng.choice(np.concatenate(self._rows), 2 * self._half, replace=False)
+        colours = rng.choice(len(self._rows), 2, replace=False)
+        return np.concatenate([rng.choice(self._rows[i], self._half, replace=False) for i in colours])
+
+
+def _lr_at(step: int, recipe: TeacherRecipe) -> float:
+    warmup = max(1, round(recipe.warmup * recipe.steps))
+    if step < warmup:
+        return recipe.lr * (step + 1) / warmup
+    return recipe.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup))))
+
+
+def _compact(tokens: Tensor, used: Tensor) -> Tensor:
+    """Token ids -> their positions among the used ones; padding stays 0."""
+    return torch.searchsorted(used, tokens)
+
+
+def _embed(model: torch.nn.Module, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit embeddings (B, D) of pictures (B, 3, S, S) uint8 and of sentences (B, L)."""
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    images = ((pixels.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+    return F.normalize(model.encode_image(images), dim=-1), F.normalize(model.encode_text(tokens), dim=-1)
+
+
+def _contrastive_loss(images: Tensor, sentences: Tensor, tokens: Tensor, logit_scale: Tensor) -> Tensor:
+    """InfoNCE both ways. Equal captions in a batch are all right: they share the target."""
+    logits = logit_scale * images @ sentences.T
+    same = (tokens[:, None] == tokens[None]).all(dim=-1).float()
+    target = same / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+@torch.inference_mode()
+def _pair_accuracy(model: torch.nn.Module, pairs: _Pairs, used: Tensor) -> float:
+    images, sentences = _embed(model, pairs.pixels, _compact(pairs.tokens[0], used))
+    best = (images @ sentences.T).argmax(dim=1)
+    return (best == torch.arange(len(best))).float().mean().item()
