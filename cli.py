@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -95,6 +96,7 @@ def evaluate(runs: RunsArgument, as_json: JsonOption = False) -> None:
 
 def main() -> None:
     """Entry point of `dimefm`: exit code 0 done, 1 a known error, 2 wrong usage, 130 interrupted with state saved."""
+    warnings.filterwarnings("ignore", module="PIL")  # an odd image has its row's reason; Pillow's remarks name no file
     try:
         app()
     except DimefmError as error:

@@ -112,7 +112,11 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
         model = str(under(Path(model)))
     if model.startswith("local-dir:"):
         model = f"local-dir:{under(Path(model.removeprefix('local-dir:')))}"
-    if pretrained and not pretrained.startswith("hf-hub:") and pretrained.endswith(WEIGHT_SUFFIXES):
+    if (
+        pretrained
+        and not pretrained.startswith("hf-hub:")
+        and ("/" in pretrained or pretrained.endswith(WEIGHT_SUFFIXES))
+    ):
         pretrained = str(under(Path(pretrained)))
     prompts = config.sentences.prompts
     if prompts:

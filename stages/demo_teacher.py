@@ -1,4 +1,4 @@
-"""The demo's teacher: a small CLIP, trained from scratch on scenes and captions. Its scores are a demonstration, not a result.
+"""The demo's teacher: a small CLIP, trained from scratch on scenes and captions. Its scores demonstrate, no more.
 
 The other teachers of this project arrive trained; this one is made here so that a fresh clone needs no download.
 """
@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
+from open_clip.model import CLIP
 from torch import Tensor
 
 from .scene_captions import caption
 from .scene_pictures import draw
-from .scenes import COLOURS, Scene, Stream, make_scene
+from .scenes import COLOURS, Scene, Source, make_scene
 
 VOCABULARY = 49408
 MODEL_CONFIG: dict[str, Any] = {
@@ -29,7 +31,7 @@ MODEL_CONFIG: dict[str, Any] = {
     },
     "text_cfg": {"context_length": 28, "vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2},
 }
-"""As open_clip reads it; the tokenizer is CLIP's own. open_clip normalises its images with OpenAI's mean and deviation."""
+"""As open_clip reads it, with CLIP's own tokenizer and, since nothing else is said, OpenAI's mean and deviation."""
 
 _LARGEST_LOGIT_SCALE = 100.0
 
@@ -74,7 +76,7 @@ class TrainedTeacher:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """`pixels` (N, 3, S, S) uint8, `tokens` (captions, N, context) int64, `colours` (N,) of each scene's first thing."""
+    """`pixels` (N, 3, 64, 64) uint8, `tokens` (captions, N, context) int64, `colours` (N,) of the first things."""
 
     pixels: Tensor
     tokens: Tensor
@@ -89,12 +91,9 @@ def train_teacher(
     Args:
         seed: of the demo: scenes, initial weights and order.
         recipe: sizes and rates.
-        prompts: sentences that the teacher will be asked about; only their tokens are used, to keep them in the vocabulary.
+        prompts: what the teacher will be asked about: not trained on, but their tokens stay in the vocabulary.
         progress: told after each picture drawn and each step.
     """
-    from open_clip import SimpleTokenizer
-    from open_clip.model import CLIP
-
     tell: Progress = progress or (lambda text, done, total: None)
     tokenizer = SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
     pairs = _make_pairs(seed, 0, recipe.num_pairs, recipe.num_captions, tokenizer, tell)
@@ -117,20 +116,20 @@ def train_teacher(
     return TrainedTeacher({**weights, "token_embedding.weight": table}, accuracy, recipe.num_checked)
 
 
-def _make_pairs(seed: int, start: int, count: int, num_captions: int, tokenizer: Any, tell: Progress) -> _Pairs:
+def _make_pairs(
+    seed: int, start: int, count: int, num_captions: int, tokenizer: SimpleTokenizer, tell: Progress
+) -> _Pairs:
     scenes: list[Scene] = []
     pixels = torch.empty(count, 3, 64, 64, dtype=torch.uint8)
     for i in range(count):
-        scenes.append(make_scene(seed, Stream.PAIRS, start + i))
+        scenes.append(make_scene(seed, Source.PAIRS, start + i))
         pixels[i] = torch.from_numpy(np.array(draw(scenes[i]))).permute(2, 0, 1)
         tell("drawing pairs for the teacher", i + 1, count)
     tokens = torch.stack([tokenizer([caption(scene, n) for scene in scenes]) for n in range(num_captions)])
     return _Pairs(pixels, tokens, np.array([COLOURS.index(scene.things[0].colour) for scene in scenes]))
 
 
-def _fit(
-    model: torch.nn.Module, pairs: _Pairs, used: Tensor, seed: int, recipe: TeacherRecipe, tell: Progress
-) -> None:
+def _fit(model: CLIP, pairs: _Pairs, used: Tensor, seed: int, recipe: TeacherRecipe, tell: Progress) -> None:
     """Symmetric InfoNCE (CLIP, arXiv 2103.00020) with a learnt logit scale, AdamW and one cycle."""
     decayed = [value for value in model.parameters() if value.ndim > 1]
     others = [value for value in model.parameters() if value.ndim <= 1]
@@ -156,10 +155,15 @@ def _fit(
 
 
 class _Batches:
-    """Rows of each step: half of a batch's pictures have one colour, half another, so that colour alone does not match them."""
+    """The pictures of each step.
+
+    In every other batch half of the first things have one colour and half another: among those, colour tells nothing,
+    so the shape must. Without this the small teacher looks at little else than colour for most of its short training.
+    """
 
     def __init__(self, colours: np.ndarray, batch_size: int, seed: int) -> None:
-        self._rows = [rows for rows in (np.flatnonzero(colours == i) for i in range(len(COLOURS))) if len(rows)]
+        self._of_colour = [rows for rows in (np.flatnonzero(colours == i) for i in range(len(COLOURS))) if len(rows)]
+        self._num_rows = len(colours)
         self._half = batch_size // 2
         self._seed = seed
 
@@ -167,9 +171,9 @@ class _Batches:
         """(batch_size,) int64 rows."""
         rng = np.random.Generator(np.random.Philox(key=[self._seed, 0], counter=[0, step, 0, 0]))
         if step % 2:
-            return rng.choice(np.concatenate(self._rows), 2 * self._half, replace=False)
-        colours = rng.choice(len(self._rows), 2, replace=False)
-        return np.concatenate([rng.choice(self._rows[i], self._half, replace=False) for i in colours])
+            return rng.integers(self._num_rows, size=2 * self._half)
+        colours = rng.choice(len(self._of_colour), 2, replace=False)
+        return np.concatenate([rng.choice(self._of_colour[i], self._half) for i in colours])
 
 
 def _lr_at(step: int, recipe: TeacherRecipe) -> float:
@@ -184,10 +188,8 @@ def _compact(tokens: Tensor, used: Tensor) -> Tensor:
     return torch.searchsorted(used, tokens)
 
 
-def _embed(model: torch.nn.Module, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _embed(model: CLIP, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Unit embeddings (B, D) of pictures (B, 3, S, S) uint8 and of sentences (B, L)."""
-    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     images = ((pixels.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
     return F.normalize(model.encode_image(images), dim=-1), F.normalize(model.encode_text(tokens), dim=-1)
@@ -202,7 +204,7 @@ def _contrastive_loss(images: Tensor, sentences: Tensor, tokens: Tensor, logit_s
 
 
 @torch.inference_mode()
-def _pair_accuracy(model: torch.nn.Module, pairs: _Pairs, used: Tensor) -> float:
+def _pair_accuracy(model: CLIP, pairs: _Pairs, used: Tensor) -> float:
     images, sentences = _embed(model, pairs.pixels, _compact(pairs.tokens[0], used))
     best = (images @ sentences.T).argmax(dim=1)
     return (best == torch.arange(len(best))).float().mean().item()

@@ -85,7 +85,7 @@ def _two(rng: np.random.Generator, scene: Scene, phrases: list[str]) -> str:
 
 
 def _phrase(rng: np.random.Generator, thing: Thing, full: bool) -> str:
-    """A thing by some of its properties: colour and shape nearly always, size and texture about half of the time if `full`."""
+    """A thing by some of its properties: colour and shape nearly always, size and texture now and then if `full`."""
     chances = {thing.colour: 0.9}
     if full:
         chances = {thing.size: 0.4, thing.texture: 0.25 if thing.texture == "solid" else 0.5, **chances}

@@ -47,7 +47,7 @@ def _crescent() -> np.ndarray:
     half = math.atan2(tip_y, tip_x - centre)
     inner = np.linspace(2 * np.pi - half, half, 30)
     arcs = [(np.cos(outer), np.sin(outer)), (centre + radius * np.cos(inner), radius * np.sin(inner))]
-    return np.concatenate([np.stack(arc, axis=1) for arc in arcs]) + [0.2, 0.0]
+    return np.concatenate([np.stack(arc, axis=1) for arc in arcs]) + np.array([0.2, 0.0])
 
 
 def _cross(arm: float = 0.36) -> np.ndarray:

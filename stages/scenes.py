@@ -1,8 +1,8 @@
 """Made-up scenes for the demo: what is in a picture, described before it is drawn.
 
-A scene is a description; `scene_pictures.draw` makes the picture and `scene_captions.caption` the sentences, so that what a sentence
-claims can be checked against the description. Every random choice comes from a generator keyed by (seed, stream, row, draw):
-row 4,711 is the same scene whether or not the 4,710 before it were made.
+A scene is a description; `scene_pictures.draw` makes the picture and `scene_captions.caption` the sentences, so that
+what a sentence claims can be checked against the description. Every random choice comes from a generator keyed by
+(seed, source, row): row 4,711 is the same scene whether or not the 4,710 before it were made.
 """
 
 import math
@@ -25,7 +25,7 @@ COMPOSITIONS: tuple[Composition, ...] = tuple((colour, shape) for colour in COLO
 HELD_OUT: frozenset[Composition] = frozenset(
     (colour, SHAPES[(3 * i + offset) % len(SHAPES)]) for i, colour in enumerate(COLOURS) for offset in (0, 2, 5)
 )
-"""Compositions that no scene has unless it is asked for: each colour and each shape three times, so that neither alone gives one away."""
+"""Compositions that no scene has unless asked for: each colour and each shape three times, so that neither tells."""
 SEEN: tuple[Composition, ...] = tuple(pair for pair in COMPOSITIONS if pair not in HELD_OUT)
 
 _RADIUS = {"small": (0.17, 0.22), "large": (0.28, 0.36)}
@@ -35,7 +35,7 @@ _HOLDS_OTHERS = ("circle", "square", "ring", "heart")
 _TURN_DEGREES = 30.0
 
 
-class Stream(IntEnum):
+class Source(IntEnum):
     """Independent sources of scenes: no two of them share a random number."""
 
     IMAGES = 1
@@ -48,7 +48,7 @@ class Stream(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object. Lengths are in picture sides, the origin is the upper left corner, y runs down, `turn` is in degrees."""
+    """One object. Lengths are in picture sides from the upper left corner, y runs down, `turn` is in degrees."""
 
     size: str
     texture: str
@@ -71,35 +71,35 @@ class Scene:
     num_clutter: int
     occluded: bool
     key: tuple[int, int, int]
-    """(seed, stream, row): the picture's noise and the captions' wording are drawn from it."""
+    """(seed, source, row): the picture's noise and the captions' wording are drawn from it."""
 
 
 def generator(key: tuple[int, int, int], purpose: int, draw: int = 0) -> np.random.Generator:
     """The random numbers of one use of one scene.
 
     Args:
-        key: (seed, stream, row) of the scene.
+        key: (seed, source, row) of the scene.
         purpose: 0 the description, 1 the picture, 2 the captions.
         draw: which of several independent draws for that purpose.
     """
-    seed, stream, row = key
+    seed, source, row = key
     # Philox counts blocks in the lowest word, so words 1 to 3 are free to tell rows and draws apart.
-    return np.random.Generator(np.random.Philox(key=[seed, 16 * stream + purpose], counter=[0, draw, row, 0]))
+    return np.random.Generator(np.random.Philox(key=[seed, 16 * source + purpose], counter=[0, draw, row, 0]))
 
 
 def make_scene(
-    seed: int, stream: Stream, row: int, subject: Composition | None = None, num_things: int | None = None
+    seed: int, source: Source, row: int, subject: Composition | None = None, num_things: int | None = None
 ) -> Scene:
     """The scene of one row.
 
     Args:
         seed: of the whole demo, 0 <= seed < 2**63.
-        stream: which source of scenes.
+        source: which source of scenes.
         row: which scene of it.
         subject: the first thing's (colour, shape); None draws one that is not held out.
         num_things: 1, 2 or 3; None draws it.
     """
-    key = (seed, int(stream), row)
+    key = (seed, int(source), row)
     rng = generator(key, purpose=0)
     if num_things is None:
         num_things = int(rng.choice((1, 2, 3), p=(0.6, 0.3, 0.1)))

@@ -19,7 +19,7 @@ class TeacherSettings(Settings):
     model: str
     """An open_clip architecture, `hf-hub:org/name`, `local-dir:path`, or the path of a model config (.json)."""
     pretrained: str | None = None
-    """An open_clip tag, or the path of a .safetensors / .pt file; left out with `hf-hub:` and `local-dir:` models."""
+    """An open_clip tag, `hf-hub:org/name`, or a .safetensors / .pt file; left out where the model brings weights."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Number format of weights and activations."""
     batch_size: int = Field(default=256, ge=1)
