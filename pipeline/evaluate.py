@@ -64,7 +64,9 @@ def score_table(scores: dict[str, dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows])
 
 
-def _shown(key: str, value: float) -> str:
+def _shown(key: str, value: float | None) -> str:
+    if value is None:  # no image could be read
+        return "-"
     return f"{value:.3f}" if key == "cosine" else f"{100 * value:.1f}"
 
 

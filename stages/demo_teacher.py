@@ -143,7 +143,7 @@ def _fit(model: CLIP, pairs: _Pairs, used: Tensor, seed: int, recipe: TeacherRec
         rows = torch.from_numpy(batches.at(step))
         draw_of_pass = step * recipe.batch_size // len(pairs.pixels) % len(pairs.tokens)
         tokens = _compact(pairs.tokens[draw_of_pass, rows], used)
-        loss = _contrastive_loss(*_embed(model, pairs.pixels[rows], tokens), tokens, model.logit_scale.exp())
+        loss = contrastive_loss(*_embed(model, pairs.pixels[rows], tokens), tokens, model.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -195,8 +195,18 @@ def _embed(model: CLIP, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]
     return F.normalize(model.encode_image(images), dim=-1), F.normalize(model.encode_text(tokens), dim=-1)
 
 
-def _contrastive_loss(images: Tensor, sentences: Tensor, tokens: Tensor, logit_scale: Tensor) -> Tensor:
-    """InfoNCE both ways. Equal captions in a batch are all right: they share the target."""
+def contrastive_loss(images: Tensor, sentences: Tensor, tokens: Tensor, logit_scale: Tensor) -> Tensor:
+    """InfoNCE, images over sentences and back; equal sentences share the target, as neither is wrong for the other.
+
+    Args:
+        images: (B, D) unit rows.
+        sentences: (B, D) unit rows, sentence i of image i.
+        tokens: (B, L) token ids of the sentences.
+        logit_scale: scalar that multiplies the cosines.
+
+    Returns:
+        Scalar: the mean of both directions' cross entropies.
+    """
     logits = logit_scale * images @ sentences.T
     same = (tokens[:, None] == tokens[None]).all(dim=-1).float()
     target = same / same.sum(dim=1, keepdim=True)
