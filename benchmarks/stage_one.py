@@ -104,7 +104,7 @@ def compare(
 
     def decode() -> None:
         with ThreadPoolExecutor(workers) as pool:
-            for _ in pool.map(lambda path: teacher.preprocess(read_image(path)), files, chunksize=8):
+            for _ in pool.map(lambda path: teacher.crop(read_image(path)), files):
                 pass
 
     rows = [{"source": path.name, "bytes": path.stat().st_size, "modified_ns": 0} for path in files]
@@ -117,9 +117,10 @@ def compare(
         ShardTask("images", store, IMAGES, spec, shard, table=table, root=root) for shard in range(spec.num_chunks)
     ]
     TEACHERS.put(settings, teacher)
+    weights = teacher.identity()["weights"]
 
     def stage_one() -> None:
-        assert sum(done.num_rows for done in run_shards(tasks, settings, "", None)) == len(files)
+        assert sum(done.num_rows for done in run_shards(tasks, settings, weights, None)) == len(files)
 
     for warm in (forward, decode, stage_one):  # page cache, thread pools, imports
         warm()

@@ -171,10 +171,14 @@ class MappedArray:
 
         Raises:
             IndexError: if a row is negative or beyond the last one.
+            TypeError: for anything but integers: a boolean mask would be taken for rows 0 and 1.
         """
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = np.asarray(rows)
+        if rows.size and rows.dtype.kind not in "iu":
+            raise TypeError(f"rows of {rows.dtype}: wanted row numbers; np.flatnonzero makes them of a mask")
+        rows = rows.astype(np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of an array of {len(self)} rows")
         chunk_of, offset = np.divmod(rows, self.spec.chunk_rows)

@@ -4,11 +4,13 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from .errors import CacheError
 
 PARTIAL = ".partial"
 
@@ -31,17 +33,33 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, each of them durable."""
+    """Create a folder and its parents, each of them durable.
+
+    Raises:
+        CacheError: if the system refuses.
+    """
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
+    try:
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> CacheError:
+    """One line for a full disk, a read-only one, a file where a folder should be."""
+    return CacheError(f"{path}: cannot be written: {error.strerror or error}; nothing that was there is lost")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed."""
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
+
+    Raises:
+        CacheError: if the system refuses: a full disk, a read-only one, no permission.
+    """
     make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
     try:
@@ -52,8 +70,11 @@ def replacing(path: Path) -> Iterator[Path]:
         finally:
             os.close(handle)
         os.replace(partial, path)  # noqa: PTH105 - the tests that kill between the steps patch os.fsync and os.replace
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
         raise
     sync_folder(path.parent)
 

@@ -11,7 +11,7 @@ from typing import Any
 from .durable import digest, to_json, write_bytes
 from .errors import CacheError
 from .layout import FORMAT, Layout
-from .plan import read_document
+from .plan import parse_document
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -37,11 +37,12 @@ def read_manifest(layout: Layout) -> dict[str, Any] | None:
     """
     if not layout.manifest.exists():
         return None
-    document = read_document(layout.manifest)
+    data = layout.manifest.read_bytes()
+    document = parse_document(layout.manifest, data)
     if not layout.manifest_digest.exists():
         raise CacheError(
             f"{layout.manifest_digest}: missing; without it nobody can tell whether manifest.json is whole"
         )
-    if digest(layout.manifest.read_bytes()) not in layout.manifest_digest.read_text().split():
+    if digest(data) not in layout.manifest_digest.read_text().split():
         raise CacheError(f"{layout.manifest}: not what dimefm wrote (its checksum differs); put the original back")
     return document

@@ -12,14 +12,14 @@ from .layout import FORMAT, Layout
 MISSING = "nothing"
 
 
-def read_document(path: Path) -> dict[str, Any]:
-    """A JSON document of a cache.
+def parse_document(path: Path, data: bytes) -> dict[str, Any]:
+    """A JSON document of a cache, read from `path`.
 
     Raises:
         CacheError: if it is not JSON, or of a format newer than this code.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CacheError(f"{path}: not a JSON document ({error}); it was cut or edited") from error
     found = document.get("format") if isinstance(document, dict) else None
@@ -32,7 +32,7 @@ def read_document(path: Path) -> dict[str, Any]:
 
 def read_plan(layout: Layout) -> dict[str, Any] | None:
     """The plan of a cache, or None where stage one has not started."""
-    return read_document(layout.plan) if layout.plan.exists() else None
+    return parse_document(layout.plan, layout.plan.read_bytes()) if layout.plan.exists() else None
 
 
 def write_plan(layout: Layout, plan: Mapping[str, Any]) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..cache.arrays import ArraySpec, declare_arrays
-from ..cache.durable import make_folder, sweep_partials
+from ..cache.durable import PARTIAL, sweep_partials
 from ..cache.errors import CacheError, InputError
-from ..cache.journal import Journal
+from ..cache.journal import Journal, ShardRecord
 from ..cache.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
 from ..cache.lock import writer_lock
 from ..cache.manifest import read_manifest
@@ -18,8 +18,9 @@ from ..cache.rows import FAILED, RowTable
 from ..stages.shard import ShardTask
 from ..stages.teacher_identity import configured_identity
 from .config import Config
-from .finish import finish_cache, pairs_document
+from .finish import counted_reasons, finish_cache, pairs_document
 from .inputs import compare_inputs, evaluate_prompts, freeze_inputs, transductive_sets
+from .pairs import retrieval_bytes
 from .progress import bar, say
 
 SAMPLE_ROWS = 256
@@ -43,18 +44,26 @@ def cache_teacher(config: Config, scheduler: str | None = None) -> None:
             say(note)
         say(f"{layout.root}: finished; nothing to do")
         return
-    _require_own_folder(layout)
+    require_own_folder(layout)
     with writer_lock(layout):
+        if is_finished(config, layout):  # by another process, while this one looked
+            return
         sweep_partials(layout.root)
         _run(config, layout, scheduler)
 
 
 def is_finished(config: Config, layout: Layout) -> bool:
-    """Whether the manifest is there and its pairs are those that the config asks for."""
+    """Whether the manifest is there and its pairs are those that the config asks for.
+
+    Raises:
+        CacheError: if plan.json is not the one that the manifest was written for.
+    """
     manifest = read_manifest(layout)
     if manifest is None:
         return False
-    return manifest.get("plan") == identity(layout) and manifest.get("pairs_settings") == pairs_document(config.pairs)
+    if not layout.plan.exists() or manifest.get("plan") != identity(layout):
+        raise CacheError(f"{layout.root}: plan.json is not the one that manifest.json was written for; restore it")
+    return bool(manifest.get("pairs_settings") == pairs_document(config.pairs))
 
 
 def _run(config: Config, layout: Layout, scheduler: str | None) -> None:
@@ -62,6 +71,8 @@ def _run(config: Config, layout: Layout, scheduler: str | None) -> None:
     plan = read_plan(layout)
     if plan is None:
         say("listing images and sentences")
+        for stale in (layout.journal, layout.timings):  # of a cache whose plan is gone: its shards are nobody's
+            stale.unlink(missing_ok=True)
         inputs = freeze_inputs(config, layout)
     else:
         for note in require_same_run(config, layout, plan):
@@ -116,10 +127,11 @@ def _embed(
     wanted = {"shard_rows": config.cache.shard_rows, "teacher": teacher.identity(), "inputs": inputs}
     if plan is None:
         _check_teacher(config, layout, teacher)
-        _require_disk(layout, _planned_specs(wanted), set())
+        _require_disk(config, layout, wanted)
         write_plan(layout, wanted)
     else:
         require_same(layout.root, {key: plan[key] for key in wanted}, wanted)
+        _require_disk(config, layout, wanted)
     TEACHERS.put(config.teacher, teacher)
     try:
         declare_arrays(layout.teacher_zarr, _planned_specs(wanted))
@@ -137,10 +149,10 @@ def _embed_shards(
 ) -> None:
     journal = Journal(layout)
     limit = config.images.max_failed * plan["inputs"]["images"]["rows"]
-    reasons = _listed_failures(layout)
+    failed = _listed_failures(layout)
     for record in journal.of(IMAGES):
-        reasons.update(reason for _, reason in record.failures)
-    _require_few_failures(config, layout, reasons, limit)
+        failed |= _failures(record, plan["shard_rows"])
+    _require_few_failures(config, layout, failed, limit)
     total = sum(spec.shape[0] for spec in _planned_specs(plan).values())
     embedded = total - sum(_num_rows(task) for task in tasks)
     spent: Counter[str] = Counter()
@@ -152,15 +164,13 @@ def _embed_shards(
             embedded += done.num_rows
             shown.update(embedded)
             if done.record.array == IMAGES:
-                reasons.update(reason for _, reason in done.record.failures)
-                _require_few_failures(config, layout, reasons, limit)
+                failed |= _failures(done.record, plan["shard_rows"])
+                _require_few_failures(config, layout, failed, limit)
     seconds = time.perf_counter() - start
     num_rows = sum(_num_rows(task) for task in tasks)
     say(f"embedded {num_rows:,} rows in {seconds:,.1f} s, {num_rows / seconds:,.0f} rows/s")
     shares = ", ".join(f"{name} {spent[name]:,.1f} s" for name in ("read", "decode", "infer", "wait", "write"))
     say(f"where the time went: {shares} (read and decode are summed over threads; wait: the device had no data)")
-    if reasons:
-        say(f"unreadable images: {_counted(reasons)}")
 
 
 def _missing(config: Config, layout: Layout, plan: dict[str, Any]) -> list[ShardTask]:
@@ -198,12 +208,14 @@ def require_same_run(config: Config, layout: Layout, plan: dict[str, Any]) -> li
     return compare_inputs(config, layout, plan["inputs"])
 
 
-def _require_own_folder(layout: Layout) -> None:
+def require_own_folder(layout: Layout) -> None:
+    """Refuse a folder that holds something else than a teacher cache."""
     if not layout.root.exists():
-        make_folder(layout.root)
+        return
     if not layout.root.is_dir():
         raise CacheError(f"{layout.root}: a file; cache.dir wants a folder")
-    foreign = sorted({path.name for path in layout.root.iterdir()} - layout.first_names)
+    names = {path.name for path in layout.root.iterdir() if path.suffix != PARTIAL}
+    foreign = sorted(names - layout.first_names)
     if foreign and not layout.plan.exists():
         raise CacheError(
             f"{layout.root}: holds {foreign[0]!r}, which is not a teacher cache's; choose an empty cache.dir"
@@ -220,24 +232,27 @@ def _check_teacher(config: Config, layout: Layout, teacher: Any) -> None:
         good = [row for row, value in enumerate(status) if value != FAILED]
         return table.take(good[:: max(1, len(good) // SAMPLE_ROWS)][:SAMPLE_ROWS], column)
 
-    images = []
-    for source in sample(RowTable(layout.image_rows), "source"):
+    crops, sampled = [], sample(RowTable(layout.image_rows), "source")
+    for source in sampled:
         try:
-            images.append(read_image(config.images.source / source))
+            crops.append(teacher.crop(read_image(config.images.source / source)))
         except ImageError:
             continue  # it has its row's reason when its shard comes
-    if not images:
-        raise InputError(f"images.source: {config.images.source}: none of {SAMPLE_ROWS} sampled images is readable")
-    for line in check_teacher(teacher, images, sample(RowTable(layout.sentence_rows), "text")).lines():
+    if not crops:
+        raise InputError(f"images.source: {config.images.source}: none of {len(sampled)} sampled images is readable")
+    for line in check_teacher(teacher, crops, sample(RowTable(layout.sentence_rows), "text")).lines():
         say(line)
 
 
-def _require_disk(layout: Layout, specs: dict[str, ArraySpec], present: set[str]) -> None:
-    wanted = sum(spec.num_bytes for name, spec in specs.items() if name not in present)
+def _require_disk(config: Config, layout: Layout, plan: dict[str, Any]) -> None:
+    specs = _planned_specs(plan)
+    missing = sum(task.spec.chunk_bytes for task in _missing(config, layout, plan))
+    sides = [specs[IMAGES].shape, specs[SENTENCES].shape]
+    wanted = missing + retrieval_bytes(sides, config.pairs)
     free = shutil.disk_usage(existing_parent(layout.root)).free
     if wanted > free:
         raise InputError(
-            f"{layout.root}: the embeddings take {wanted / 1e9:,.2f} GB and the disk has {free / 1e9:,.2f} GB free; "
+            f"{layout.root}: what is missing takes {wanted / 1e9:,.2f} GB and the disk has {free / 1e9:,.2f} GB free; "
             "free some or choose another cache.dir"
         )
 
@@ -247,25 +262,21 @@ def existing_parent(path: Path) -> Path:
     return path if path.exists() else existing_parent(path.parent)
 
 
-def _listed_failures(layout: Layout) -> Counter[str]:
-    """Reasons of images that were refused when they were listed."""
+def _listed_failures(layout: Layout) -> dict[int, str]:
+    """Rows of images that were refused when they were listed, and those that a run before this one has marked."""
     table = RowTable(layout.image_rows)
-    return Counter(
-        reason
-        for status, reason in zip(table.column("status").to_pylist(), table.column("reason").to_pylist(), strict=True)
-        if status == FAILED
-    )
+    status, reason = (table.column(name).to_pylist() for name in ("status", "reason"))
+    return {row: why for row, (what, why) in enumerate(zip(status, reason, strict=True)) if what == FAILED}
 
 
-def _counted(reasons: Counter[str]) -> str:
-    return ", ".join(f"{count:,} x {reason}" for reason, count in reasons.most_common())
+def _failures(record: ShardRecord, shard_rows: int) -> dict[int, str]:
+    return {record.shard * shard_rows + row: reason for row, reason in record.failures}
 
 
-def _require_few_failures(config: Config, layout: Layout, reasons: Counter[str], limit: float) -> None:
-    num_failed = sum(reasons.values())
-    if num_failed > limit:
+def _require_few_failures(config: Config, layout: Layout, failed: dict[int, str], limit: float) -> None:
+    if len(failed) > limit:
         raise InputError(
-            f"images.source: {config.images.source}: {num_failed:,} images are unreadable ({_counted(reasons)}), "
-            f"more than images.max_failed = {config.images.max_failed:g} allows; mend them and delete {layout.root}, "
-            "or raise images.max_failed"
+            f"images.source: {config.images.source}: {len(failed):,} images have no embedding "
+            f"({counted_reasons(Counter(failed.values()))}), more than images.max_failed = "
+            f"{config.images.max_failed:g} allows; mend them and delete {layout.root}, or raise images.max_failed"
         )

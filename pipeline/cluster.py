@@ -9,7 +9,7 @@ from typing import Any
 
 import dask
 import torch
-from distributed import Client, LocalCluster, as_completed, get_worker
+from distributed import Client, KilledWorker, LocalCluster, get_worker, wait
 
 from ..cache.errors import InputError
 from ..stages.devices import devices_of, resolve_device
@@ -20,18 +20,24 @@ from ..stages.teacher import Teacher, load_teacher
 TASKS_PER_DEVICE = 2
 """One shard is on the device; meanwhile the next one decodes, or the last one is being written."""
 
+SECONDS_FOR_SCHEDULER = 20
+SECONDS_FOR_WORKERS = 60
+SECONDS_BETWEEN_LOOKS = 10
+"""How long to wait for a shard before looking whether any worker is left."""
+
 
 class Teachers:
     """The teachers of one process: each device loads its own once and runs one shard at a time."""
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[TeacherSettings, torch.device], tuple[Teacher, Lock]] = {}
+        self._loaded: dict[tuple[TeacherSettings, torch.device], tuple[Teacher, Lock, str]] = {}
         self._loading = Lock()
 
     def put(self, settings: TeacherSettings, teacher: Teacher) -> None:
-        self._loaded[settings, teacher.device] = (teacher, Lock())
+        self._loaded[settings, teacher.device] = (teacher, Lock(), teacher.identity()["weights"])
 
-    def get(self, settings: TeacherSettings, device: torch.device) -> tuple[Teacher, Lock]:
+    def get(self, settings: TeacherSettings, device: torch.device) -> tuple[Teacher, Lock, str]:
+        """The teacher of a device, the lock to hold while it runs, and the hash of its weights."""
         with self._loading:
             if (settings, device) not in self._loaded:
                 self.put(settings, load_teacher(settings, device))
@@ -48,18 +54,20 @@ def _work(task: ShardTask, settings: TeacherSettings, weights: str, in_process: 
     """What a Dask worker runs for one shard."""
     name = get_worker().name
     device = devices_of(settings.device)[int(name)] if in_process else resolve_device(settings.device)
-    teacher, lock = TEACHERS.get(settings, device)
-    if not in_process and teacher.identity()["weights"] != weights:
+    teacher, lock, own_weights = TEACHERS.get(settings, device)
+    if own_weights != weights:
+        TEACHERS.clear()  # the file may have been replaced since it was read: the next try reads it again
         raise InputError(f"worker {name}: its teacher.pretrained holds other weights than the one this run began with")
     return embed_shard(task, teacher, settings, lock)
 
 
 @contextmanager
 def _client(scheduler: str | None, num_devices: int) -> Iterator[Client]:
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    for noisy in ("distributed", "distributed.client", "distributed.core", "distributed.worker", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     if scheduler:
         try:
-            client = Client(scheduler, timeout=20)
+            client = Client(scheduler, timeout=SECONDS_FOR_SCHEDULER)
         except (OSError, ValueError) as error:
             raise InputError(f"--scheduler {scheduler}: no Dask scheduler answers there ({error})") from error
         with client:
@@ -72,7 +80,7 @@ def _client(scheduler: str | None, num_devices: int) -> Iterator[Client]:
             n_workers=num_devices,
             threads_per_worker=TASKS_PER_DEVICE,
             processes=False,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # Dask's scheduler serves one whatever is asked: on a port nobody wants
             memory_limit=None,
         ) as cluster,
         Client(cluster) as client,
@@ -92,18 +100,37 @@ def run_shards(
     num_devices = len(devices_of(settings.device))
     remaining = iter(tasks)
     with _client(scheduler, num_devices) as client:
+        try:  # those that are just being started count too
+            client.wait_for_workers(1, timeout=SECONDS_FOR_WORKERS)
+        except TimeoutError as error:
+            raise InputError(
+                f"--scheduler {scheduler}: has no workers; start some with `dask worker {scheduler}`"
+            ) from error
         num_workers = len(client.scheduler_info(n_workers=-1)["workers"])
-        if not num_workers:
-            raise InputError(f"--scheduler {scheduler}: has no workers; start some with `dask worker {scheduler}`")
 
         def submit(task: ShardTask) -> Any:
             return client.submit(_work, task, settings, weights, scheduler is None, pure=False)
 
         # A window, not all at once: a run of thousands of shards that has to stop, stops.
-        window = as_completed([submit(task) for task in islice(remaining, TASKS_PER_DEVICE * num_workers)])
-        for future in window:
-            done: ShardDone = future.result()
-            future.release()
-            for task in islice(remaining, 1):
-                window.add(submit(task))
-            yield done
+        window = {submit(task) for task in islice(remaining, TASKS_PER_DEVICE * num_workers)}
+        while window:
+            for future in _finished(client, window, scheduler):
+                window.remove(future)
+                try:
+                    done: ShardDone = future.result()
+                except KilledWorker as error:
+                    raise InputError(
+                        f"--scheduler {scheduler}: a shard killed several workers ({error}); their logs say why"
+                    ) from error
+                window.update(submit(task) for task in islice(remaining, 1))
+                yield done
+
+
+def _finished(client: Client, window: set[Any], scheduler: str | None) -> list[Any]:
+    """Shards that are finished, at least one; refuses to wait for workers that are no more."""
+    while True:
+        try:
+            return list(wait(window, timeout=SECONDS_BETWEEN_LOOKS, return_when="FIRST_COMPLETED").done)
+        except TimeoutError:
+            if not client.scheduler_info(n_workers=-1)["workers"]:
+                raise InputError(f"--scheduler {scheduler}: all workers are gone; start some and run again") from None

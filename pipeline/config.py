@@ -58,6 +58,8 @@ def load_config(path: Path) -> Config:
         raise InputError(f"{path}: no such config file; `dimefm demo DIR` writes one to start from") from error
     except IsADirectoryError as error:
         raise InputError(f"{path}: a folder; wanted a TOML file") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; wanted a TOML file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not TOML: {error}") from error
     try:

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..cache.durable import PARTIAL, make_folder, sweep_partials, to_json, write_bytes, write_json
+from ..cache.durable import PARTIAL, make_folder, to_json, write_bytes, write_json
 from ..cache.errors import InputError
 from ..stages.scene_captions import TEMPLATES, caption, class_id, classes
 from ..stages.scene_pictures import draw, jpeg_bytes
@@ -67,7 +67,8 @@ def write_demo(folder: Path, progress: Progress | None = None, size: DemoSize | 
     size = size or DemoSize()
     tell: Progress = progress or (lambda text, done, total: None)
     _claim(folder, size)
-    sweep_partials(folder)
+    for partial in folder.glob(f".*{PARTIAL}"):  # not below it: a cache that is being written may be there by now
+        partial.unlink(missing_ok=True)
     _write_once(folder / "templates.txt", lambda: _lines(TEMPLATES))
     _write_once(folder / "classes.json", lambda: to_json(classes(held_out=False)))
     _write_once(folder / "classes_heldout.json", lambda: to_json(classes(held_out=True)))

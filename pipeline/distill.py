@@ -4,11 +4,12 @@ from ..cache.durable import write_json
 from ..cache.errors import CacheError, InputError
 from ..cache.feature_cache import FeatureCache
 from ..cache.plan import first_difference
+from ..stages.run_record import CHECKPOINT
 from ..stages.settings import StudentSettings
 from ..stages.teacher_identity import configured_identity
 from ..stages.train import train_student
 from .config import Config
-from .progress import bar, say
+from .progress import RESUMED, bar, say
 
 SOURCE = "source.json"
 """In a run's folder: where its cache and the labelled images are, for `evaluate`."""
@@ -31,11 +32,13 @@ def distill(config: Config, names: list[str], stop_after: int | None = None) -> 
     for name, student in students.items():
         run_dir = config.distill.output / name
         say(f"student {name}: {student.model} at {student.image_size} px -> {run_dir}")
-        write_json(run_dir / SOURCE, _source(config))
-        with bar(f"stage two, {name}", 1, "images") as shown:
+        if not (run_dir / CHECKPOINT).exists():  # a run that is refused keeps what it had
+            write_json(run_dir / SOURCE, _source(config))
+        with bar(f"stage two, {name}", 1, "images", RESUMED) as shown:
             result = train_student(
                 cache, config.images.source, name, student, config.distill, run_dir, stop_after, shown.update
             )
+        write_json(run_dir / SOURCE, _source(config))
         say(result.line())
 
 

@@ -52,9 +52,15 @@ def evaluate(runs: list[Path]) -> dict[str, dict[str, Any]]:
 
 def score_table(scores: dict[str, dict[str, Any]]) -> str:
     """The scores as a plain table, one line for each run and set; shares in per cent."""
-    header = ["run", "set", "images", *(title for title, _ in COLUMNS)]
+    header = ["run", "set", "images", "unreadable", *(title for title, _ in COLUMNS)]
     rows = [
-        [Path(run).name, name, f"{item['n']:,}", *(_shown(key, item[key]) for _, key in COLUMNS)]
+        [
+            Path(run).name,
+            name,
+            f"{item['n']:,}",
+            f"{item['unreadable']:,}",
+            *(_shown(key, item[key]) for _, key in COLUMNS),
+        ]
         for run, sets in scores.items()
         for name, item in sets.items()
     ]
@@ -75,7 +81,16 @@ def _folders(runs: list[Path]) -> list[Path]:
     for run in runs:
         if run.suffix == ".toml":
             config = load_config(run)
-            folders += [config.distill.output / name for name in config.student]
+            runs_of = {name: config.distill.output / name for name in config.student}
+            there = [folder for folder in runs_of.values() if (folder / SOURCE).exists()]
+            if not there:
+                raise InputError(
+                    f"{run}: none of its students ({', '.join(runs_of)}) has a run; `dimefm distill` first"
+                )
+            for folder in runs_of.values():
+                if folder not in there:
+                    say(f"{folder}: no run yet")
+            folders += there
         else:
             folders.append(run)
     return folders

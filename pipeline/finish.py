@@ -1,7 +1,7 @@
 """The end of stage one: row tables with their failures, indexes, pseudo-pairs, and last of all the manifest."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..cache.rows import FAILED, RowTable, mark_failures
 from ..cache.settings import PairsSettings
 from .config import Config
 from .pairs import DIRECTIONS, write_pairs
+from .progress import say
 
 
 def pairs_document(settings: PairsSettings) -> dict[str, Any] | None:
@@ -37,6 +38,9 @@ def finish_cache(config: Config, layout: Layout, plan: dict[str, Any], transduct
         }
         mark_failures(table, failures, plan["shard_rows"])
         arrays[array] = _count(RowTable(table))
+        if arrays[array]["failed"]:
+            reasons = counted_reasons(arrays[array]["reasons"])
+            say(f"{array}: {arrays[array]['failed']:,} rows have no embedding: {reasons}")
     retrieved: dict[str, Any] = {"pairs": None, "index": {}}
     if config.pairs.k:
         retrieved = write_pairs(layout, config.pairs, journal, version)
@@ -73,15 +77,22 @@ def _files(
         others += sorted(store.rglob("zarr.json"))
         for name in names:
             spec = read_spec(store, name)
-            for record in journal.of(counted + name):
-                path = chunk_path(store, name, record.shard, len(spec.shape))
-                yield _relative(layout, path), {"bytes": spec.chunk_bytes, "digest": record.digest}
+            known = {record.shard: record.digest for record in journal.of(counted + name)}
+            for shard in range(spec.num_chunks):
+                path = chunk_path(store, name, shard, len(spec.shape))
+                entry = {"bytes": spec.chunk_bytes, "digest": known[shard]} if shard in known else file_entry(path)
+                yield _relative(layout, path), entry
     for path in others:
         yield _relative(layout, path), file_entry(path)
 
 
 def _relative(layout: Layout, path: Path) -> str:
     return path.relative_to(layout.root).as_posix()
+
+
+def counted_reasons(reasons: Mapping[str, int]) -> str:
+    """Reasons with their counts in one line, the most frequent first."""
+    return ", ".join(f"{count:,} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
 
 
 def _count(table: RowTable) -> dict[str, Any]:

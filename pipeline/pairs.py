@@ -1,13 +1,14 @@
 """Indexes over both sides of a cache, and the pseudo-pairs between them, shard by shard."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
 from ..cache.durable import digest, to_json, write_json
 from ..cache.feature_cache import EmbeddingSet
-from ..cache.index import Index
+from ..cache.index import Index, index_bytes
 from ..cache.journal import Journal, ShardRecord
 from ..cache.layout import IMAGES, SENTENCES, Layout
 from ..cache.rows import RowTable
@@ -17,6 +18,16 @@ from .progress import bar, say
 
 DIRECTIONS = {"image_to_sentence": ("images", "sentences"), "sentence_to_image": ("sentences", "images")}
 """Array of pairs -> which side asks and which side answers."""
+
+NEIGHBOUR_BYTES = 8 + 4
+"""An int64 id and a float32 score."""
+
+
+def retrieval_bytes(sides: Sequence[tuple[int, ...]], settings: PairsSettings) -> int:
+    """About what indexes and pairs take on disk; `sides` are the (rows, width) of images and sentences."""
+    if not settings.k:
+        return 0
+    return sum(index_bytes(rows, width, settings.index) + rows * settings.k * NEIGHBOUR_BYTES for rows, width in sides)
 
 
 def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal, version: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..cache.arrays import ArraySpec
 from ..cache.durable import read_lines
-from ..cache.index import build_bytes, index_bytes
+from ..cache.index import build_bytes
 from ..cache.journal import Journal
 from ..cache.layout import IMAGES, SENTENCES, Layout
 from ..cache.plan import read_plan
@@ -13,12 +13,10 @@ from ..stages.images import find_images, find_labelled_images
 from ..stages.prompts import read_classes
 from ..stages.sentences import read_sentences
 from ..stages.teacher_identity import configured_embed_dim
-from .cache_teacher import array_specs, existing_parent, is_finished, require_same_run
+from .cache_teacher import array_specs, existing_parent, is_finished, require_own_folder, require_same_run
 from .config import Config
 from .inputs import prompt_lines
-
-NEIGHBOUR_BYTES = 8 + 4
-"""An int64 id and a float32 score."""
+from .pairs import retrieval_bytes
 
 
 def describe_plan(config: Config) -> dict[str, Any]:
@@ -33,6 +31,7 @@ def describe_plan(config: Config) -> dict[str, Any]:
         CacheError: if the cache belongs to another run.
     """
     layout = Layout(config.cache.dir)
+    require_own_folder(layout)
     plan = read_plan(layout)
     notes = require_same_run(config, layout, plan) if plan else []
     width = plan["teacher"]["embed_dim"] if plan else configured_embed_dim(config.teacher)
@@ -43,8 +42,7 @@ def describe_plan(config: Config) -> dict[str, Any]:
     rows_left = sum(item["rows_left"] for item in arrays.values())
     rows = {side: specs[side].shape[0] for side in (IMAGES, SENTENCES)}
     largest_build = max(build_bytes(n, width, config.pairs.index) for n in rows.values()) if width else 0
-    pairs = sum(rows.values()) * config.pairs.k * NEIGHBOUR_BYTES
-    indexes = sum(index_bytes(n, width, config.pairs.index) for n in rows.values()) if width and config.pairs.k else 0
+    retrieval = retrieval_bytes([(num_rows, width) for num_rows in rows.values()], config.pairs) if width else 0
     rate = _rows_per_s(layout, specs)
     finished = plan is not None and is_finished(config, layout)
     return {
@@ -52,7 +50,7 @@ def describe_plan(config: Config) -> dict[str, Any]:
         "state": "finished" if finished else "unfinished" if plan else "not started",
         "arrays": {name: {**item, "bytes": item["bytes"] if width else None} for name, item in arrays.items()},
         "disk": {
-            "cache_bytes": sum(spec.num_bytes for spec in specs.values()) + pairs + indexes if width else None,
+            "cache_bytes": sum(spec.num_bytes for spec in specs.values()) + retrieval if width else None,
             "free_bytes": shutil.disk_usage(existing_parent(layout.root)).free,
         },
         "memory_bytes": largest_build if width and config.pairs.k else None,

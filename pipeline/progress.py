@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 15.0
+RESUMED = -1
+"""Stands for a number of finished things that only the first update tells."""
 
 
 def say(line: str = "") -> None:
@@ -21,13 +23,16 @@ class Bar:
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self._start_done, self._start = done, time.monotonic()
+        self._start_done: int | None = None if done == RESUMED else done
+        self._start = time.monotonic()
         self._last_line = self._start
         self._rich: tuple[Progress, TaskID] | None = None
 
     def update(self, done: int, total: int | None = None, text: str = "") -> None:
         """Show that `done` of the total are finished; `text` says what else is worth seeing."""
         self.total = self.total if total is None else total
+        if self._start_done is None:  # what an earlier run did was not done at this one's rate
+            self._start_done, self._start = done, time.monotonic()
         seconds = time.monotonic() - self._start
         rate = (done - self._start_done) / seconds if seconds > 0 else 0.0
         shown = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.1f} {self.unit}/s"
@@ -59,5 +64,5 @@ def bar(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
         TextColumn("{task.fields[text]}"),
     )
     with Progress(*columns, console=console) as progress:
-        shown._rich = progress, progress.add_task(title, total=total, completed=done, rate="", text="")
+        shown._rich = progress, progress.add_task(title, total=total, completed=max(done, 0), rate="", text="")
         yield shown

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..cache.errors import InputError
-from .teacher import Teacher
+from .teacher import Teacher, out_of_memory
 
 CONSTANT_COSINE = 1e-4
 """Embeddings that are all nearer to each other than this say nothing about what was embedded."""
@@ -58,27 +57,37 @@ class TeacherCheck:
         ]
 
 
-def check_teacher(teacher: Teacher, images: Sequence[Image.Image], sentences: Sequence[str]) -> TeacherCheck:
+def check_teacher(teacher: Teacher, crops: Sequence[np.ndarray], sentences: Sequence[str]) -> TeacherCheck:
     """Embed a few images and sentences and refuse a teacher that cannot be one.
 
     Args:
-        images: RGB images that differ from each other, at least one.
+        crops: (H, W, 3) uint8 crops of images that differ from each other, as `teacher.crop` makes them, at least one.
         sentences: sentences that differ from each other, at least one.
 
     Raises:
-        InputError: if embeddings have another width than the teacher's, are not finite, zero, beyond float16, or the
-            same whatever was embedded.
+        InputError: if a batch does not fit into the device's memory, or if embeddings have another width than the
+            teacher's, are not finite, zero, beyond float16, or the same whatever was embedded.
         ValueError: if there is no image or no sentence.
     """
-    if not images or not sentences:
-        raise ValueError(f"{len(images)} images and {len(sentences)} sentences: wanted at least one of each")
-    crops = np.stack([teacher.crop(image) for image in images])
-    image_rows = teacher.encode_images(teacher.normalise(torch.from_numpy(crops))).numpy()
-    sentence_rows = teacher.encode_sentences(sentences).numpy()
+    if not len(crops) or not sentences:
+        raise ValueError(f"{len(crops)} images and {len(sentences)} sentences: wanted at least one of each")
+    batch = teacher.settings.batch_size
+    try:
+        image_rows = np.concatenate(
+            [
+                teacher.encode_images(teacher.normalise(torch.from_numpy(np.stack(crops[i : i + batch])))).numpy()
+                for i in range(0, len(crops), batch)
+            ]
+        )
+        sentence_rows = np.concatenate(
+            [teacher.encode_sentences(sentences[i : i + batch]).numpy() for i in range(0, len(sentences), batch)]
+        )
+    except torch.cuda.OutOfMemoryError as error:
+        raise out_of_memory(teacher, batch) from error
     image_units = _units(image_rows, "images", teacher)
     sentence_units = _units(sentence_rows, "sentences", teacher)
     return TeacherCheck(
-        num_images=len(images),
+        num_images=len(crops),
         num_sentences=len(sentences),
         embed_dim=teacher.embed_dim,
         logit_scale=teacher.logit_scale,

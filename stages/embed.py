@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..cache.errors import InputError
 from .images import ImageError, decode_image, read_file
-from .teacher import Teacher
+from .teacher import Teacher, out_of_memory
 
 BATCHES_IN_FLIGHT = 3
 """Batches that are being decoded, wait for the model or are on it; bounds the memory."""
@@ -257,10 +257,7 @@ def _run(
             try:
                 block = encode(batch).numpy()
             except torch.cuda.OutOfMemoryError as error:
-                raise InputError(
-                    f"teacher.batch_size = {firsts.step}: a batch of {tuple(batch.shape)} does not fit into the memory "
-                    f"of {teacher.device}; lower it (it is part of a cache's identity: start that cache anew)"
-                ) from error
+                raise out_of_memory(teacher, firsts.step) from error
             done = time.perf_counter()
             wait_s, infer_s = wait_s + ready - started, infer_s + done - ready
             pending.extend((later, prepare(later)) for later in islice(upcoming, 1))

@@ -47,7 +47,7 @@ def describe_run(
         "embed_dim": cache.images.embeddings.shape[-1],
         "logit_scale": logit_scale_of(cache, settings),
         "preprocess": cache.teacher["preprocess"],
-        "teacher": {key: cache.teacher.get(key) for key in ("model", "pretrained")},
+        "teacher": {key: cache.teacher.get(key) for key in ("model", "pretrained", "weights")},
         "transductive": cache.transductive,
         "total_steps": total_steps,
         "precision": precision,

@@ -147,6 +147,14 @@ class Teacher:
         }
 
 
+def out_of_memory(teacher: Teacher, batch_size: int) -> InputError:
+    """One line for a batch that the device cannot hold. A smaller one would give other last bits: none is tried."""
+    return InputError(
+        f"teacher.batch_size = {batch_size}: such a batch does not fit into the memory of {teacher.device}; lower it "
+        "(it is part of a cache's identity: start that cache anew)"
+    )
+
+
 def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
     """Load the teacher that `[teacher]` describes; a local one never touches the network.
 

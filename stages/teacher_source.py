@@ -74,7 +74,7 @@ def find_teacher(settings: TeacherSettings) -> TeacherSource:
         )
     if pretrained.startswith(HUB):
         weights, preprocess = _hub_weights(model, model_cfg, pretrained)
-    elif pretrained.endswith(WEIGHT_SUFFIXES) or "/" in pretrained or Path(pretrained).is_file():
+    elif pretrained.endswith(WEIGHT_SUFFIXES) or "/" in pretrained:
         weights = Path(pretrained)
         if not weights.is_file():
             raise InputError(f"{weights}: no such file; wanted the teacher's weights (teacher.pretrained)")

@@ -155,7 +155,9 @@ def _evaluate_set(record: dict[str, Any], cache: FeatureCache, name: str) -> Eva
         )
     if name not in cache.evaluate:
         there = ", ".join(sorted(cache.evaluate)) or "none"
-        raise InputError(f"{cache.layout.root}: no evaluation set {name!r}, there is {there}; add it and run stage one")
+        raise InputError(
+            f"{cache.layout.root}: no evaluation set {name!r}, there is {there}; a finished cache takes in no more"
+        )
     return cache.evaluate[name]
 
 

@@ -240,7 +240,7 @@ def test_an_unreadable_image_does_not_change_the_rows_beside_it(fresh, finished)
 def test_too_many_unreadable_images_stop_the_run_with_the_reasons_counted(fresh):
     for i in (0, 3, 6):
         (fresh.parent / f"images/0/{i:03d}.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"images are unreadable \(\d x .*max_failed = 0.01"):
+    with pytest.raises(InputError, match=r"images have no embedding \(\d x .*max_failed = 0.01"):
         run(fresh)
     assert not (fresh.parent / "cache/manifest.json").exists()
     assert len(run(fresh, ('source = "images/"', 'source = "images/"\nmax_failed = 0.2')).images.usable) == 27

@@ -19,6 +19,10 @@ IMAGES = [
 ]
 
 
+def crops_of(teacher: Teacher, images: list[Image.Image]) -> list[np.ndarray]:
+    return [teacher.crop(image) for image in images]
+
+
 @pytest.fixture
 def teacher(tiny_teacher: tuple[Path, Path]) -> Teacher:
     settings = TeacherSettings(model=str(tiny_teacher[0]), pretrained=str(tiny_teacher[1]))
@@ -26,7 +30,7 @@ def teacher(tiny_teacher: tuple[Path, Path]) -> Teacher:
 
 
 def test_a_sound_teacher_passes_and_says_what_was_seen(teacher: Teacher) -> None:
-    check = check_teacher(teacher, IMAGES, SENTENCES)
+    check = check_teacher(teacher, crops_of(teacher, IMAGES), SENTENCES)
     assert (check.num_images, check.num_sentences, check.embed_dim) == (4, 3, 32)
     images = torch.stack([teacher.encode_images(teacher.preprocess(image)[None])[0] for image in IMAGES])
     assert check.image_norms.mean == pytest.approx(images.norm(dim=1).mean().item(), rel=1e-5)
@@ -41,7 +45,7 @@ def test_the_numbers_of_a_hand_made_teacher(teacher: Teacher, monkeypatch: pytes
     monkeypatch.setattr(teacher, "embed_dim", 2)
     monkeypatch.setattr(teacher, "encode_images", lambda _: torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
     monkeypatch.setattr(teacher, "encode_sentences", lambda _: torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
-    check = check_teacher(teacher, IMAGES[:2], SENTENCES[:2])
+    check = check_teacher(teacher, crops_of(teacher, IMAGES[:2]), SENTENCES[:2])
     assert (check.image_norms.low, check.image_norms.mean, check.image_norms.high) == (3.0, 3.5, 4.0)
     assert (check.sentence_norms.low, check.sentence_norms.high) == (1.0, 2.0)
     assert (check.cosines.low, check.cosines.mean, check.cosines.high) == (0.0, 0.5, 1.0)
@@ -69,11 +73,11 @@ def test_a_broken_teacher_is_refused(
         output = torch.tensor(rows) if name == tower else sound
         monkeypatch.setattr(teacher, f"encode_{name}", lambda _, output=output: output)
     with pytest.raises(InputError, match=f"embeddings of {tower}: {words}"):
-        check_teacher(teacher, IMAGES[:2], SENTENCES[:2])
+        check_teacher(teacher, crops_of(teacher, IMAGES[:2]), SENTENCES[:2])
 
 
 def test_one_image_and_one_sentence_cannot_look_constant(teacher: Teacher) -> None:
-    assert check_teacher(teacher, IMAGES[:1], SENTENCES[:1]).num_images == 1
+    assert check_teacher(teacher, crops_of(teacher, IMAGES[:1]), SENTENCES[:1]).num_images == 1
 
 
 def test_nothing_to_look_at_is_the_callers_mistake(teacher: Teacher) -> None:
