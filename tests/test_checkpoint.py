@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dimefm.cache import InputError
+from dimefm.cache import CacheError, InputError
 from dimefm.stages.checkpoint import (
     load_checkpoint,
     load_weights,
@@ -34,7 +34,7 @@ def test_a_crash_before_the_rename_leaves_the_old_state(tmp_path, monkeypatch):
         raise OSError("no power")
 
     monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(OSError, match="no power"):
+    with pytest.raises(CacheError, match="no power"):
         save_checkpoint(path, {"step": 2})
     assert load_checkpoint(path)["step"] == 1
 
