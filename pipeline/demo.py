@@ -38,13 +38,13 @@ class DemoSize:
 def run_demo(folder: Path) -> None:
     """Write the demo, or what is left of it, and say on standard error how it goes."""
     with ExitStack() as stack:
-        shown: dict[str, Bar] = {}
+        shown: dict[tuple[str, int], Bar] = {}
 
         def show(text: str, done: int, total: int) -> None:
-            if text not in shown:
+            if (text, total) not in shown:
                 stack.close()
-                shown[text] = stack.enter_context(bar(text, total, "", done - 1))
-            shown[text].update(done)
+                shown[text, total] = stack.enter_context(bar(text, total, "steps", done - 1))
+            shown[text, total].update(done)
 
         write_demo(folder, show)
     say(f"{folder}: the demo is there; `dimefm cache-teacher {folder / CONFIG}` comes next")
