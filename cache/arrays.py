@@ -21,6 +21,7 @@ from zarr.storage import MemoryStore
 
 from .durable import digest, write_bytes
 from .errors import CacheError
+from .side_by_side import map_side_by_side
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,14 @@ def write_chunk(store: Path, name: str, spec: ArraySpec, chunk: int, block: NDAr
 class MappedArray:
     """Rows of an array, gathered from memory-mapped chunk files. Any number of readers; none of them writes."""
 
-    def __init__(self, chunks: list[NDArray[Any]], spec: ArraySpec) -> None:
+    def __init__(self, chunks: list[NDArray[Any]], spec: ArraySpec, joined: NDArray[np.uint8] | None = None) -> None:
+        """Use `open`. `joined` is the bytes of all chunks in a row, where they could be mapped so."""
         self._chunks = chunks
         self.spec = spec
         # A row as one opaque item is copied in one go: fancy indexing over numbers takes a third longer.
         self._row = np.dtype((np.void, int(np.prod(spec.shape[1:])) * spec.disk_dtype.itemsize))
         self._chunks_of_rows = [chunk.reshape(-1).view(self._row) for chunk in chunks]
+        self._joined_rows = None if joined is None else joined.view(self._row)
 
     @classmethod
     def open(cls, store: Path, name: str, num_rows: int | None = None) -> "MappedArray":
@@ -152,8 +155,13 @@ class MappedArray:
                 raise CacheError(f"{store / name}: holds {spec.shape[0]} rows, the manifest counts {num_rows}")
             spec = ArraySpec((num_rows, *spec.shape[1:]), spec.dtype, spec.chunk_rows)
         _allow_open_files(spec.num_chunks)
-        chunks = [_map_chunk(chunk_path(store, name, i, len(spec.shape)), spec) for i in range(spec.num_chunks)]
-        return cls(chunks, spec)
+        paths = [chunk_path(store, name, i, len(spec.shape)) for i in range(spec.num_chunks)]
+        chunks = [_map_chunk(path, spec) for path in paths]
+        joined = map_side_by_side(paths, spec.chunk_bytes)
+        if joined is not None:
+            shape = (spec.chunk_rows, *spec.shape[1:])
+            chunks = [part.view(spec.disk_dtype).reshape(shape) for part in np.split(joined, spec.num_chunks)]
+        return cls(chunks, spec, joined)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -181,11 +189,14 @@ class MappedArray:
         rows = rows.astype(np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of an array of {len(self)} rows")
-        chunk_of, offset = np.divmod(rows, self.spec.chunk_rows)
-        order = np.argsort(chunk_of, kind="stable")
-        chunk_of, offset = chunk_of[order], offset[order]
+        if self._joined_rows is not None:
+            return self._joined_rows.take(rows).view(self.spec.disk_dtype).reshape(len(rows), *self.shape[1:])
+        order = np.argsort(rows)
+        rows = rows[order]
+        chunk_of = rows // self.spec.chunk_rows
+        offset = rows - chunk_of * self.spec.chunk_rows
         out = np.empty(len(rows), dtype=self._row)
-        edges = [0, *(np.flatnonzero(np.diff(chunk_of)) + 1), len(rows)]
+        edges = [0, *(np.flatnonzero(np.diff(chunk_of)) + 1).tolist(), len(rows)]
         for start, stop in pairwise(edges) if len(rows) else []:
             out[order[start:stop]] = self._chunks_of_rows[chunk_of[start]].take(offset[start:stop])
         return out.view(self.spec.disk_dtype).reshape(len(rows), *self.shape[1:])

@@ -1,5 +1,7 @@
 """The store: what is written through chunks is read by anybody's zarr and by our own memory maps."""
 
+import shutil
+
 import numpy as np
 import pytest
 import zarr
@@ -71,6 +73,28 @@ def test_a_cut_chunk_is_named(store):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CacheError, match="23 bytes, wanted 24"):
         MappedArray.open(store, "images/embedding")
+
+
+@pytest.mark.parametrize("views", [(), (2,)])
+def test_chunks_of_whole_pages_are_gathered_alike(tmp_path, monkeypatch, views):
+    # 64 rows x 32 numbers x 2 bytes = 4096 bytes, one page; the last chunk is partly filled
+    spec = ArraySpec((150, *views, 32), "float16", 64)
+    values = np.random.default_rng(0).normal(size=spec.shape).astype(np.float16)
+    declare_arrays(tmp_path, {"rows": spec})
+    for chunk in range(3):
+        write_chunk(tmp_path, "rows", spec, chunk, values[chunk * 64 : chunk * 64 + 64])
+    rows = np.random.default_rng(1).integers(0, 150, 400)
+    joined = MappedArray.open(tmp_path, "rows")
+    monkeypatch.setattr("dimefm.cache.arrays.map_side_by_side", lambda paths, chunk_bytes: None)
+    apart = MappedArray.open(tmp_path, "rows")
+    assert joined._joined_rows is not None and apart._joined_rows is None
+    for array in (joined, apart):
+        assert np.array_equal(array[rows], values[rows])
+        assert np.array_equal(np.concatenate([block for _, block in array.blocks()]), values)
+        with pytest.raises(IndexError):
+            array[[150]]
+    shutil.rmtree(tmp_path / "rows" / "c")  # a map outlives its file
+    assert np.array_equal(joined[rows], values[rows])
 
 
 def test_an_all_nan_chunk_still_has_a_file(store):
