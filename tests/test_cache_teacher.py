@@ -290,6 +290,20 @@ def test_a_folder_with_other_things_in_it_is_not_written_to(fresh):
     assert [path.name for path in (fresh.parent / "cache").iterdir()] == ["thesis.tex"]
 
 
+def test_a_kill_while_the_plan_was_written_does_not_block_the_next_run(fresh):
+    (fresh.parent / "cache").mkdir()
+    (fresh.parent / "cache/.plan.json.0123.partial").write_text('{"teach')
+    run(fresh)
+    assert not list((fresh.parent / "cache").rglob("*.partial"))
+
+
+def test_an_edited_plan_is_not_vouched_for(copy, no_teacher):
+    path = copy.parent / "cache/plan.json"
+    path.write_text(path.read_text().replace('"logit_scale": 14', '"logit_scale": 15'))
+    with pytest.raises(CacheError, match=r"plan\.json is not the one"):
+        run(copy)
+
+
 @pytest.mark.parametrize("missing", ["images", "captions.txt", "classes.json", "dev"])
 def test_a_missing_source_is_one_line(fresh, missing):
     path = fresh.parent / missing
