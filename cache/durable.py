@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,10 +53,17 @@ def replacing(path: Path) -> Iterator[Path]:
         finally:
             os.close(handle)
         os.replace(partial, path)  # noqa: PTH105 - the tests that kill between the steps patch os.fsync and os.replace
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        _say_where(error, path)
         raise
     sync_folder(path.parent)
+
+
+def _say_where(error: BaseException, path: Path) -> None:
+    """A full disk is reported by a handle, which has no name any more."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(path)
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -74,16 +82,25 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, to_json(value))
 
 
+def to_json_line(value: Any) -> bytes:
+    """One line of a file that `append_line` writes."""
+    return (json.dumps(value, sort_keys=True) + "\n").encode()
+
+
 def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
     """Add one JSON line and fsync it. A kill in the middle leaves a torn last line, which `read_lines` drops."""
-    line = json.dumps(value, sort_keys=True) + "\n"
-    with path.open("ab+") as file:
-        if file.tell() and not _ends_with_newline(file):
-            line = "\n" + line  # fence off a torn line, or it would swallow this one
-        file.write(line.encode())
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
+    line = to_json_line(value)
+    try:
+        with path.open("ab+") as file:
+            if file.tell() and not _ends_with_newline(file):
+                line = b"\n" + line  # fence off a torn line, or it would swallow this one
+            file.write(line)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+    except OSError as error:
+        _say_where(error, path)
+        raise
 
 
 def _ends_with_newline(file: Any) -> bool:
@@ -107,5 +124,8 @@ def read_lines(path: Path) -> Iterator[Any]:
 
 def sweep_partials(root: Path) -> None:
     """Remove what a killed writer left half written below a folder. Only the one writer may call this."""
-    for partial in root.rglob(f".*{PARTIAL}"):
-        partial.unlink(missing_ok=True)
+    for partial in list(root.rglob(f".*{PARTIAL}")):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)

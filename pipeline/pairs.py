@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
+from ..cache.arrays import ArraySpec, declare_arrays, write_chunk
 from ..cache.durable import digest, to_json, write_json
 from ..cache.feature_cache import EmbeddingSet
 from ..cache.index import Index
 from ..cache.journal import Journal, ShardRecord
 from ..cache.layout import IMAGES, SENTENCES, Layout
-from ..cache.rows import RowTable
 from ..cache.settings import PairsSettings
 from ..stages.retrieve import build_side, retrieve
 from .progress import bar, say
@@ -22,12 +21,15 @@ DIRECTIONS = {"image_to_sentence": ("images", "sentences"), "sentence_to_image":
 def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal, version: int) -> dict[str, Any]:
     """Build what is missing of the indexes and pairs of one version of the cache.
 
+    Args:
+        layout: the cache, or a version of it in the making.
+
     Returns:
         `index` and `pairs` of the manifest.
     """
     sides = {
-        "images": _open(layout, IMAGES, layout.image_rows),
-        "sentences": _open(layout, SENTENCES, layout.sentence_rows),
+        "images": EmbeddingSet.open(layout, IMAGES, layout.image_rows),
+        "sentences": EmbeddingSet.open(layout, SENTENCES, layout.sentence_rows),
     }
     store = layout.pairs_zarr(version)
     indexes = {
@@ -48,10 +50,6 @@ def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal, versi
         "index": {name: {"file": f"index/{layout.index(name, version).name}", **indexes[name][1]} for name in indexes},
         "pairs": {"store": store.name, "k": settings.k, "counted": counted},
     }
-
-
-def _open(layout: Layout, array: str, table: Any) -> EmbeddingSet:
-    return EmbeddingSet(MappedArray.open(layout.teacher_zarr, array), RowTable(table))
 
 
 def _build_or_load(

@@ -1,13 +1,16 @@
 """A look at the teacher before it is asked a million times: wrong weights and precisions show in a few embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..cache.errors import InputError
+from .devices import memory_errors_as
 from .teacher import Teacher
 
 CONSTANT_COSINE = 1e-4
@@ -72,9 +75,13 @@ def check_teacher(teacher: Teacher, images: Sequence[Image.Image], sentences: Se
     """
     if not images or not sentences:
         raise ValueError(f"{len(images)} images and {len(sentences)} sentences: wanted at least one of each")
-    crops = np.stack([teacher.crop(image) for image in images])
-    image_rows = teacher.encode_images(teacher.normalise(torch.from_numpy(crops))).numpy()
-    sentence_rows = teacher.encode_sentences(sentences).numpy()
+
+    def encode(batch: Sequence[Image.Image]) -> Tensor:
+        crops = np.stack([teacher.crop(image) for image in batch])
+        return teacher.encode_images(teacher.normalise(torch.from_numpy(crops)))
+
+    image_rows = _in_batches(encode, images, teacher)
+    sentence_rows = _in_batches(teacher.encode_sentences, sentences, teacher)
     image_units = _units(image_rows, "images", teacher)
     sentence_units = _units(sentence_rows, "sentences", teacher)
     return TeacherCheck(
@@ -88,6 +95,15 @@ def check_teacher(teacher: Teacher, images: Sequence[Image.Image], sentences: Se
         image_std=float(image_units.std(axis=0).mean()),
         sentence_std=float(sentence_units.std(axis=0).mean()),
     )
+
+
+def _in_batches(encode: Callable[[Any], Tensor], inputs: Sequence[Any], teacher: Teacher) -> np.ndarray:
+    """Embeddings in batches no larger than stage one's: what fits into memory there fits here."""
+    step = teacher.settings.batch_size
+    with memory_errors_as(
+        f"teacher.batch_size = {step}: a batch does not fit into the memory of {teacher.device}; lower it"
+    ):
+        return np.concatenate([encode(inputs[i : i + step]).numpy() for i in range(0, len(inputs), step)])
 
 
 def _units(rows: np.ndarray, what: str, teacher: Teacher) -> np.ndarray:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..cache.errors import InputError
+from .devices import memory_errors_as
 from .images import ImageError, decode_image, read_file
 from .teacher import Teacher
 
@@ -254,13 +255,11 @@ def _run(
             started = time.perf_counter()
             batch = finish()
             ready = time.perf_counter()
-            try:
+            with memory_errors_as(
+                f"teacher.batch_size = {firsts.step}: a batch does not fit into the memory of {teacher.device}; lower "
+                "it (it is part of a cache's identity: start that cache anew)"
+            ):
                 block = encode(batch).numpy()
-            except torch.cuda.OutOfMemoryError as error:
-                raise InputError(
-                    f"teacher.batch_size = {firsts.step}: a batch of {tuple(batch.shape)} does not fit into the memory "
-                    f"of {teacher.device}; lower it (it is part of a cache's identity: start that cache anew)"
-                ) from error
             done = time.perf_counter()
             wait_s, infer_s = wait_s + ready - started, infer_s + done - ready
             pending.extend((later, prepare(later)) for later in islice(upcoming, 1))

@@ -32,8 +32,12 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as caught:
         write_bytes(path, b"new")
+    assert caught.value.filename == str(path)
+    with pytest.raises(OSError, match="No space") as caught:
+        append_line(tmp_path / "lines", {})
+    assert caught.value.filename == str(tmp_path / "lines")
     assert path.read_bytes() == b"old"
 
 
