@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cache.errors import DimefmError
+from .cache.errors import DimefmError, os_advice
 from .stages.interrupt import Interrupted
 
 EXIT_KNOWN_ERROR = 1
@@ -21,9 +21,27 @@ app = typer.Typer(
     help="Distil CLIP-class teachers from a feature cache: pay for the teacher once, train any number of students.",
 )
 
+cache_app = typer.Typer(
+    no_args_is_help=True, help="What is in a cache, whether it is sound, and how to mend it and let it grow."
+)
+app.add_typer(cache_app, name="cache")
+
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML config file; `dimefm demo` writes one.")]
 RunsArgument = Annotated[
     list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or a config file for all of its runs.")
+]
+CacheArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a cache: a config's cache.dir.")]
+ThresholdOption = Annotated[float, typer.Option(metavar="COSINE", help="Least cosine of rows that count as the same.")]
+SaveMaskOption = Annotated[str | None, typer.Option(metavar="NAME", help="Save the rows that stay as a mask.")]
+WithinOption = Annotated[
+    str | None, typer.Option(metavar="MASK", help="Look at the rows of this mask only; what stays is a part of it.")
+]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="A Dask scheduler whose workers see the same files; default: this process."),
+]
+ConfigOption = Annotated[
+    Path | None, typer.Option(metavar="CONFIG", help="The config that made it; default: the one it remembers.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output instead.")]
 
@@ -49,12 +67,7 @@ def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
 @app.command("cache-teacher")
 def cache_teacher(
     config: ConfigArgument,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS", help="A Dask scheduler whose workers see the same files; default: this process."
-        ),
-    ] = None,
+    scheduler: SchedulerOption = None,
 ) -> None:
     """Stage one: embeddings, indexes, pseudo-pairs. Safe to repeat: finished shards are skipped."""
     from .pipeline.config import load_config
@@ -94,6 +107,105 @@ def evaluate(runs: RunsArgument, as_json: JsonOption = False) -> None:
     typer.echo(json.dumps(scores, indent=1) if as_json else score_table(scores))
 
 
+@cache_app.command("inspect")
+def cache_inspect(folder: CacheArgument, as_json: JsonOption = False) -> None:
+    """A screenful on what is in a cache: teacher, counts, sizes, failures, masks, recall, similarities, hubs."""
+    from .pipeline.inspect import inspect, inspect_lines
+
+    found = inspect(folder)
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(inspect_lines(found)))
+
+
+@cache_app.command("duplicates")
+def cache_duplicates(
+    folder: CacheArgument,
+    threshold: ThresholdOption,
+    side: Annotated[str, typer.Option(help="images or sentences")] = "images",
+    mask: SaveMaskOption = None,
+    within: WithinOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find rows that nearly repeat an earlier one, by the teacher's cosine."""
+    from .pipeline.duplicates import duplicate_lines, duplicates
+
+    found = duplicates(folder, threshold, side, mask, within)
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(duplicate_lines(found)))
+
+
+@cache_app.command("leakage")
+def cache_leakage(
+    folder: CacheArgument,
+    threshold: ThresholdOption,
+    mask: SaveMaskOption = None,
+    within: WithinOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find training images that are too close to an image of an evaluation set."""
+    from .pipeline.duplicates import leakage, leakage_lines
+
+    found = leakage(folder, threshold, mask, within)
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(leakage_lines(found)))
+
+
+@cache_app.command("verify")
+def cache_verify(
+    folder: CacheArgument,
+    as_json: JsonOption = False,
+    teacher: Annotated[
+        bool, typer.Option("--teacher", help="Also embed a sample of rows again with the live teacher.")
+    ] = False,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Also say which sources have changed, are gone or are new.")
+    ] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Read every file of a cache and say whether it is sound; if not, which rows and files, and what to do."""
+    from .pipeline.verify import report_lines, require_sound
+    from .pipeline.verify import verify as run
+
+    found = run(folder, config, teacher=teacher, sources=sources)
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(report_lines(found)))
+    require_sound(found)
+
+
+@cache_app.command("repair")
+def cache_repair(folder: CacheArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Mend what `verify` finds: recompute the bad shards, indexes and pairs; mark rows that cannot be as lost."""
+    from .pipeline.repair import outcome_lines, require_mended
+    from .pipeline.repair import repair as run
+
+    found = run(folder, config)
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(outcome_lines(found)))
+    require_mended(found)
+
+
+@cache_app.command("append")
+def cache_append(
+    folder: CacheArgument,
+    config: ConfigOption = None,
+    scheduler: SchedulerOption = None,
+) -> None:
+    """Take in images, sentences and evaluation sets that have come since; what is there is not embedded again."""
+    from .pipeline.append import append_to
+
+    append_to(folder, config, scheduler)
+
+
+@cache_app.command("mask")
+def cache_mask(
+    folder: CacheArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What configs will call it.")],
+    keep: Annotated[
+        Path, typer.Option(metavar="FILE", help="Rows to keep: numbers, one a line; or a .npy of numbers or bools.")
+    ],
+    side: Annotated[str, typer.Option(help="images or sentences")] = "images",
+) -> None:
+    """Name a choice of rows: `images.mask` and `sentences.mask` select it for a run."""
+    from .pipeline.mask import mask_from_file
+
+    typer.echo(mask_from_file(folder, name, side, keep))
+
+
 def main() -> None:
     """Entry point of `dimefm`: exit code 0 done, 1 a known error, 2 wrong usage, 130 interrupted with state saved."""
     warnings.filterwarnings("ignore", module="PIL")  # an odd image has its row's reason; Pillow's remarks name no file
@@ -101,12 +213,20 @@ def main() -> None:
         app()
     except DimefmError as error:
         _leave(f"error: {' '.join(str(error).split())}", EXIT_KNOWN_ERROR)
+    except MemoryError:
+        advice = "lower workers, or the batch size of this stage; `dimefm plan` says what building an index takes"
+        _leave(f"error: the memory of this machine is full; {advice}", EXIT_KNOWN_ERROR)
     except Interrupted as interrupted:
         _leave(str(interrupted), EXIT_INTERRUPTED)
     except SystemExit as leaving:
         if leaving.code == EXIT_INTERRUPTED:  # Ctrl-C outside of a training loop, which saves its own state
             _leave("interrupted: what was finished is saved; run the same command to go on", EXIT_INTERRUPTED)
         raise
+    except Exception as error:
+        refused = os_advice(error)
+        if refused is None:
+            raise
+        _leave(f"error: {' '.join(refused.split())}", EXIT_KNOWN_ERROR)
 
 
 def _leave(line: str, code: int) -> None:

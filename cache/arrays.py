@@ -127,6 +127,34 @@ def write_chunk(store: Path, name: str, spec: ArraySpec, chunk: int, block: NDAr
     return digest(data)
 
 
+def read_chunk(store: Path, name: str, spec: ArraySpec, chunk: int) -> NDArray[Any]:
+    """One chunk file, padding and all, mapped into memory: (chunk_rows, …), read-only.
+
+    Raises:
+        CacheError: if it is missing or cut.
+    """
+    return _map_chunk(chunk_path(store, name, chunk, len(spec.shape)), spec)
+
+
+def first_rows(store: Path, name: str, spec: ArraySpec, chunk: int, num_rows: int, wanted: str) -> NDArray[Any]:
+    """The first rows of a chunk file whose every byte is as it was written.
+
+    Args:
+        wanted: digest of the file.
+
+    Returns:
+        (num_rows, …), read-only.
+
+    Raises:
+        CacheError: if the file is missing or is another one.
+    """
+    path = chunk_path(store, name, chunk, len(spec.shape))
+    data = path.read_bytes() if path.exists() else b""
+    if digest(data) != wanted:
+        raise CacheError(f"{path}: missing or damaged (its checksum differs); run `dimefm cache repair` first")
+    return np.frombuffer(data, dtype=spec.disk_dtype).reshape(-1, *spec.shape[1:])[:num_rows]
+
+
 class MappedArray:
     """Rows of an array, gathered from memory-mapped chunk files. Any number of readers; none of them writes."""
 
@@ -140,22 +168,25 @@ class MappedArray:
         self._joined_rows = None if joined is None else joined.view(self._row)
 
     @classmethod
-    def open(cls, store: Path, name: str, num_rows: int | None = None) -> "MappedArray":
+    def open(cls, store: Path, name: str, num_rows: int | None = None, under: Path | None = None) -> "MappedArray":
         """Map an array of a store.
 
         Args:
             num_rows: rows that exist according to the manifest; None takes the array's own length.
+            under: the store that has the files which `store` has not.
 
         Raises:
             CacheError: if the array or a chunk file of it is missing, cut, or not laid out as this project writes it.
         """
-        spec = read_spec(store, name)
+        spec = read_spec(under if under and not (store / name / "zarr.json").exists() else store, name)
         if num_rows is not None:
             if num_rows > spec.shape[0]:
                 raise CacheError(f"{store / name}: holds {spec.shape[0]} rows, the manifest counts {num_rows}")
             spec = ArraySpec((num_rows, *spec.shape[1:]), spec.dtype, spec.chunk_rows)
         _allow_open_files(spec.num_chunks)
         paths = [chunk_path(store, name, i, len(spec.shape)) for i in range(spec.num_chunks)]
+        if under:
+            paths = [path if path.exists() else under / path.relative_to(store) for path in paths]
         chunks = [_map_chunk(path, spec) for path in paths]
         joined = map_side_by_side(paths, spec.chunk_bytes)
         if joined is not None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from .errors import CacheError
+from .errors import OS_ADVICE, CacheError
 
 PARTIAL = ".partial"
 
@@ -50,7 +51,8 @@ def make_folder(folder: Path) -> None:
 
 def cannot_write(path: Path, error: OSError) -> CacheError:
     """One line for a full disk, a read-only one, a file where a folder should be."""
-    return CacheError(f"{path}: cannot be written: {error.strerror or error}; nothing that was there is lost")
+    advice = OS_ADVICE.get(error.errno or 0, "wanted a place that can be written")
+    return CacheError(f"{path}: cannot be written: {error.strerror or error}; nothing that was there is lost; {advice}")
 
 
 @contextmanager
@@ -95,16 +97,24 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, to_json(value))
 
 
+def to_json_line(value: Any) -> bytes:
+    """One line of a file that `append_line` writes."""
+    return (json.dumps(value, sort_keys=True) + "\n").encode()
+
+
 def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
     """Add one JSON line and fsync it. A kill in the middle leaves a torn last line, which `read_lines` drops."""
-    line = json.dumps(value, sort_keys=True) + "\n"
-    with path.open("ab+") as file:
-        if file.tell() and not _ends_with_newline(file):
-            line = "\n" + line  # fence off a torn line, or it would swallow this one
-        file.write(line.encode())
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())
+    line = to_json_line(value)
+    try:
+        with path.open("ab+") as file:
+            if file.tell() and not _ends_with_newline(file):
+                line = b"\n" + line  # fence off a torn line, or it would swallow this one
+            file.write(line)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def _ends_with_newline(file: Any) -> bool:
@@ -128,5 +138,8 @@ def read_lines(path: Path) -> Iterator[Any]:
 
 def sweep_partials(root: Path) -> None:
     """Remove what a killed writer left half written below a folder. Only the one writer may call this."""
-    for partial in root.rglob(f".*{PARTIAL}"):
-        partial.unlink(missing_ok=True)
+    for partial in list(root.rglob(f".*{PARTIAL}")):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)

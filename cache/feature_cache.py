@@ -1,21 +1,22 @@
 """Reading a finished cache: what stage two, evaluation and other people's programs start from."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from .arrays import MappedArray
-from .durable import digest
+from .durable import digest, to_json
 from .errors import CacheError
 from .layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
-from .manifest import read_manifest
-from .plan import identity, read_plan
-from .rows import OK, RowTable
+from .manifest import read_document, read_manifest
+from .masks import mask_digest, read_mask
+from .plan import plan_named
+from .rows import RowTable, good_rows, read_own_failures
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,41 @@ class EmbeddingSet:
     Attributes:
         embeddings: (N, D) float16, as the teacher emitted them; NaN where the row failed.
         rows: the row table, N rows.
+        left_out: row numbers not to be used whatever the table says; they failed for this teacher alone.
+        mask: (N,) bool, the rows to choose from; None is all.
+        shared: the table is another cache's.
     """
 
     embeddings: MappedArray
     rows: RowTable
+    left_out: tuple[int, ...] = ()
+    mask: NDArray[np.bool_] | None = None
+    shared: bool = False
+
+    @classmethod
+    def open(cls, layout: Layout, array: str, table: Path, num_rows: int | None = None) -> "EmbeddingSet":
+        """Open one array and its table.
+
+        Args:
+            num_rows: rows that exist according to the manifest; None goes by the array.
+
+        Raises:
+            CacheError: if one of them is missing, cut or damaged.
+        """
+        under = layout.base.teacher_zarr if layout.under else None
+        embeddings = MappedArray.open(layout.teacher_zarr, array, num_rows, under)
+        failed = read_own_failures(layout.find(layout.own_failures)).get(array, {})
+        return cls(embeddings, RowTable(layout.find(table), len(embeddings)), tuple(failed), shared=layout.shares_rows)
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     @cached_property
     def usable(self) -> NDArray[np.int64]:
-        """Row numbers that have an embedding, ascending."""
-        status = self.rows.column("status").slice(0, len(self))
-        return np.flatnonzero(pc.equal(status, OK).to_numpy()).astype(np.int64)
+        """Row numbers that have an embedding and are in the mask, ascending."""
+        good = good_rows(self.rows.columns("status", "reason").slice(0, len(self)), self.shared)
+        good[list(self.left_out)] = False
+        return np.flatnonzero(good if self.mask is None else good & self.mask).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -60,7 +83,7 @@ class EvaluateSet:
     def labels(self) -> NDArray[np.int64]:
         """(N,) position of each image's class in `class_ids`."""
         position = {class_id: i for i, class_id in enumerate(self.class_ids)}
-        names = self.images.rows.column("class_id").to_pylist()
+        names = self.images.rows.column("class_id").slice(0, len(self.images)).to_pylist()
         return np.array([position[name] for name in names], dtype=np.int64)
 
 
@@ -79,7 +102,11 @@ class Pairs:
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A finished cache, open for reading."""
+    """A finished cache, open for reading. It stays as it was when it was opened, even when the cache grows.
+
+    Attributes:
+        masks: of `images` and `sentences`, the mask that chooses rows: its `name` and `digest`.
+    """
 
     layout: Layout
     plan: dict[str, Any]
@@ -87,6 +114,7 @@ class FeatureCache:
     images: EmbeddingSet
     sentences: EmbeddingSet
     evaluate: dict[str, EvaluateSet]
+    masks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureCache":
@@ -96,18 +124,18 @@ class FeatureCache:
             CacheError: if it is not there, unfinished, of a newer format, foreign, or a file of it is missing or cut.
         """
         layout = Layout(Path(folder))
-        plan = read_plan(layout)
-        if plan is None:
-            raise CacheError(f"{layout.root}: no teacher cache (no plan.json); run `dimefm cache-teacher` first")
         manifest = read_manifest(layout)
+        if manifest is None and not layout.plan.exists():
+            raise CacheError(f"{layout.root}: no teacher cache (no plan.json); run `dimefm cache-teacher` first")
         if manifest is None:
             raise CacheError(f"{layout.root}: unfinished (no manifest.json); run `dimefm cache-teacher` to finish it")
-        if manifest.get("plan") != identity(layout):
-            raise CacheError(f"{layout.root}: plan.json is not the one that manifest.json was written for; restore it")
+        path = plan_named(layout, manifest)
+        if not path.exists() or digest(path.read_bytes()) != manifest.get("plan"):
+            raise CacheError(f"{path}: missing, or not the one that manifest.json was written for; restore it")
+        plan = read_document(path)
 
         def embedding_set(name: str, table: Path) -> EmbeddingSet:
-            rows = manifest["arrays"][name]["rows"]
-            return EmbeddingSet(MappedArray.open(layout.teacher_zarr, name, rows), RowTable(table))
+            return EmbeddingSet.open(layout, name, table, manifest["arrays"][name]["rows"])
 
         evaluate = {}
         for name, inputs in plan["inputs"]["evaluate"].items():
@@ -123,6 +151,23 @@ class FeatureCache:
             evaluate,
         )
 
+    def masked(self, images: str | None = None, sentences: str | None = None) -> "FeatureCache":
+        """The same cache with only the rows of named masks `usable`; None chooses all rows.
+
+        Raises:
+            InputError: if there is no such mask; it names those that there are.
+            CacheError: if its file is missing or damaged.
+        """
+        changes: dict[str, Any] = {}
+        masks = dict(self.masks)
+        for side, name in (("images", images), ("sentences", sentences)):
+            if name is not None:
+                whole: EmbeddingSet = getattr(self, side)
+                keep = read_mask(self.layout, self.manifest, side, name, len(whole))
+                changes[side] = replace(whole, mask=keep)
+                masks[side] = {"name": name, "digest": mask_digest(self.layout, self.manifest, side, name)}
+        return replace(self, masks=masks, **changes)
+
     @property
     def identity(self) -> str:
         """Digest of teacher, inputs and row lists."""
@@ -131,7 +176,7 @@ class FeatureCache:
     @property
     def version(self) -> str:
         """Digest of everything in the manifest: it changes when the cache does."""
-        return digest(self.layout.manifest.read_bytes())
+        return digest(to_json(self.manifest))
 
     @property
     def teacher(self) -> dict[str, Any]:

@@ -120,10 +120,29 @@ class Index:
             scores[good] = np.where(found >= 0, found_scores, np.nan)
         return ids, scores
 
+    def rows(self) -> NDArray[np.int64]:
+        """Numbers of the rows that are in the index, ascending."""
+        if isinstance(self._cpu_index, faiss.IndexIDMap2):
+            return np.sort(faiss.vector_to_array(self._cpu_index.id_map).astype(np.int64))
+        lists = self._cpu_index.invlists
+        ids = [
+            faiss.rev_swig_ptr(lists.get_ids(i), lists.list_size(i)).astype(np.int64)
+            for i in range(self._cpu_index.nlist)
+            if lists.list_size(i)
+        ]
+        return np.sort(np.concatenate(ids)) if ids else np.empty(0, dtype=np.int64)
+
     def save(self, path: Path) -> None:
-        """Write the index durably, as a plain FAISS file."""
+        """Write the index durably, as a plain FAISS file.
+
+        Raises:
+            CacheError: if it cannot be written.
+        """
         with replacing(path) as partial:
-            faiss.write_index(self._cpu_index, str(partial))
+            try:
+                faiss.write_index(self._cpu_index, str(partial))
+            except RuntimeError as error:
+                raise CacheError(f"{path}: cannot be written ({_one_line(error)}); is the disk full?") from error
 
     @classmethod
     def load(cls, path: Path, width: int, num_rows: int) -> "Index":

@@ -31,8 +31,11 @@ class Journal:
     """Finished shards of one cache, in memory and on disk."""
 
     def __init__(self, layout: Layout) -> None:
+        """Read a cache's journal; of a version in the making, the cache's own and then what was added."""
         self._layout = layout
         self._records: dict[tuple[str, int], ShardRecord] = {}
+        if layout.under:
+            self._records |= Journal(layout.base)._records
         for line in read_lines(layout.journal):
             self._remember(_record(line))
 
@@ -45,10 +48,21 @@ class Journal:
             append_line(self._layout.timings, timing, durable=False)
         self._remember(record)
 
+    def take_over(self, following: Layout) -> None:
+        """Count what a version in the making has added. Doing so twice is doing it once."""
+        for line in read_lines(following.journal):
+            record = _record(line)
+            if self._records.get((record.array, record.shard)) != record:
+                self.add(record, {})
+
     def has(self, array: str, shard: int, num_rows: int) -> bool:
         """Whether the shard is finished with this many rows."""
         record = self._records.get((array, shard))
         return record is not None and record.num_rows == num_rows
+
+    def forget(self, array: str, shard: int) -> None:
+        """Let a shard count as missing until it is added again; on disk its line stays."""
+        self._records.pop((array, shard), None)
 
     def of(self, array: str) -> list[ShardRecord]:
         """Records of one array, by shard."""
@@ -59,6 +73,11 @@ class Journal:
 
     def _remember(self, record: ShardRecord) -> None:
         self._records[record.array, record.shard] = record
+
+
+def read_records(layout: Layout) -> Iterator[ShardRecord]:
+    """The lines of one journal alone, repeated ones too."""
+    return map(_record, read_lines(layout.journal))
 
 
 def _record(line: dict[str, Any]) -> ShardRecord:

@@ -22,13 +22,45 @@ def evaluate_head(name: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths below the folder of one cache."""
+    """Paths below the folder of one cache.
+
+    Attributes:
+        root: the folder.
+        under: of a version in the making, the folder of the cache that it is laid over: what `root` has not, is there.
+    """
 
     root: Path
+    under: Path | None = None
+
+    @property
+    def next(self) -> "Layout":
+        """Where the files of the next version wait that will replace files of this one, under the same names."""
+        return Layout(self.root / "next", under=self.root)
+
+    @property
+    def base(self) -> "Layout":
+        """The cache itself, of a version in the making."""
+        return self if self.under is None else Layout(self.under)
+
+    def find(self, path: Path) -> Path:
+        """Where a file of this layout is: in its own folder, or else in the one below."""
+        if self.under is None or path.exists():
+            return path
+        return self.under / path.relative_to(self.root)
+
+    def name_of(self, path: Path) -> str:
+        """A file's name in the manifest, wherever it was found."""
+        root = self.root if self.under is None or path.is_relative_to(self.root) else self.under
+        return path.relative_to(root).as_posix()
 
     @property
     def plan(self) -> Path:
-        return self.root / "plan.json"
+        """The plan of version 1; of a version in the making, its plan until it has a number."""
+        return self.plan_of(1) if self.under is None else self.root / "growing.json"
+
+    def plan_of(self, version: int) -> Path:
+        """The plan that came with a version of the cache."""
+        return self.root / f"plan{_suffix(version)}.json"
 
     @property
     def manifest(self) -> Path:
@@ -72,6 +104,20 @@ class Layout:
 
     def evaluate_rows(self, name: str) -> Path:
         return self.root / "rows" / "evaluate" / f"{name}.parquet"
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether the row tables are another cache's: linked, and with failures of this one's own beside them."""
+        return self.base.image_rows.parent.is_symlink() and self.find(self.own_failures).exists()
+
+    @property
+    def own_failures(self) -> Path:
+        """Of a cache that shares another one's row tables: rows that failed for its own teacher."""
+        return self.root / "failed.parquet"
+
+    def mask(self, side: str, name: str) -> Path:
+        """A named choice of rows of `images` or `sentences`."""
+        return self.root / "masks" / side / f"{name}.parquet"
 
     @property
     def text_tower(self) -> Path:

@@ -1,4 +1,7 @@
-"""One writer at a time. The kernel drops the lock with its process, so a dead writer never blocks the next."""
+"""One writer at a time. The kernel drops the lock with its process, so a dead writer never blocks the next.
+
+Whoever gets the lock first puts in order what a killed writer left.
+"""
 
 import fcntl
 import json
@@ -7,14 +10,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .durable import make_folder
+from .durable import make_folder, sweep_partials
 from .errors import CacheError
 from .layout import Layout
+from .versions import complete_change
 
 
 @contextmanager
 def writer_lock(layout: Layout) -> Iterator[None]:
-    """Hold the right to write a cache.
+    """Hold the right to write a cache: no half-written file in it, no change that was decided and not finished.
 
     Raises:
         CacheError: at once, naming the holder, if another process writes.
@@ -30,4 +34,6 @@ def writer_lock(layout: Layout) -> Iterator[None]:
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         file.flush()
+        sweep_partials(layout.root)
+        complete_change(layout)
         yield

@@ -1,4 +1,8 @@
-"""plan.json: the identity of a cache. Written before the first embedding; a run that does not match it is refused."""
+"""plan.json: the identity of a cache. Written before the first embedding; a run that does not match it is refused.
+
+A cache that grows gets a plan for each version that has more rows: plan-2.json, ... The manifest names the one in
+force; those before it stay, they say how the cache came about.
+"""
 
 import json
 from collections.abc import Mapping
@@ -8,41 +12,35 @@ from typing import Any
 from .durable import digest, write_json
 from .errors import CacheError
 from .layout import FORMAT, Layout
+from .manifest import read_document, read_manifest
 
 MISSING = "nothing"
 
 
-def parse_document(path: Path, data: bytes) -> dict[str, Any]:
-    """A JSON document of a cache, read from `path`.
+def plan_in_force(layout: Layout) -> Path:
+    """The file that the manifest names; plan.json while there is no manifest."""
+    return plan_named(layout, read_manifest(layout))
 
-    Raises:
-        CacheError: if it is not JSON, or of a format newer than this code.
-    """
-    try:
-        document = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CacheError(f"{path}: not a JSON document ({error}); it was cut or edited") from error
-    found = document.get("format") if isinstance(document, dict) else None
-    if not isinstance(found, int):
-        raise CacheError(f"{path}: says no format; wanted a document that dimefm wrote")
-    if found > FORMAT:
-        raise CacheError(f"{path}: format {found}, this dimefm reads up to {FORMAT}; update dimefm")
-    return dict(document)
+
+def plan_named(layout: Layout, manifest: Mapping[str, Any] | None) -> Path:
+    """The plan that a manifest was written for."""
+    return layout.root / manifest.get("plan_file", layout.plan.name) if manifest else layout.plan
 
 
 def read_plan(layout: Layout) -> dict[str, Any] | None:
-    """The plan of a cache, or None where stage one has not started."""
-    return parse_document(layout.plan, layout.plan.read_bytes()) if layout.plan.exists() else None
+    """The plan in force, or None where stage one has not started."""
+    path = plan_in_force(layout)
+    return read_document(path) if path.exists() else None
 
 
 def write_plan(layout: Layout, plan: Mapping[str, Any]) -> None:
-    """Freeze the identity of a cache."""
+    """Freeze the identity of a cache, or of a version in the making."""
     write_json(layout.plan, {"format": FORMAT, **plan})
 
 
 def identity(layout: Layout) -> str:
-    """Digest of plan.json: two caches with the same one hold the same rows of the same teacher."""
-    return digest(layout.plan.read_bytes())
+    """Digest of the plan in force: two caches with the same one hold the same rows of the same teacher."""
+    return digest(plan_in_force(layout).read_bytes())
 
 
 def first_difference(found: Any, wanted: Any, key: str = "") -> tuple[str, Any, Any] | None:

@@ -19,6 +19,8 @@ class CacheSettings(Settings):
     """Folder of the cache; made if it is not there."""
     shard_rows: int = Field(default=8192, ge=1, le=1_048_576)
     """Rows of one chunk file: the unit of writing, resuming, checking and mending."""
+    rows: Path | None = Field(default=None, strict=False)
+    """Folder of a finished cache of another teacher whose images and sentences this one takes, row by row."""
 
 
 class PairsSettings(Settings):

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from ..cache.errors import InputError
 from ..cache.settings import CacheSettings, PairsSettings, Settings
@@ -36,6 +36,12 @@ class Config(Settings):
     student: dict[str, StudentSettings] = Field(default_factory=dict)
     distill: DistillSettings = DistillSettings()
     evaluate: dict[str, EvaluateSettings] = Field(default_factory=dict)
+    _path: Path | None = PrivateAttr(default=None)
+
+    @property
+    def path(self) -> Path | None:
+        """The file that it was read from."""
+        return self._path
 
     @field_validator("student", "evaluate")
     @classmethod
@@ -67,6 +73,7 @@ def load_config(path: Path) -> Config:
     except ValidationError as error:
         raise InputError(f"{path}: {_first_problem(error)}") from error
     config = _with_absolute_paths(config, path.resolve().parent)
+    config._path = path.resolve()
     _check_architectures(config, path)
     return config
 
@@ -141,7 +148,9 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
             "teacher": teacher.model_copy(update={"model": model, "pretrained": pretrained}),
             "images": config.images.model_copy(update={"source": under(config.images.source)}),
             "sentences": config.sentences.model_copy(update={"source": sources, "prompts": prompts}),
-            "cache": config.cache.model_copy(update={"dir": under(config.cache.dir)}),
+            "cache": config.cache.model_copy(
+                update={"dir": under(config.cache.dir), "rows": config.cache.rows and under(config.cache.rows)}
+            ),
             "distill": config.distill.model_copy(update={"output": under(config.distill.output)}),
             "student": {name: _student(item, under) for name, item in config.student.items()},
             "evaluate": evaluate,

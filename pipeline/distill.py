@@ -4,6 +4,7 @@ from ..cache.durable import write_json
 from ..cache.errors import CacheError, InputError
 from ..cache.feature_cache import FeatureCache
 from ..cache.plan import first_difference
+from ..stages.devices import memory_errors_as
 from ..stages.run_record import CHECKPOINT
 from ..stages.settings import StudentSettings
 from ..stages.teacher_identity import configured_identity
@@ -24,17 +25,22 @@ def distill(config: Config, names: list[str], stop_after: int | None = None) -> 
 
     Raises:
         CacheError: if the cache is unfinished or of another teacher than the config's.
-        InputError: if a name is not in the config, or an image is gone.
+        InputError: if a name is not in the config, a mask not in the cache, or an image is gone.
     """
     students = _chosen(config, names)
-    cache = FeatureCache.open(config.cache.dir)
+    cache = FeatureCache.open(config.cache.dir).masked(config.images.mask, config.sentences.mask)
     _require_configured_teacher(config, cache)
     for name, student in students.items():
         run_dir = config.distill.output / name
         say(f"student {name}: {student.model} at {student.image_size} px -> {run_dir}")
         if not (run_dir / CHECKPOINT).exists():  # a run that is refused keeps what it had
             write_json(run_dir / SOURCE, _source(config))
-        with bar(f"stage two, {name}", 1, "images", RESUMED) as shown:
+        too_large = (
+            f"student.{name}: a step of distill.batch_images = {config.distill.batch_images} and "
+            f"distill.batch_sentences = {config.distill.batch_sentences} does not fit into memory; lower one of them, "
+            "or image_size, or choose a smaller model"
+        )
+        with bar(f"stage two, {name}", 1, "images", RESUMED) as shown, memory_errors_as(too_large):
             result = train_student(
                 cache, config.images.source, name, student, config.distill, run_dir, stop_after, shown.update
             )

@@ -7,6 +7,7 @@ from typing import Any
 from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from ..stages.devices import memory_errors_as
 from ..stages.zero_shot import evaluate_student, load_student
 from .config import load_config
 from .distill import SOURCE
@@ -45,7 +46,8 @@ def evaluate(runs: list[Path]) -> dict[str, dict[str, Any]]:
         scores[str(run)] = {}
         for name, folder in source["evaluate"].items():
             say(f"scoring {run} on {name}")
-            scores[str(run)][name] = evaluate_student(student, record, cache, name, Path(folder))
+            with memory_errors_as(f"{run}: scoring does not fit into memory; end what else uses it and run this again"):
+                scores[str(run)][name] = evaluate_student(student, record, cache, name, Path(folder))
         write_json(run / "evaluation.json", scores[str(run)])
     return scores
 

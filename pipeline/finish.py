@@ -1,20 +1,28 @@
-"""The end of stage one: row tables with their failures, indexes, pseudo-pairs, and last of all the manifest."""
+"""The end of stage one and of growth: row tables with their failures, indexes, pseudo-pairs, last the manifest."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from ..cache.arrays import chunk_path, read_spec
+from ..cache.durable import digest, write_bytes
 from ..cache.journal import Journal
 from ..cache.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
-from ..cache.manifest import file_entry, read_manifest, write_manifest
-from ..cache.plan import identity
-from ..cache.rows import FAILED, RowTable, mark_failures
+from ..cache.manifest import file_entry, read_manifest
+from ..cache.plan import plan_in_force
+from ..cache.rows import RowTable, good_rows, mark_failures, read_own_failures, write_own_failures
 from ..cache.settings import PairsSettings
+from ..cache.versions import put_in_force
 from .config import Config
+from .embedding import counted_reasons, planned_specs
 from .pairs import DIRECTIONS, write_pairs
 from .progress import say
+
+Manifest = dict[str, Any]
 
 
 def pairs_document(settings: PairsSettings) -> dict[str, Any] | None:
@@ -23,54 +31,93 @@ def pairs_document(settings: PairsSettings) -> dict[str, Any] | None:
 
 
 def finish_cache(config: Config, layout: Layout, plan: dict[str, Any], transductive: list[str]) -> None:
-    """Turn a folder whose shards are all counted into a finished cache."""
+    """Turn a folder whose shards are all counted into a finished cache, or a version in the making into the cache's."""
     journal = Journal(layout)
-    before = read_manifest(layout)
+    before = read_manifest(layout.base)
     version = before["version"] + 1 if before else 1
+    plan_file = plan_in_force(layout)
+    if layout.under:
+        plan_file = layout.plan_of(version)
+        write_bytes(plan_file, layout.plan.read_bytes())
     tables = {IMAGES: layout.image_rows, SENTENCES: layout.sentence_rows}
     tables |= {evaluate_images(name): layout.evaluate_rows(name) for name in plan["inputs"]["evaluate"]}
-    arrays = {}
-    for array, table in tables.items():
-        failures = {
-            record.shard * plan["shard_rows"] + row: reason
-            for record in journal.of(array)
-            for row, reason in record.failures
-        }
-        mark_failures(table, failures, plan["shard_rows"])
-        arrays[array] = _count(RowTable(table))
-        if arrays[array]["failed"]:
-            reasons = counted_reasons(arrays[array]["reasons"])
-            say(f"{array}: {arrays[array]['failed']:,} rows have no embedding: {reasons}")
+    arrays = _settle_failures(layout, plan, journal, tables)
+    for array, counted in arrays.items():
+        if counted["failed"]:
+            say(f"{array}: {counted['failed']:,} rows have no embedding: {counted_reasons(counted['reasons'])}")
+    counts = {array: arrays[array]["rows"] for array in (IMAGES, SENTENCES)}
     retrieved: dict[str, Any] = {"pairs": None, "index": {}}
-    if config.pairs.k:
+    if before and before["pairs_settings"] == pairs_document(config.pairs) and _counts(before) == counts:
+        retrieved = {"pairs": before["pairs"], "index": before["index"]}
+    elif config.pairs.k:
         retrieved = write_pairs(layout, config.pairs, journal, version)
     heads = [evaluate_head(name) for name in plan["inputs"]["evaluate"]]
-    files = dict(_files(layout, journal, [*tables, *heads], list(tables.values()), retrieved))
-    write_manifest(
+    own_tables = [layout.own_failures] if "rows_of" in plan else list(tables.values())
+    put_in_force(
         layout,
         {
+            **(before or {}),
             "version": version,
-            "plan": identity(layout),
+            "plan": digest(plan_file.read_bytes()),
+            "plan_file": plan_file.name,
             "arrays": arrays,
             "pairs_settings": pairs_document(config.pairs),
             "text_tower": layout.text_tower.name,
             "transductive": transductive,
-            "files": files,
+            "files": {
+                **_inherited(before),
+                **dict(files_of(layout, journal, [*tables, *heads], [plan_file, *own_tables], retrieved)),
+            },
             **retrieved,
         },
     )
 
 
-def _files(
-    layout: Layout, journal: Journal, arrays: list[str], tables: list[Path], retrieved: dict[str, Any]
+def _settle_failures(
+    layout: Layout, plan: dict[str, Any], journal: Journal, tables: dict[str, Path]
+) -> dict[str, dict[str, Any]]:
+    """Write failed rows where they belong; returns `arrays` of the manifest: rows, failed ones, and why they failed."""
+    specs = planned_specs(plan)
+    own = read_own_failures(layout.find(layout.own_failures))
+    arrays = {}
+    for array, path in tables.items():
+        failures = {
+            record.shard * plan["shard_rows"] + row: reason
+            for record in journal.of(array)
+            for row, reason in record.failures
+        }
+        if "rows_of" in plan:  # another cache's table: what failed here may be sound there
+            own[array] = own.get(array, {}) | failures
+        elif layout.find(path) == path:  # a table that an append has not touched has its failures in it already
+            mark_failures(path, failures, plan["shard_rows"])
+        table = RowTable(layout.find(path), specs[array].shape[0])
+        arrays[array] = count_failures(table, own.get(array, {}), "rows_of" in plan)
+    if "rows_of" in plan:
+        write_own_failures(layout.own_failures, own)
+    return arrays
+
+
+def _counts(manifest: Manifest) -> dict[str, int]:
+    return {array: manifest["arrays"][array]["rows"] for array in (IMAGES, SENTENCES)}
+
+
+def _inherited(before: Manifest | None) -> dict[str, Any]:
+    """Files that go on from version to version, whatever the change: plans and masks."""
+    files = before["files"] if before else {}
+    return {name: entry for name, entry in files.items() if name.startswith(("plan", "masks/"))}
+
+
+def files_of(
+    layout: Layout, journal: Journal, arrays: list[str], documents: list[Path], retrieved: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(path, size and checksum) of every file of the cache; chunks as the journal has them, nothing read twice."""
+    """(name, size and checksum) of every file of the cache; chunks as the journal has them, nothing read twice."""
+    tower = layout.find(layout.text_tower)
+    others = [*documents, *sorted(path for path in tower.rglob("*") if path.is_file())]
     stores = [(layout.teacher_zarr, "", arrays)]
-    others = [layout.plan, *tables, *sorted(path for path in layout.text_tower.rglob("*") if path.is_file())]
     if retrieved["pairs"]:
         store, counted = layout.root / retrieved["pairs"]["store"], retrieved["pairs"]["counted"]
         names = [f"{direction}/{part}" for direction in DIRECTIONS for part in ("ids", "scores")]
-        stores.append((store, counted, names))
+        stores.append((layout.find(store), counted, names))
         for info in retrieved["index"].values():
             others += [layout.root / info["file"], (layout.root / info["file"]).with_suffix(".json")]
     for store, counted, names in stores:
@@ -80,22 +127,23 @@ def _files(
             known = {record.shard: record.digest for record in journal.of(counted + name)}
             for shard in range(spec.num_chunks):
                 path = chunk_path(store, name, shard, len(spec.shape))
-                entry = {"bytes": spec.chunk_bytes, "digest": known[shard]} if shard in known else file_entry(path)
-                yield _relative(layout, path), entry
+                if shard in known:
+                    yield layout.name_of(path), {"bytes": spec.chunk_bytes, "digest": known[shard]}
+                else:
+                    yield layout.name_of(path), file_entry(layout.find(path))
     for path in others:
-        yield _relative(layout, path), file_entry(path)
+        yield layout.name_of(path), file_entry(layout.find(path))
 
 
-def _relative(layout: Layout, path: Path) -> str:
-    return path.relative_to(layout.root).as_posix()
+def count_failures(table: RowTable, own_failures: dict[int, str], shared: bool) -> dict[str, Any]:
+    """What `arrays` of the manifest says of one: rows, failed ones, and how many for which reason.
 
-
-def counted_reasons(reasons: Mapping[str, int]) -> str:
-    """Reasons with their counts in one line, the most frequent first."""
-    return ", ".join(f"{count:,} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
-
-
-def _count(table: RowTable) -> dict[str, Any]:
-    status, reason = (table.column(name).to_pylist() for name in ("status", "reason"))
-    reasons = Counter(why for what, why in zip(status, reason, strict=True) if what == FAILED)
-    return {"rows": table.num_rows, "failed": sum(reasons.values()), "reasons": dict(sorted(reasons.items()))}
+    Args:
+        own_failures: rows that failed for this teacher alone, and why.
+        shared: the table is another cache's.
+    """
+    columns = table.columns("status", "reason")
+    bad = np.flatnonzero(~good_rows(columns, shared))
+    failed = dict(zip(bad.tolist(), columns["reason"].take(pa.array(bad)).to_pylist(), strict=True))
+    reasons = Counter((failed | own_failures).values())
+    return {"rows": table.num_rows, "failed": reasons.total(), "reasons": dict(sorted(reasons.items()))}

@@ -1,6 +1,6 @@
 """What goes into a cache: listed once into row tables, then compared with what a later run is given."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from ..cache.errors import CacheError, InputError
 from ..cache.layout import Layout
 from ..cache.plan import require_same
 from ..cache.rows import FAILED, IMAGE_COLUMNS, LABELLED_COLUMNS, OK, SENTENCE_COLUMNS, RowTable, write_rows
-from ..stages.images import FoundImage, find_images, find_labelled_images
+from ..stages.images import find_images, find_labelled_images
 from ..stages.prompts import class_prompts, read_classes, read_templates
-from ..stages.sentences import read_sentences
+from ..stages.sentences import Sentence, read_sentences
 from ..stages.settings import EvaluateSettings, PromptSettings
 from .config import Config
+from .sources import compare_images, image_rows, labelled_rows
 
 PROMPTS = "prompts"
 
@@ -33,25 +34,33 @@ def freeze_inputs(config: Config, layout: Layout) -> dict[str, Any]:
     images = find_images(config.images.source)
     if not images:
         raise InputError(f"images.source: {config.images.source}: no .jpg, .jpeg, .png or .webp file below it")
-    write_rows(layout.image_rows, IMAGE_COLUMNS, map(_image_row, images), shard_rows)
+    hashed = config.images.hash
+    write_rows(layout.image_rows, IMAGE_COLUMNS, image_rows(config.images.source, images, hashed), shard_rows)
     sentences = _SentenceRows(config)
     num_sentences = write_rows(layout.sentence_rows, SENTENCE_COLUMNS, sentences.rows(), shard_rows)
     if sentences.num_good == 0:
         names = ", ".join(str(path) for path in config.sentences.source)
         raise InputError(f"sentences.source: {names}: no usable sentence in {num_sentences} lines")
-    evaluate = {}
-    for name, settings in config.evaluate.items():
-        classes = read_classes(settings.classes)
-        found = find_labelled_images(settings.images, sorted(classes))
-        if not found:
-            raise InputError(f"evaluate.{name}.images: {settings.images}: no image in a folder named after a class id")
-        write_rows(layout.evaluate_rows(name), LABELLED_COLUMNS, map(_labelled_row, found), shard_rows)
-        evaluate[name] = {**_classes_document(settings), **_list_document(found)}
     return {
-        "images": _list_document(images),
+        "images": list_document(image.source for image in images),
         "sentences": {"rows": num_sentences, "sources": sentences.sources, "prompts": sentences.prompts},
-        "evaluate": evaluate,
+        "evaluate": {name: freeze_evaluate_set(config, layout, name) for name in config.evaluate},
     }
+
+
+def freeze_evaluate_set(config: Config, layout: Layout, name: str) -> dict[str, Any]:
+    """List one evaluation set into its row table; returns what plan.json says of it.
+
+    Raises:
+        InputError: if its images or its classes are missing or do not fit.
+    """
+    settings = config.evaluate[name]
+    found = find_labelled_images(settings.images, sorted(read_classes(settings.classes)))
+    if not found:
+        raise InputError(f"evaluate.{name}.images: {settings.images}: no image in a folder named after a class id")
+    rows = labelled_rows(settings.images, found, config.images.hash)
+    write_rows(layout.evaluate_rows(name), LABELLED_COLUMNS, rows, config.cache.shard_rows)
+    return {**classes_document(settings), **list_document(image.source for image in found)}
 
 
 def compare_inputs(config: Config, layout: Layout, frozen: dict[str, Any]) -> list[str]:
@@ -64,7 +73,8 @@ def compare_inputs(config: Config, layout: Layout, frozen: dict[str, Any]) -> li
         CacheError: naming the key, if the run asks for other sentences, prompts, classes or evaluation sets.
     """
     notes: list[str] = []
-    _compare_images(config.images.source, layout.image_rows, "images.source", notes)
+    rows = RowTable(layout.find(layout.image_rows), frozen["images"]["rows"])
+    _compare_images(config.images.source, rows, "images.source", notes)
     try:
         _compare_sentences(config, layout, frozen["sentences"], notes)
     except InputError as error:
@@ -75,13 +85,24 @@ def compare_inputs(config: Config, layout: Layout, frozen: dict[str, Any]) -> li
                 f"{layout.root}: evaluate.{name} is not in this cache; choose another cache.dir or leave it out"
             )
         try:
-            document = _classes_document(settings)
-            there = {key: frozen["evaluate"][name][key] for key in document}
-            require_same(layout.root, {"evaluate": {name: there}}, {"evaluate": {name: document}})
+            require_same_classes(layout, frozen, name, settings)
         except InputError as error:
             notes.append(f"evaluate.{name}: not compared: {error}")
-        _compare_images(settings.images, layout.evaluate_rows(name), f"evaluate.{name}.images", notes)
+        rows = RowTable(layout.find(layout.evaluate_rows(name)), frozen["evaluate"][name]["rows"])
+        _compare_images(settings.images, rows, f"evaluate.{name}.images", notes)
     return notes
+
+
+def require_same_classes(layout: Layout, frozen: dict[str, Any], name: str, settings: EvaluateSettings) -> None:
+    """Refuse other classes or prompts of an evaluation set than the cache was made with.
+
+    Raises:
+        CacheError: naming the key that differs.
+        InputError: if the classes or templates are not at hand.
+    """
+    document = classes_document(settings)
+    there = {key: frozen["evaluate"][name][key] for key in document}
+    require_same(layout.root, {"evaluate": {name: there}}, {"evaluate": {name: document}})
 
 
 def transductive_sets(config: Config) -> list[str]:
@@ -107,23 +128,17 @@ def _used(names: list[str], settings: PromptSettings | EvaluateSettings) -> list
     return names if settings.names == "all" else names[:1]
 
 
-def _image_row(image: FoundImage) -> dict[str, Any]:
-    status = {"status": FAILED, "reason": image.problem} if image.problem else {"status": OK}
-    return {"source": image.source, "bytes": image.bytes, "modified_ns": image.modified_ns, **status}
+def list_document(sources: Iterable[str]) -> dict[str, Any]:
+    """What plan.json says of a list of images: how many, and a digest of their names in the order of their rows."""
+    num_rows, names = 0, xxhash.xxh3_128()
+    for source in sources:
+        num_rows += 1
+        names.update(source.encode() + b"\0")
+    return {"rows": num_rows, "digest": names.hexdigest()}
 
 
-def _labelled_row(image: FoundImage) -> dict[str, Any]:
-    return {**_image_row(image), "class_id": image.source.split("/", 1)[0]}
-
-
-def _list_document(images: Sequence[FoundImage]) -> dict[str, Any]:
-    names = xxhash.xxh3_128()
-    for image in images:
-        names.update(image.source.encode() + b"\0")
-    return {"rows": len(images), "digest": names.hexdigest()}
-
-
-def _classes_document(settings: EvaluateSettings) -> dict[str, Any]:
+def classes_document(settings: EvaluateSettings) -> dict[str, Any]:
+    """What plan.json says of the classes of a set: ids, names, and a digest of their prompts."""
     classes = read_classes(settings.classes)
     prompts = evaluate_prompts(settings)
     return {
@@ -156,17 +171,27 @@ class _SentenceRows:
                 lines += 1
                 seen.update(sentence.text.encode() + b"\n")
                 self.num_good += sentence.problem is None
-                status = {"status": FAILED, "reason": sentence.problem} if sentence.problem else {"status": OK}
-                yield {"text": sentence.text, "origin": sentence.origin, **status}
+                yield sentence_row(sentence)
             self.sources.append({"name": path.name, "rows": lines, "digest": seen.hexdigest()})
         if self._settings.prompts:
             prompts = prompt_lines(self._settings.prompts)
-            self.prompts = _prompts_document(prompts)
+            self.prompts = prompts_document(prompts)
             self.num_good += len(prompts)
-            yield from ({"text": prompt, "origin": PROMPTS, "status": OK} for prompt in prompts)
+            yield from map(prompt_row, prompts)
 
 
-def _prompts_document(prompts: list[str]) -> dict[str, Any]:
+def sentence_row(sentence: Sentence) -> dict[str, Any]:
+    """A line's row in the sentence table, without its number."""
+    status = {"status": FAILED, "reason": sentence.problem} if sentence.problem else {"status": OK}
+    return {"text": sentence.text, "origin": sentence.origin, **status}
+
+
+def prompt_row(prompt: str) -> dict[str, Any]:
+    """A prompt's row in the sentence table, without its number."""
+    return {"text": prompt, "origin": PROMPTS, "status": OK}
+
+
+def prompts_document(prompts: list[str]) -> dict[str, Any]:
     return {"rows": len(prompts), "digest": digest(*(prompt.encode() + b"\n" for prompt in prompts))}
 
 
@@ -184,7 +209,7 @@ def _compare_sentences(config: Config, layout: Layout, frozen: dict[str, Any], n
         found = at_frozen_length or seen.hexdigest()
         sources.append({"name": path.name, "rows": min(lines, there["rows"]), "digest": found})
     sources += [{"name": path.name} for path in config.sentences.source[len(frozen["sources"]) :]]
-    prompts = _prompts_document(prompt_lines(config.sentences.prompts)) if config.sentences.prompts else None
+    prompts = prompts_document(prompt_lines(config.sentences.prompts)) if config.sentences.prompts else None
     require_same(
         layout.root,
         {"sentences": {"source": frozen["sources"], "prompts": frozen["prompts"]}},
@@ -192,17 +217,8 @@ def _compare_sentences(config: Config, layout: Layout, frozen: dict[str, Any], n
     )
 
 
-def _compare_images(folder: Path, table: Path, key: str, notes: list[str]) -> None:
+def _compare_images(folder: Path, table: RowTable, key: str, notes: list[str]) -> None:
     if not folder.is_dir():
         notes.append(f"{key}: {folder} is not at hand")
         return
-    frozen = set(RowTable(table).column("source").to_pylist())
-    now = {image.source for image in find_images(folder)}
-    if not now & frozen:
-        raise CacheError(
-            f"{key}: {folder}: holds none of the {len(frozen):,} images of this cache; is it another folder?"
-        )
-    if now - frozen:
-        notes.append(f"{key}: {len(now - frozen):,} images have appeared since; this cache does not hold them")
-    if frozen - now:
-        notes.append(f"{key}: {len(frozen - now):,} images of this cache are gone from {folder}")
+    notes.extend(compare_images(folder, table).notes(key))

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
+from ..cache.arrays import ArraySpec, declare_arrays, write_chunk
 from ..cache.durable import digest, to_json, write_json
 from ..cache.feature_cache import EmbeddingSet
 from ..cache.index import Index, index_bytes
 from ..cache.journal import Journal, ShardRecord
 from ..cache.layout import IMAGES, SENTENCES, Layout
-from ..cache.rows import RowTable
 from ..cache.settings import PairsSettings
 from ..stages.retrieve import build_side, retrieve
 from .progress import bar, say
@@ -33,12 +32,15 @@ def retrieval_bytes(sides: Sequence[tuple[int, ...]], settings: PairsSettings) -
 def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal, version: int) -> dict[str, Any]:
     """Build what is missing of the indexes and pairs of one version of the cache.
 
+    Args:
+        layout: the cache, or a version of it in the making.
+
     Returns:
         `index` and `pairs` of the manifest.
     """
     sides = {
-        "images": _open(layout, IMAGES, layout.image_rows),
-        "sentences": _open(layout, SENTENCES, layout.sentence_rows),
+        "images": EmbeddingSet.open(layout, IMAGES, layout.image_rows),
+        "sentences": EmbeddingSet.open(layout, SENTENCES, layout.sentence_rows),
     }
     store = layout.pairs_zarr(version)
     indexes = {
@@ -59,10 +61,6 @@ def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal, versi
         "index": {name: {"file": f"index/{layout.index(name, version).name}", **indexes[name][1]} for name in indexes},
         "pairs": {"store": store.name, "k": settings.k, "counted": counted},
     }
-
-
-def _open(layout: Layout, array: str, table: Any) -> EmbeddingSet:
-    return EmbeddingSet(MappedArray.open(layout.teacher_zarr, array), RowTable(table))
 
 
 def _build_or_load(

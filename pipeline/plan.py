@@ -13,8 +13,9 @@ from ..stages.images import find_images, find_labelled_images
 from ..stages.prompts import read_classes
 from ..stages.sentences import read_sentences
 from ..stages.teacher_identity import configured_embed_dim
-from .cache_teacher import array_specs, existing_parent, is_finished, require_own_folder, require_same_run
+from .cache_teacher import is_finished, require_own_folder, require_same_run
 from .config import Config
+from .embedding import array_specs, existing_parent
 from .inputs import prompt_lines
 from .pairs import retrieval_bytes
 

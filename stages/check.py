@@ -1,12 +1,15 @@
 """A look at the teacher before it is asked a million times: wrong weights and precisions show in a few embeddings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..cache.errors import InputError
+from .devices import memory_errors_as
 from .teacher import Teacher, out_of_memory
 
 CONSTANT_COSINE = 1e-4
@@ -71,19 +74,10 @@ def check_teacher(teacher: Teacher, crops: Sequence[np.ndarray], sentences: Sequ
     """
     if not len(crops) or not sentences:
         raise ValueError(f"{len(crops)} images and {len(sentences)} sentences: wanted at least one of each")
-    batch = teacher.settings.batch_size
-    try:
-        image_rows = np.concatenate(
-            [
-                teacher.encode_images(teacher.normalise(torch.from_numpy(np.stack(crops[i : i + batch])))).numpy()
-                for i in range(0, len(crops), batch)
-            ]
-        )
-        sentence_rows = np.concatenate(
-            [teacher.encode_sentences(sentences[i : i + batch]).numpy() for i in range(0, len(sentences), batch)]
-        )
-    except torch.cuda.OutOfMemoryError as error:
-        raise out_of_memory(teacher, batch) from error
+    image_rows = _in_batches(
+        lambda batch: teacher.encode_images(teacher.normalise(torch.from_numpy(np.stack(batch)))), crops, teacher
+    )
+    sentence_rows = _in_batches(teacher.encode_sentences, sentences, teacher)
     image_units = _units(image_rows, "images", teacher)
     sentence_units = _units(sentence_rows, "sentences", teacher)
     return TeacherCheck(
@@ -97,6 +91,13 @@ def check_teacher(teacher: Teacher, crops: Sequence[np.ndarray], sentences: Sequ
         image_std=float(image_units.std(axis=0).mean()),
         sentence_std=float(sentence_units.std(axis=0).mean()),
     )
+
+
+def _in_batches(encode: Callable[[Any], Tensor], inputs: Sequence[Any], teacher: Teacher) -> np.ndarray:
+    """Embeddings in batches no larger than stage one's: what fits into memory there fits here."""
+    step = teacher.settings.batch_size
+    with memory_errors_as(out_of_memory(teacher, step)):
+        return np.concatenate([encode(inputs[i : i + step]).numpy() for i in range(0, len(inputs), step)])
 
 
 def _units(rows: np.ndarray, what: str, teacher: Teacher) -> np.ndarray:

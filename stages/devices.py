@@ -1,4 +1,7 @@
-"""Which device `auto` means."""
+"""Which device `auto` means, and what is said when its memory is full."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -27,3 +30,19 @@ def devices_of(setting: str) -> list[torch.device]:
 def resolve_device(setting: str) -> torch.device:
     """The first device that a setting names."""
     return devices_of(setting)[0]
+
+
+@contextmanager
+def memory_errors_as(advice: str) -> Iterator[None]:
+    """Turn running out of memory, a GPU's or this machine's, into one line that names the setting to change.
+
+    Raises:
+        InputError: in place of torch's own error; every other error passes.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # The CPU's allocator raises a plain RuntimeError.
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            raise InputError(advice) from error
+        raise

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..cache.errors import InputError
+from .devices import memory_errors_as
 from .images import ImageError, decode_image, read_file
 from .teacher import Teacher, out_of_memory
 
@@ -254,10 +255,8 @@ def _run(
             started = time.perf_counter()
             batch = finish()
             ready = time.perf_counter()
-            try:
+            with memory_errors_as(out_of_memory(teacher, firsts.step)):
                 block = encode(batch).numpy()
-            except torch.cuda.OutOfMemoryError as error:
-                raise out_of_memory(teacher, firsts.step) from error
             done = time.perf_counter()
             wait_s, infer_s = wait_s + ready - started, infer_s + done - ready
             pending.extend((later, prepare(later)) for later in islice(upcoming, 1))

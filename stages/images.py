@@ -1,20 +1,27 @@
 """Images on disk: which files there are, in the order that numbers the rows, and their pixels."""
 
+import errno
 import io
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..cache.durable import digest
 from ..cache.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Decoders that may run, whatever a file's name says: a wrong extension among these three does no harm."""
+
+HASH_WINDOW = 256
+"""Files that are being hashed at a time."""
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -85,6 +92,21 @@ def find_labelled_images(folder: Path, class_ids: Collection[str]) -> list[Label
     return images
 
 
+def file_digests(folder: Path, sources: Iterable[str]) -> Iterator[str | None]:
+    """XXH3-128 of image files, in order, read by several threads; None for one that cannot be read."""
+
+    def digest_of(source: str) -> str | None:
+        try:
+            return digest(read_file(folder / source))
+        except ImageError:
+            return None
+
+    with ThreadPoolExecutor(thread_name_prefix="hash") as pool:
+        remaining = iter(sources)
+        while window := list(islice(remaining, HASH_WINDOW)):
+            yield from pool.map(digest_of, window)
+
+
 def read_image(path: Path) -> Image.Image:
     """One image, upright, all of its pixels loaded, mode RGB.
 
@@ -99,6 +121,7 @@ def read_file(path: Path) -> bytes:
 
     Raises:
         ImageError: if it cannot be read.
+        InputError: if this process may open no more files, which is not the image's fault.
     """
     try:
         return path.read_bytes()
@@ -109,6 +132,8 @@ def read_file(path: Path) -> bytes:
     except IsADirectoryError as error:
         raise ImageError("not a regular file") from error
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # would mark good images as bad
+            raise InputError(f"{path}: too few file handles to open it; raise `ulimit -n` or lower workers") from error
         raise ImageError(f"cannot be read: {error.strerror}") from error
 
 

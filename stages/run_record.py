@@ -19,7 +19,7 @@ RECORD = "run.json"
 CHECKPOINT = "checkpoint.pt"
 
 _FREE_TO_CHANGE = {"output", "log_every", "checkpoint_every", "workers", "device"}
-_FIXED = ("student", "distill", "cache", "rows")
+_FIXED = ("student", "distill", "cache", "rows", "masks")
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
 
 
@@ -35,8 +35,8 @@ def describe_run(
 ) -> dict[str, Any]:
     """Everything that a reader, a resumed run or an evaluation needs to know about a run, as JSON values.
 
-    `student`, `distill`, `cache` and `rows` must not change while a run lasts; the rest says where and with what it was
-    made.
+    `student`, `distill`, `cache`, `rows` and `masks` must not change while a run lasts; the rest says where and with
+    what it was made.
     """
     return {
         "name": name,
@@ -44,6 +44,7 @@ def describe_run(
         "distill": settings.model_dump(mode="json", exclude=_FREE_TO_CHANGE),
         "cache": cache.identity,
         "rows": {"images": len(cache.images.usable), "sentences": len(cache.sentences.usable)},
+        "masks": {side: dict(mask) for side, mask in cache.masks.items()},
         "embed_dim": cache.images.embeddings.shape[-1],
         "logit_scale": logit_scale_of(cache, settings),
         "preprocess": cache.teacher["preprocess"],

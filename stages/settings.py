@@ -37,6 +37,11 @@ class ImagesSettings(Settings):
     """A folder, read recursively: .jpg, .jpeg, .png and .webp."""
     max_failed: Fraction = 0.01
     """Share of unreadable images above which stage one stops."""
+    mask: str | None = None
+    """Name of a mask of the cache: stage two draws the images that it keeps and no others."""
+    hash: bool = False
+    """Keep a checksum of each image file, which reads all of them once more: it tells a changed file from one that was
+    only copied. Without it, size and modification time have to do."""
 
 
 class PromptSettings(Settings):
@@ -56,6 +61,8 @@ class SentencesSettings(Settings):
     source: list[FilePath] = Field(min_length=1)
     """Text files, UTF-8, one sentence a line."""
     prompts: PromptSettings | None = None
+    mask: str | None = None
+    """Name of a mask of the cache: stage two draws the sentences that it keeps and no others."""
 
 
 class EvaluateSettings(Settings):

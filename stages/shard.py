@@ -6,12 +6,28 @@ from pathlib import Path
 from threading import Lock
 from typing import Literal
 
-from ..cache.arrays import ArraySpec, write_chunk
+import numpy as np
+
+from ..cache.arrays import ArraySpec, first_rows, write_chunk
 from ..cache.journal import ShardRecord
 from ..cache.rows import OK, RowTable
 from .embed import class_head, embed_image_shard, embed_sentence_shard
 from .settings import TeacherSettings
 from .teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The rows that a growing shard begins with: copied from the chunk file that it replaces, never embedded again.
+
+    Attributes:
+        store: the Zarr group with that chunk file.
+        digest: of the file, which must be sound: copying damage would seal it.
+    """
+
+    store: Path
+    num_rows: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -23,6 +39,7 @@ class ShardTask:
         table: row table of the array; None for a head.
         root: folder that the image rows are relative to.
         prompts: prompts of each class, for a head.
+        kept: rows of a growing shard that were embedded before.
     """
 
     kind: Literal["images", "sentences", "head"]
@@ -33,6 +50,7 @@ class ShardTask:
     table: Path | None = None
     root: Path | None = None
     prompts: tuple[tuple[str, ...], ...] = ()
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +82,12 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
     else:
         assert task.table is not None
         column = "source" if task.kind == "images" else "text"
-        rows = RowTable(task.table).shard(task.shard, [column, "status"])
+        rows = RowTable(task.table, task.spec.shape[0]).shard(task.shard, [column, "status"])
         given = [value if status == OK else None for value, status in zip(rows[column], rows["status"], strict=True)]
+        num_kept = task.kept.num_rows if task.kept else 0
+        # Batches stay on the grid that the whole shard would have; in the first one, kept rows are blank.
+        first = num_kept // settings.batch_size * settings.batch_size
+        given = [None] * (num_kept - first) + given[num_kept:]
         if task.kind == "images":
             assert task.root is not None
             files = [None if source is None else task.root / source for source in given]
@@ -73,8 +95,11 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
         else:
             result = embed_sentence_shard(teacher, given, settings.batch_size, lock)
         # A row that was listed as failed has its reason in the table already.
-        failures = [(row, reason) for row, reason in result.failures if given[row] is not None]
-        block, seconds = result.embeddings, dict(result.seconds)
+        failures = [(first + row, reason) for row, reason in result.failures if given[row] is not None]
+        block, seconds = result.embeddings[num_kept - first :], dict(result.seconds)
+        if task.kept:
+            old = first_rows(task.kept.store, task.array, task.spec, task.shard, num_kept, task.kept.digest)
+            block = np.concatenate([old, block])
     start = time.perf_counter()
     written = write_chunk(task.store, task.array, task.spec, task.shard, block)
     seconds["write"] = time.perf_counter() - start

@@ -16,6 +16,7 @@ from torchvision.transforms import Compose
 
 from ..cache.durable import digest, to_json
 from ..cache.errors import InputError
+from .devices import memory_errors_as
 from .images import ImageError
 from .settings import TeacherSettings
 from .teacher_identity import configured_identity
@@ -147,9 +148,9 @@ class Teacher:
         }
 
 
-def out_of_memory(teacher: Teacher, batch_size: int) -> InputError:
+def out_of_memory(teacher: Teacher, batch_size: int) -> str:
     """One line for a batch that the device cannot hold. A smaller one would give other last bits: none is tried."""
-    return InputError(
+    return (
         f"teacher.batch_size = {batch_size}: such a batch does not fit into the memory of {teacher.device}; lower it "
         "(it is part of a cache's identity: start that cache anew)"
     )
@@ -182,7 +183,7 @@ def _build(settings: TeacherSettings, source: TeacherSource, device: torch.devic
             device=device,
             force_preprocess_cfg=source.preprocess,
         )
-    except torch.cuda.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError) as error:
         raise InputError(f"{settings.model}: does not fit into the memory of {device}; choose a smaller one") from error
     except Exception as error:  # a config can be wrong in ways that open_clip and timm have no common error for
         raise InputError(f"{settings.model}: open_clip cannot build this model: {one_line(error)}") from error
@@ -215,11 +216,14 @@ def _load_weights(model: Any, source: TeacherSource) -> None:
 
 def _try_out(teacher: Teacher) -> None:
     """One image and one sentence: not every tower that can be built runs in every precision (Hugging Face's text)."""
+    settings = teacher.settings
     try:
-        teacher.encode_images(torch.zeros(1, 3, *teacher.image_size))
-        teacher.encode_sentences([""])
+        with memory_errors_as(
+            f"{settings.model}: does not fit into the memory of {teacher.device} to embed one row; choose a smaller one"
+        ):
+            teacher.encode_images(torch.zeros(1, 3, *teacher.image_size))
+            teacher.encode_sentences([""])
     except RuntimeError as error:
-        settings = teacher.settings
         raise InputError(
             f"{settings.model}: does not run in {settings.precision} on {teacher.device} ({one_line(error)}); try "
             "teacher.precision = 'fp32'"

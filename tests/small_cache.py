@@ -89,5 +89,7 @@ def make_cache(folder: Path, num_images: int = 40, num_sentences: int = 30) -> F
     dev = {"class_ids": CLASSES, "class_names": [[name] for name in CLASSES]}
     write_plan(layout, {"teacher": TEACHER, "inputs": {"evaluate": {"dev": dev}}})
     counts = {name: {"rows": len(array)} for name, array in arrays.items()}
-    write_manifest(layout, {"plan": identity(layout), "arrays": counts, "transductive": [], "pairs": None})
+    manifest = {"version": 1, "plan": identity(layout), "arrays": counts, "files": {}}
+    manifest |= {"transductive": [], "pairs": None, "pairs_settings": None}
+    write_manifest(layout, manifest)
     return FeatureCache.open(layout.root)

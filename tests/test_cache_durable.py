@@ -32,8 +32,12 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(CacheError, match="No space"):
+    with pytest.raises(CacheError, match="No space") as caught:
         write_bytes(path, b"new")
+    assert str(path) in str(caught.value) and "free some space" in str(caught.value)
+    with pytest.raises(CacheError, match="No space") as caught:
+        append_line(tmp_path / "lines", {})
+    assert str(tmp_path / "lines") in str(caught.value)
     assert path.read_bytes() == b"old"
 
 
