@@ -1,6 +1,6 @@
 """Kill stage one, append and repair, look at what is on disk, and run the same again: it must end with the same bytes.
 
-    python benchmarks/crash.py [--jobs stage-one append repair] [--moments 50] [--steps 1000] [--images 84]
+    python benchmarks/crash.py [--jobs stage-one append repair give-up] [--moments 50] [--steps 1000] [--images 84]
 
 Each job runs once undisturbed, which says how long it takes, which steps it has and what is on disk at the end. Then,
 over and over, it starts from the same state and is killed with SIGKILL: at moments spread over its whole time, and at
@@ -18,12 +18,10 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # no thread pool before the forks, and the same last bits in every run
 
-import re
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,6 +32,8 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from named_steps import Steps
+
 from dimefm.cache.durable import PARTIAL, digest
 from dimefm.cache.errors import CacheError
 from dimefm.cache.feature_cache import FeatureCache
@@ -46,19 +46,6 @@ from tests.teachers import make_teacher
 from tests.worlds import COLOURS, make_world, picture
 
 torch.set_num_threads(1)
-
-KINDS = {
-    r"log/shards\.jsonl": "journal",
-    r"log/.*": "log",
-    r"teacher\.zarr/.*/c(/\d+)*": "embeddings",
-    r"pairs[^/]*\.zarr/.*/c(/\d+)*": "pairs",
-    r".*zarr\.json": "zarr.json",
-    r"rows/.*": "rows",
-    r"index/.*": "index",
-    r"text_tower.*": "text tower",
-    r"(plan[-\d]*|growing)\.json": "plan",
-}
-"""What a file is, by its name in the cache; others are called by their names."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +93,12 @@ def damage(config: Path) -> None:
             path.unlink()
 
 
+def damage_and_lose(config: Path) -> None:
+    """As `damage`, and the teacher is gone: what it made cannot be made again."""
+    damage(config)
+    shutil.rmtree(config.parent / "teacher")
+
+
 def repair(config: Path) -> None:
     from dimefm.pipeline.repair import repair as run
 
@@ -116,46 +109,8 @@ JOBS = {
     "stage-one": Job(lambda config: None, stage_one),
     "append": Job(more_sources, lambda config: append_to(load_config(config).cache.dir, config)),
     "repair": Job(damage, repair),
+    "give-up": Job(damage_and_lose, repair),
 }
-
-
-class Steps:
-    """Names every moment before and after an fsync and a rename, counts them, and kills at one of them."""
-
-    def __init__(self, root: Path, kill_at: tuple[str, int] | None = None) -> None:
-        self.names: list[str] = []
-        self._root, self._kill_at = root, kill_at
-        self._counts: Counter[str] = Counter()
-        self._here, self._lock = threading.local(), threading.Lock()
-        self._fsync, self._replace = os.fsync, os.replace
-        os.fsync, os.replace = self.fsync, self.replace  # type: ignore[assignment]
-
-    def fsync(self, handle: int) -> None:
-        path = Path(f"/proc/self/fd/{handle}").readlink()
-        name = f"folder of {getattr(self._here, 'last', 'new folders')}" if path.is_dir() else self._kind(path)
-        self._step(f"{name}, before fsync")
-        self._fsync(handle)
-        self._step(f"{name}, after fsync")
-
-    def replace(self, source: Path, target: Path) -> None:
-        moved = "next/" in str(source) and "next/" not in str(target)
-        self._here.last = name = self._kind(Path(target)) + (" out of next" if moved else "")
-        self._step(f"{name}, before rename")
-        self._replace(source, target)
-        self._step(f"{name}, after rename")
-
-    def _kind(self, path: Path) -> str:
-        name = path.relative_to(self._root).as_posix() if path.is_relative_to(self._root) else path.name
-        name = re.sub(rf"(^|/)\.([^/]+)\.[0-9a-f]{{12}}{re.escape(PARTIAL)}", r"\1\2", name)
-        staged, name = ("next ", name.removeprefix("next/")) if name.startswith("next/") else ("", name)
-        return staged + next((kind for pattern, kind in KINDS.items() if re.fullmatch(pattern, name)), name)
-
-    def _step(self, name: str) -> None:
-        with self._lock:
-            self.names.append(name)
-            self._counts[name] += 1
-            if self._kill_at == (name, self._counts[name]):
-                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def in_a_fork(work: Callable[[], object], kill_after_s: float | None = None) -> int:
@@ -238,7 +193,11 @@ class Trial:
 
     def _report(self, moment: str, status: int) -> dict[str, Any]:
         at_kill = tree(self.root) if self.root.exists() else {}
-        served = self.before is None or self.name == "repair" or self._rows(self.root, len(self.before)) == self.before
+        served = (
+            self.before is None
+            or self.name in ("repair", "give-up")
+            or self._rows(self.root, len(self.before)) == self.before
+        )
         version = self._version()
         resumed = in_a_fork(lambda: self.job.run(self.config))
         after = tree(self.root) if self.root.exists() else {}

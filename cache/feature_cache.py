@@ -170,8 +170,9 @@ class FeatureCache:
 
     @property
     def identity(self) -> str:
-        """Digest of teacher, inputs and row lists."""
-        return str(self.manifest["plan"])
+        """Digest of what a student is trained from: teacher, images and sentences. A labelled set may join."""
+        inputs = {side: self.plan["inputs"][side] for side in ("images", "sentences")}
+        return digest(to_json({"teacher": self.plan["teacher"], **inputs}))
 
     @property
     def version(self) -> str:

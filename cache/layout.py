@@ -38,6 +38,11 @@ class Layout:
         return Layout(self.root / "next", under=self.root)
 
     @property
+    def mend(self) -> "Layout":
+        """Where a repair makes the version that will replace a damaged one."""
+        return Layout(self.root / "mend", under=self.root)
+
+    @property
     def base(self) -> "Layout":
         """The cache itself, of a version in the making."""
         return self if self.under is None else Layout(self.under)

@@ -27,24 +27,36 @@ MASK_COLUMNS = pa.schema([("row", pa.int64()), ("keep", pa.bool_())])
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
-def add_mask(layout: Layout, side: Side, name: str, keep: NDArray[np.bool_]) -> None:
+def check_mask_name(name: str) -> None:
+    """Refuse a name that cannot be a mask's; before a long search, not after it.
+
+    Raises:
+        InputError: if it is unfit.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(f"mask {name!r}: the name becomes a file; wanted letters, digits, '_', '.' and '-'")
+
+
+def add_mask(layout: Layout, side: Side, name: str, keep: NDArray[np.bool_], *, rows_since: bool = False) -> None:
     """Give a choice of rows a name, in a new version of the cache.
 
     Args:
         keep: (N,) bool, one for each row of the side.
+        rows_since: the cache may have grown while the choice was made; what has come since is not chosen.
 
     Raises:
         InputError: if the name is unfit or is another choice's already.
         CacheError: if the cache is unfinished or is being written by another process.
         ValueError: if `keep` is of another length than the side.
     """
-    if not _NAME.fullmatch(name):
-        raise InputError(f"mask {name!r}: the name becomes a file; wanted letters, digits, '_', '.' and '-'")
+    check_mask_name(name)
     with writer_lock(layout):
         manifest = read_manifest(layout)
         if manifest is None:
             raise CacheError(f"{layout.root}: unfinished (no manifest.json); run `dimefm cache-teacher` to finish it")
         num_rows = manifest["arrays"][ARRAYS[side]]["rows"]
+        if rows_since and keep.ndim == 1:
+            keep = np.concatenate([keep, np.zeros(max(0, num_rows - len(keep)), dtype=np.bool_)])
         if keep.shape != (num_rows,) or keep.dtype != np.bool_:
             raise ValueError(f"mask of {side}: {keep.dtype} {keep.shape}, wanted bool ({num_rows},)")
         if name in mask_names(manifest, side):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .durable import PARTIAL, make_folder, sync_folder
+from .errors import CacheError
 from .journal import Journal
 from .layout import Layout
 from .manifest import read_manifest, write_manifest
@@ -42,6 +43,7 @@ def put_in_force(layout: Layout, document: Mapping[str, Any]) -> None:
 
 def complete_change(layout: Layout) -> None:
     """Finish a change that was decided, by this process or by one that was killed. For the one writer only."""
+    _take_mended(layout)
     following = layout.next
     document = read_manifest(following)
     if document is None:
@@ -54,6 +56,21 @@ def complete_change(layout: Layout) -> None:
     if not layout.manifest.exists() or layout.manifest.read_bytes() != following.manifest.read_bytes():
         write_manifest(layout, document)
     discard_change(layout)
+
+
+def _take_mended(layout: Layout) -> None:
+    """A repair that was decided becomes the next version; an append under way stood on the damaged one and goes."""
+    mend = layout.mend
+    if not mend.manifest.exists():
+        return
+    try:
+        mended, current = read_manifest(mend), read_manifest(layout)
+    except CacheError:  # one of the two is damaged: another repair will see to it
+        return
+    if mended and current and mended["version"] == current["version"] + 1:
+        discard_change(layout)
+        os.replace(mend.root, layout.next.root)  # noqa: PTH105 - as below
+        sync_folder(layout.root)
 
 
 def discard_change(layout: Layout) -> None:

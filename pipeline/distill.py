@@ -34,7 +34,7 @@ def distill(config: Config, names: list[str], stop_after: int | None = None) -> 
         run_dir = config.distill.output / name
         say(f"student {name}: {student.model} at {student.image_size} px -> {run_dir}")
         if not (run_dir / CHECKPOINT).exists():  # a run that is refused keeps what it had
-            write_json(run_dir / SOURCE, _source(config))
+            write_json(run_dir / SOURCE, source_document(config))
         too_large = (
             f"student.{name}: a step of distill.batch_images = {config.distill.batch_images} and "
             f"distill.batch_sentences = {config.distill.batch_sentences} does not fit into memory; lower one of them, "
@@ -44,7 +44,7 @@ def distill(config: Config, names: list[str], stop_after: int | None = None) -> 
             result = train_student(
                 cache, config.images.source, name, student, config.distill, run_dir, stop_after, shown.update
             )
-        write_json(run_dir / SOURCE, _source(config))
+        write_json(run_dir / SOURCE, source_document(config))
         say(result.line())
 
 
@@ -69,7 +69,8 @@ def _require_configured_teacher(config: Config, cache: FeatureCache) -> None:
         )
 
 
-def _source(config: Config) -> dict[str, object]:
+def source_document(config: Config) -> dict[str, object]:
+    """What `source.json` says."""
     return {
         "cache": str(config.cache.dir),
         "evaluate": {name: str(settings.images) for name, settings in config.evaluate.items()},

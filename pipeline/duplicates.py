@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ..cache.errors import InputError
 from ..cache.feature_cache import EmbeddingSet, FeatureCache
 from ..cache.index import Index
-from ..cache.masks import Side, add_mask
+from ..cache.masks import Side, add_mask, check_mask_name
 from ..stages.duplicates import find_duplicates, nearest_leak, own_index
 from .progress import bar, say
 
@@ -41,6 +41,8 @@ def duplicates(
     """
     _check_threshold(threshold)
     named = _side(side)
+    if mask is not None:
+        check_mask_name(mask)
     cache = FeatureCache.open(folder)
     rows: EmbeddingSet = getattr(cache, named)
     compared = _compared(cache, named, within)
@@ -48,7 +50,7 @@ def duplicates(
     with bar(f"near-duplicate {side}", len(compared), "rows") as shown:
         found = find_duplicates(rows.embeddings, compared, index, threshold, shown.update)
     if mask is not None:
-        add_mask(cache.layout, named, mask, _keep(len(rows), compared, found.rows))
+        add_mask(cache.layout, named, mask, _keep(len(rows), compared, found.rows), rows_since=True)
     order = np.lexsort((found.rows, -found.scores))
     names = rows.rows.take(found.rows[order].tolist(), TITLES[side])
     kept = rows.rows.take(found.kept[order].tolist(), TITLES[side])
@@ -90,6 +92,8 @@ def leakage(folder: Path, threshold: float, mask: str | None = None, within: str
         InputError: if it has no evaluation set, or the threshold or a mask's name is none.
     """
     _check_threshold(threshold)
+    if mask is not None:
+        check_mask_name(mask)
     cache = FeatureCache.open(folder)
     if not cache.evaluate:
         raise InputError(
@@ -121,7 +125,8 @@ def leakage(folder: Path, threshold: float, mask: str | None = None, within: str
             for i, row in enumerate(found.targets)
         ]
     if mask is not None:
-        add_mask(cache.layout, "images", mask, _keep(len(cache.images), compared, np.flatnonzero(leaking)))
+        keep = _keep(len(cache.images), compared, np.flatnonzero(leaking))
+        add_mask(cache.layout, "images", mask, keep, rows_since=True)
     listed.sort(key=lambda item: (-item["cosine"], item["row"]))
     return {
         "cache": str(cache.layout.root),

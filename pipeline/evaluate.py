@@ -10,7 +10,7 @@ from ..cache.feature_cache import FeatureCache
 from ..stages.devices import memory_errors_as
 from ..stages.zero_shot import evaluate_student, load_student
 from .config import load_config
-from .distill import SOURCE
+from .distill import SOURCE, source_document
 from .progress import say
 
 COLUMNS = (
@@ -27,7 +27,8 @@ def evaluate(runs: list[Path]) -> dict[str, dict[str, Any]]:
     """Score runs and write `evaluation.json` into each.
 
     Args:
-        runs: folders of runs; a config file (.toml) stands for the runs of all its students.
+        runs: folders of runs; a config file (.toml) stands for the runs of all its students, scored on the sets, and
+            from the cache, that it names now.
 
     Returns:
         For each run's folder, for each set: the scores, shares between 0 and 1.
@@ -37,8 +38,7 @@ def evaluate(runs: list[Path]) -> dict[str, dict[str, Any]]:
         CacheError: if the cache it was trained from is gone or damaged.
     """
     scores: dict[str, dict[str, Any]] = {}
-    for run in _folders(runs):
-        source = _source(run)
+    for run, source in _runs(runs):
         cache = FeatureCache.open(source["cache"])
         student, record = load_student(run)
         if record["step"] < record["total_steps"]:
@@ -78,8 +78,9 @@ def _shown(key: str, value: float | None) -> str:
     return f"{value:.3f}" if key == "cosine" else f"{100 * value:.1f}"
 
 
-def _folders(runs: list[Path]) -> list[Path]:
-    folders = []
+def _runs(runs: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """Each run, and where its cache and the labelled images are."""
+    found = []
     for run in runs:
         if run.suffix == ".toml":
             config = load_config(run)
@@ -92,18 +93,22 @@ def _folders(runs: list[Path]) -> list[Path]:
             for folder in runs_of.values():
                 if folder not in there:
                     say(f"{folder}: no run yet")
-            folders += there
+            found += [(folder, {**_source(folder), **source_document(config)}) for folder in there]
         else:
-            folders.append(run)
-    return folders
+            found.append((run, _source(run)))
+    return found
 
 
 def _source(run: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((run / SOURCE).read_bytes()))
+        source = dict(json.loads((run / SOURCE).read_bytes()))
+        return {"cache": Path(source["cache"]), "evaluate": dict(source["evaluate"])}
     except FileNotFoundError as error:
         raise InputError(
             f"{run}: not a run of dimefm (no {SOURCE}); wanted a folder that `dimefm distill` made"
         ) from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{run / SOURCE}: not JSON ({error}); run `dimefm distill` again to rewrite it") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{run / SOURCE}: does not say where the cache and the labelled images are ({error!r}); run "
+            "`dimefm distill` again to rewrite it"
+        ) from error

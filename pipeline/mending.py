@@ -1,6 +1,5 @@
 """The steps of a repair: what is put back, what is computed again, and the version that comes of it."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -13,7 +12,6 @@ import pyarrow as pa
 
 from ..cache.arrays import declare_arrays
 from ..cache.content import table_of
-from ..cache.durable import sync_folder
 from ..cache.errors import CacheError, DimefmError
 from ..cache.findings import BYTES, Finding, Report, Runs, runs_of
 from ..cache.inventory import Piece, pieces
@@ -24,7 +22,7 @@ from ..cache.plan import read_plan
 from ..cache.rows import LOST, RowTable, good_rows, read_own_failures, restate_rows, write_own_failures
 from ..cache.settings import PairsSettings
 from ..cache.spares import has_spare, put_back
-from ..cache.versions import complete_change, discard_change, put_in_force
+from ..cache.versions import put_in_force
 from .config_of import config_of
 from .embedding import planned_specs, teacher_at_hand
 from .finish import count_failures, files_of
@@ -56,21 +54,6 @@ class Outcome:
     notes: list[str] = field(default_factory=list)
 
 
-def mend_layout(layout: Layout) -> Layout:
-    """Where a repair makes the version that will replace a damaged one."""
-    return Layout(layout.root / "mend", under=layout.root)
-
-
-def finish_mending(layout: Layout) -> None:
-    """Take over a mended version that was decided, by this process or by one that was killed."""
-    mend = mend_layout(layout)
-    if mend.manifest.exists() and read_manifest(mend) is not None:
-        discard_change(layout)  # an append that was under way stood on the damaged version
-        os.replace(mend.root, layout.next.root)  # noqa: PTH105 - the tests that kill between the steps patch os.replace
-        sync_folder(layout.root)
-        complete_change(layout)
-
-
 class Mending:
     """One repair of one cache, by the writer that has its lock."""
 
@@ -78,7 +61,7 @@ class Mending:
         """Take what `verify` found; the manifest is in order by now."""
         manifest = read_manifest(layout)
         assert manifest is not None
-        self._layout, self._mend, self._manifest = layout, mend_layout(layout), manifest
+        self._layout, self._mend, self._manifest = layout, layout.mend, manifest
         self._report, self._outcome = report, outcome
         self._bad = {name for name in report.files if name in manifest["files"]}
         self._bad_bytes = {finding.where for finding in report.findings if finding.kind in BYTES}
@@ -231,10 +214,9 @@ class Mending:
                 )
                 for array in manifest["arrays"]
             }
-            put_in_force(mend, document)
             if layout.next.root.exists():
                 self._outcome.notes.append("next/: an append under way stood on the damaged version; it begins anew")
-            finish_mending(layout)
+            put_in_force(mend, document)
         elif {**document, "version": 0} != {**manifest, "version": 0}:
             put_in_force(layout, document)
 

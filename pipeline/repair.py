@@ -2,7 +2,8 @@
 
 Most damage is mended in place, with the bytes that the manifest has the checksums of; the manifest stays as it is.
 Where bytes come out otherwise (another machine, or rows that are lost) a new version of the cache is made in `mend/`,
-next to the damaged one, and takes its place in one step: `mend/` becomes `next/` (see cache/versions.py).
+next to the damaged one, and takes its place in one step: `mend/` becomes `next/` (cache/versions.py). An append under
+way stood on the damaged version and begins anew.
 """
 
 from dataclasses import replace
@@ -17,7 +18,7 @@ from ..cache.lock import writer_lock
 from ..cache.manifest import read_manifest
 from ..cache.verify import read_trusted
 from .mend_files import restore_manifest
-from .mending import Mending, Outcome, finish_mending
+from .mending import Mending, Outcome
 from .progress import say
 from .verify import read_all
 
@@ -39,7 +40,6 @@ def repair(folder: Path, config: Path | None = None) -> dict[str, Any]:
         read_trusted(layout, Report())  # says what this folder is
     outcome = Outcome()
     with writer_lock(layout):
-        finish_mending(layout)
         outcome.mended |= restore_manifest(layout, config)
         report = read_all(folder)
         found = len(report.findings) + len(outcome.mended)

@@ -24,6 +24,8 @@ from dimefm.cache.verify import verify_cache
 from dimefm.pipeline.append import append, append_to
 from dimefm.pipeline.cache_teacher import cache_teacher
 from dimefm.pipeline.config import load_config
+from dimefm.pipeline.distill import distill
+from dimefm.pipeline.evaluate import evaluate
 
 from .teachers import make_teacher
 from .worlds import COLOURS, make_world, picture
@@ -176,6 +178,18 @@ def test_an_evaluation_set_joins_without_anything_else_being_made_again(config):
     assert changed == {"manifest.json", "manifest.xxh3"}
     assert not [name for name in after if "-2." in name and not name.startswith("plan")]
     assert len(stage_one(config).evaluate) == 2
+
+
+def test_a_run_goes_on_and_is_scored_on_a_set_that_joined_since(config):
+    distill(load_config(config), ["small"], stop_after=2)
+    shutil.copytree(config.parent / "dev", config.parent / "test")
+    config.write_text(
+        config.read_text() + '[evaluate.test]\nimages="test/"\nclasses="classes.json"\ntemplates="openai"\n'
+    )
+    grow(config)
+    distill(load_config(config), ["small"], stop_after=1)  # what it is trained from has not changed
+    (scores,) = evaluate([config]).values()
+    assert scores["test"] == scores["dev"] and scores["test"]["n"] == 12
 
 
 def test_new_lines_follow_the_prompts_and_new_prompts_follow_them(config):

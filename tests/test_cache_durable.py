@@ -11,7 +11,8 @@ from dimefm.cache.errors import CacheError
 from dimefm.cache.journal import Journal, ShardRecord
 from dimefm.cache.layout import Layout
 from dimefm.cache.lock import writer_lock
-from dimefm.cache.plan import first_difference, parse_document, require_same
+from dimefm.cache.manifest import parse_document
+from dimefm.cache.plan import first_difference, require_same
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

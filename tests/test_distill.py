@@ -145,6 +145,15 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     assert done.returncode == 1 and "not a run" in done.stderr
 
 
+@pytest.mark.parametrize("text", ["{", "[]", '{"cache": "cache"}', '{"cache": 1, "evaluate": {}}'])
+def test_a_note_of_the_sources_that_says_nothing_is_one_line(copy, text):
+    distill(load_config(copy), ["small"], stop_after=1)
+    run = copy.parent / "runs/small"
+    (run / "source.json").write_text(text)
+    with pytest.raises(InputError, match=r"source\.json: does not say where"):
+        evaluate([run])
+
+
 def test_wrong_usage_is_exit_code_2():
     assert dimefm("distill").returncode == 2
 

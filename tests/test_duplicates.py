@@ -146,6 +146,13 @@ def test_a_threshold_that_is_no_cosine_is_refused(cache, threshold):
             search(cache, threshold)
 
 
+def test_a_name_that_is_no_masks_is_refused_before_the_search(cache, monkeypatch):
+    monkeypatch.setattr("dimefm.pipeline.duplicates.FeatureCache.open", None)
+    for find in (duplicates, leakage):
+        with pytest.raises(InputError, match="the name becomes a file"):
+            find(cache, THRESHOLD, mask="a/b")
+
+
 def test_an_unknown_side_and_an_unknown_mask_are_refused_by_name(cache):
     with pytest.raises(InputError, match="--side pictures: wanted images or sentences"):
         duplicates(cache, THRESHOLD, "pictures")

@@ -88,6 +88,13 @@ def test_a_name_that_is_no_file_name_is_refused(cache, name):
 def test_a_mask_of_another_length_is_a_mistake(cache):
     with pytest.raises(ValueError, match=r"wanted bool \(40,\)"):
         add_mask(cache.layout, "images", "short", EVEN[:39])
+    with pytest.raises(ValueError, match=r"wanted bool \(40,\)"):
+        add_mask(cache.layout, "images", "long", np.ones(41, dtype=bool), rows_since=True)
+
+
+def test_rows_that_came_while_a_mask_was_made_are_not_chosen(cache):
+    add_mask(cache.layout, "images", "before", np.ones(38, dtype=bool), rows_since=True)
+    assert FeatureCache.open(cache.layout.root).masked(images="before").images.usable.max() == 37
 
 
 def test_a_damaged_mask_is_not_trusted(cache):

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -381,36 +379,30 @@ def test_a_second_writer_is_refused(root):
         repair(root)
 
 
-def kill_at(root, fractions):
-    program = Path(__file__).with_name("kill_repair.py")
-    damaged = root.parent / "damaged"
-    shutil.copytree(root, damaged)
-    words = [sys.executable, program, root, damaged, *fractions]
-    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=True)
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) == len(fractions)
-    for report in reports:
-        assert report["killed"] and report["repaired"] and report["same"], report
-    return reports
-
-
-def damage_for_kills(root, sources):
+def test_a_repair_that_was_decided_is_finished_by_whoever_writes_next(root, monkeypatch):
     flip(root / CHUNK)
-    flip(root / "rows/sentences.parquet", 100)
-    (root / "pairs.zarr/image_to_sentence/ids/c/1/0").unlink()
-    if not sources:
-        lose_sources(root)
+    lose_sources(root)
+    with monkeypatch.context() as broken:
+        broken.setattr("dimefm.cache.versions.complete_change", killed)
+        with pytest.raises(Killed):
+            repair(root)
+    assert (root / "mend/manifest.json").exists()
+    stale = root.parent / "stale"
+    shutil.copytree(root / "mend", stale)
+    add_mask(Layout(root), "images", "all", np.ones(30, dtype=bool))
+    after = FeatureCache.open(root)
+    assert after.manifest["version"] == 3 and len(after.images.usable) == 26
+    assert after.manifest["files"].keys() >= {"masks/images/all.parquet"} and not (root / "mend").exists()
+    # One that was decided for a version that is no longer in force must not take what came since.
+    shutil.copytree(stale, root / "mend")
+    add_mask(Layout(root), "images", "none", np.zeros(30, dtype=bool))
+    last = FeatureCache.open(root).manifest
+    assert last["version"] == 4 and {"masks/images/all.parquet", "masks/images/none.parquet"} <= last["files"].keys()
 
 
-def test_a_repair_that_gives_rows_up_goes_on_to_the_same_bytes_when_it_is_killed(root):
-    """With the sources at hand it is killed in tests/test_kill.py."""
-    damage_for_kills(root, sources=False)
-    kill_at(root, [0.5, 0.93])
-    assert verify(root)["sound"]
+class Killed(BaseException):
+    pass
 
 
-@pytest.mark.acceptance
-@pytest.mark.parametrize("sources", [True, False], ids=["with sources", "without"])
-def test_a_repair_killed_at_any_step_goes_on_to_the_same_bytes(root, sources):
-    damage_for_kills(root, sources)
-    kill_at(root, [i / 60 for i in range(61)])
+def killed(*_):
+    raise Killed
