@@ -156,7 +156,7 @@ def _evaluate_set(record: dict[str, Any], cache: FeatureCache, name: str) -> Eva
     if name not in cache.evaluate:
         there = ", ".join(sorted(cache.evaluate)) or "none"
         raise InputError(
-            f"{cache.layout.root}: no evaluation set {name!r}, there is {there}; a finished cache takes in no more"
+            f"{cache.layout.root}: no evaluation set {name!r}, there is {there}; `dimefm cache append` takes one in"
         )
     return cache.evaluate[name]
 

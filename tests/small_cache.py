@@ -87,7 +87,8 @@ def make_cache(folder: Path, num_images: int = 40, num_sentences: int = 30) -> F
     write_rows(layout.evaluate_rows("dev"), LABELLED_COLUMNS, dev_rows, CHUNK_ROWS)
     write_rows(layout.sentence_rows, SENTENCE_COLUMNS, ({"text": f"s{i}"} for i in range(num_sentences)), CHUNK_ROWS)
     dev = {"class_ids": CLASSES, "class_names": [[name] for name in CLASSES]}
-    write_plan(layout, {"teacher": TEACHER, "inputs": {"evaluate": {"dev": dev}}})
+    inputs = {"images": {"rows": num_images}, "sentences": {"rows": num_sentences}, "evaluate": {"dev": dev}}
+    write_plan(layout, {"teacher": TEACHER, "inputs": inputs})
     counts = {name: {"rows": len(array)} for name, array in arrays.items()}
     manifest = {"version": 1, "plan": identity(layout), "arrays": counts, "files": {}}
     manifest |= {"transductive": [], "pairs": None, "pairs_settings": None}
