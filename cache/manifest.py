@@ -67,8 +67,10 @@ def digest_lines(digests: Iterable[str]) -> bytes:
 def vouched_digests(layout: Layout) -> tuple[list[str], bool]:
     """Checksums of the manifests that may be in force, and whether the file that has them is whole."""
     data = layout.manifest_digest.read_bytes() if layout.manifest_digest.exists() else b""
-    lines = data.decode("ascii", "replace").splitlines()[:-1]
-    return lines, bool(lines) and digest_lines(lines) == data
+    lines = data.decode("ascii", "replace").splitlines()
+    if len(lines) > 1 and digest_lines(lines[:-1]) == data:
+        return lines[:-1], True
+    return lines, False  # cut or changed, yet what is left of it may vouch; early caches had no checksum in it
 
 
 def trusted_copy(layout: Layout) -> str | None:

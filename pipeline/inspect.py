@@ -22,17 +22,18 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
     """The same for a person to read."""
     teacher, sizes = found["teacher"], found["bytes"]
     libraries = ", ".join(f"{name} {version}" for name, version in sorted((teacher["libraries"] or {}).items()))
+    wide = max(30, *map(len, found["arrays"]))
     lines = [
         f"{found['cache']}: version {found['version']}, format {found['format']}, identity {found['identity']}",
         f"teacher: {teacher['model']} / {teacher['pretrained']}, {teacher['precision']}, {teacher['embed_dim']} "
         f"dimensions, logit scale {teacher['logit_scale']:.4g}, batches of {teacher['batch_size']}",
         f"made with: {libraries or 'not recorded'}",
         "",
-        f"{'rows':<32}{'all':>13}{'failed':>10}  reasons",
+        f"{'rows':<{wide + 2}}{'all':>13}{'failed':>10}  reasons",
     ]
     for name, item in found["arrays"].items():
         reasons = ", ".join(f"{count:,} x {reason}" for reason, count in (item.get("reasons") or {}).items())
-        lines.append(f"  {name:<30}{item['rows']:>13,}{item.get('failed', 0):>10,}  {reasons}".rstrip())
+        lines.append(f"  {name:<{wide}}{item['rows']:>13,}{item.get('failed', 0):>10,}  {reasons}".rstrip())
     for name, item in found["evaluate"].items():
         seen = "; its class names are among the sentences" if name in found["transductive"] else ""
         lines.append(f"  evaluate.{name}: {item['classes']:,} classes{seen}")

@@ -96,7 +96,9 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
     """
     before, now = (dict(_flat({key: record.get(key) for key in _FIXED})) for record in (found, wanted))
     differences = [
-        f"{key} = {before.get(key)!r}, but this run asks for {now.get(key)!r}"
+        "another cache, or this one before it grew"
+        if key == "cache"
+        else f"{key} = {before.get(key)!r}, but this run asks for {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]

@@ -366,3 +366,11 @@ def test_a_broken_note_of_the_config_is_one_line(root):
     (root / "log/config.json").write_text("{")
     with pytest.raises(ValueError, match="give --config"):
         verify(root, teacher=True)
+
+
+def test_a_checksum_file_without_a_checksum_of_its_own_still_vouches(root):
+    """As the first caches had it."""
+    path = root / "manifest.xxh3"
+    path.write_text(path.read_text().splitlines()[-2] + "\n")
+    assert FeatureCache.open(root).manifest["version"] == 1
+    assert [finding["where"] for finding in verify(root)["findings"]] == ["manifest.xxh3"]
