@@ -1,6 +1,7 @@
 """Reading a finished cache: what stage two, evaluation and other people's programs start from."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,8 @@ from .manifest import read_document, read_manifest
 from .masks import mask_digest, read_mask
 from .plan import plan_named
 from .rows import RowTable, good_rows, read_own_failures
+
+DIRECTIONS = ("image_to_sentence", "sentence_to_image")
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class FeatureCache:
     sentences: EmbeddingSet
     evaluate: dict[str, EvaluateSet]
     masks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    _pairs: Mapping[str, Pairs] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureCache":
@@ -149,6 +153,7 @@ class FeatureCache:
             embedding_set(IMAGES, layout.image_rows),
             embedding_set(SENTENCES, layout.sentence_rows),
             evaluate,
+            _pairs=_open_pairs(layout, manifest),
         )
 
     def masked(self, images: str | None = None, sentences: str | None = None) -> "FeatureCache":
@@ -195,8 +200,25 @@ class FeatureCache:
         return list(self.manifest["transductive"])
 
     def pairs(self, direction: str) -> Pairs | None:
-        """Pseudo-pairs, `image_to_sentence` or `sentence_to_image`; None where retrieval was off."""
+        """Pseudo-pairs, `image_to_sentence` or `sentence_to_image`; None where retrieval was off.
+
+        Raises:
+            CacheError: if they are missing or damaged, which keeps nobody from the embeddings.
+        """
         if not self.manifest["pairs"]:
             return None
-        store = self.layout.root / self.manifest["pairs"]["store"]
-        return Pairs(MappedArray.open(store, f"{direction}/ids"), MappedArray.open(store, f"{direction}/scores"))
+        return self._pairs.get(direction) or _open_direction(self.layout, self.manifest, direction)
+
+
+def _open_pairs(layout: Layout, manifest: Mapping[str, Any]) -> dict[str, Pairs]:
+    """Pairs of both directions, mapped now: a later version of the cache removes their files in the end."""
+    found = {}
+    for direction in DIRECTIONS if manifest["pairs"] else ():
+        with suppress(CacheError):  # told when they are asked for
+            found[direction] = _open_direction(layout, manifest, direction)
+    return found
+
+
+def _open_direction(layout: Layout, manifest: Mapping[str, Any], direction: str) -> Pairs:
+    store = layout.root / manifest["pairs"]["store"]
+    return Pairs(MappedArray.open(store, f"{direction}/ids"), MappedArray.open(store, f"{direction}/scores"))

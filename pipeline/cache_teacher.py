@@ -103,18 +103,19 @@ def _embed(
     config: Config, layout: Layout, inputs: dict[str, Any], plan: dict[str, Any] | None, scheduler: str | None
 ) -> dict[str, Any]:
     """Load the teacher, check it, freeze the plan, and embed every shard that is missing."""
-    from ..stages.text_tower import save_text_tower
+    from ..stages.text_tower import save_text_tower, text_tower_bytes
 
     with teacher_at_hand(config) as teacher:
         wanted = {"shard_rows": config.cache.shard_rows, "teacher": teacher.identity(), "inputs": inputs}
         wanted |= shared_rows(config, layout)
+        tower = 0 if layout.text_tower.exists() else text_tower_bytes(teacher)
         if plan is None:
             _check_teacher(config, layout, teacher)
-            require_disk(config, layout, wanted)
+            require_disk(config, layout, wanted, tower)
             write_plan(layout, wanted)
         else:
             require_same(layout.root, {key: plan[key] for key in wanted}, wanted)
-            require_disk(config, layout, wanted)
+            require_disk(config, layout, wanted, tower)
         declare_arrays(layout.teacher_zarr, planned_specs(wanted))
         tasks = missing_shards(config, layout, wanted)
         if not layout.text_tower.exists():

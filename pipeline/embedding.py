@@ -130,15 +130,19 @@ def embed_shards(
     say(f"where the time went: {shares} (read and decode are summed over threads; wait: the device had no data)")
 
 
-def require_disk(config: Config, layout: Layout, plan: dict[str, Any]) -> None:
-    """Refuse to begin what the disk cannot hold: the shards that are missing, the indexes and the pairs.
+def require_disk(config: Config, layout: Layout, plan: dict[str, Any], also: int = 0) -> None:
+    """Refuse to begin what the disk cannot hold: shards that are missing, indexes, pairs, copies of the row tables.
+
+    Args:
+        also: bytes of what else is to be written.
 
     Raises:
         InputError: with what it takes and what is free.
     """
     specs = planned_specs(plan)
     missing = sum(task.spec.chunk_bytes for task in missing_shards(config, layout, plan))
-    wanted = missing + retrieval_bytes([specs[IMAGES].shape, specs[SENTENCES].shape], config.pairs)
+    wanted = also + missing + retrieval_bytes([specs[IMAGES].shape, specs[SENTENCES].shape], config.pairs)
+    wanted += sum(path.stat().st_size for path in layout.root.glob("rows/**/*.parquet"))
     free = shutil.disk_usage(existing_parent(layout.root)).free
     if wanted > free:
         raise InputError(
