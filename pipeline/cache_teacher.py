@@ -124,10 +124,10 @@ def _embed(
     return wanted
 
 
-def require_same_run(config: Config, layout: Layout, plan: dict[str, Any]) -> list[str]:
+def require_same_run(config: Config, layout: Layout, plan: dict[str, Any], *, report: bool = False) -> list[str]:
     """Refuse another run's cache by what is known without loading the teacher; returns notes on the inputs."""
     require_same_teacher(config, layout, plan)
-    return compare_inputs(config, layout, plan["inputs"])
+    return compare_inputs(config, layout, plan, report=report)
 
 
 def require_same_teacher(config: Config, layout: Layout, plan: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def describe_plan(config: Config) -> dict[str, Any]:
     layout = Layout(config.cache.dir)
     require_own_folder(layout)
     plan = read_plan(layout)
-    notes = require_same_run(config, layout, plan) if plan else []
+    notes = require_same_run(config, layout, plan, report=True) if plan else []
     width = plan["teacher"]["embed_dim"] if plan else configured_embed_dim(config.teacher)
     inputs = plan["inputs"] if plan else _count_inputs(config)
     specs = array_specs(inputs, width or 1, config.cache.shard_rows)

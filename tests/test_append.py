@@ -346,7 +346,7 @@ def test_an_interrupted_append_goes_on_with_the_list_it_began_with(interrupted):
 def test_an_interrupted_append_whose_sources_have_changed_is_refused(interrupted):
     path = interrupted.parent / "captions.txt"
     path.write_text(path.read_text().replace("new", "changed"))
-    with pytest.raises(CacheError, match=r"next: made with sentences\.source"):
+    with pytest.raises(CacheError, match=r"next: made from other lines: sentences\.source"):
         grow(interrupted)
 
 
