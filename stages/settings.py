@@ -11,6 +11,7 @@ FilePath = Annotated[Path, Field(strict=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Temperature = Annotated[float, Field(gt=0.0)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
 class TeacherSettings(Settings):
@@ -24,7 +25,7 @@ class TeacherSettings(Settings):
     """Number format of weights and activations."""
     batch_size: int = Field(default=256, ge=1)
     """Rows of one forward pass. Part of the cache's identity: the last bits of an embedding depend on it."""
-    device: str = "auto"
+    device: Device = "auto"
     """`auto` (every GPU there is, else the CPU), `cpu`, `cuda` or `cuda:N`."""
     workers: int = Field(default=0, ge=0)
     """Threads that read and decode images for one device; 0 takes one for each core."""
@@ -166,7 +167,7 @@ class DistillSettings(Settings):
     """On matrices and filters only; norms, biases and positional embeddings have none."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Autocast format of the student; losses are in float32 whatever it is. `auto`: bf16 on a GPU, else fp32."""
-    device: str = "auto"
+    device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     workers: int = Field(default=0, ge=0)
     """Threads that read, decode and augment images; 0 takes one for each core."""
