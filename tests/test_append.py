@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,38 @@ def test_a_reader_has_its_pairs_even_when_two_more_versions_have_come(config):
     assert not (config.parent / "cache/pairs.zarr").exists()
     for direction, ids in wanted.items():
         assert np.array_equal(old.pairs(direction).ids[:], ids) and np.isfinite(old.pairs(direction).scores[:]).all()
+
+
+READER = """
+import sys
+from pathlib import Path
+import numpy as np
+from dimefm.cache import FeatureCache
+root, stop, lengths = Path(sys.argv[1]), Path(sys.argv[2]), []
+while not stop.exists():
+    cache = FeatureCache.open(root)
+    embeddings, ids = cache.images.embeddings[:], cache.pairs("image_to_sentence").ids[:]
+    assert np.isfinite(embeddings).all() and len(embeddings) == len(ids) == len(cache.images.usable)
+    assert ids.max() < len(cache.sentences) and (ids >= 0).all()
+    lengths.append(len(embeddings))
+    if len(lengths) == 1:
+        print("reading", flush=True)
+print(*sorted(set(lengths)))
+"""
+
+
+def test_readers_that_come_at_any_moment_find_one_version_whole(config):
+    words = [sys.executable, "-c", READER, str(config.parent / "cache"), str(config.parent / "stop")]
+    readers = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [reader.stdout.readline() for reader in readers] == ["reading\n"] * 2
+    for i in range(2):
+        add_images(config.parent, [f"0/new{i}_{j}.png" for j in range(3)])
+        add_lines(config.parent, f"a new line {i}")
+        grow(config)
+    (config.parent / "stop").touch()
+    for reader in readers:
+        lengths = reader.communicate(timeout=60)[0].split()
+        assert reader.returncode == 0 and lengths[0] == "30" and set(lengths) <= {"30", "33", "36"}
 
 
 def test_what_the_version_before_last_left_behind_is_removed(config):
