@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ class Trial:
         name, number = step
         while True:
             self._restore()
-            status = in_a_fork(lambda: self._run(kill_at=(name, number)))
+            status = in_a_fork(partial(self._run, (name, number)))
             if status == -signal.SIGKILL or number == 1:
                 return self._report(f"{name} (number {number})", status)
             number -= 1  # two threads that want the same folder make one step or two
