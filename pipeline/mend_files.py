@@ -14,7 +14,14 @@ from ..cache.errors import CacheError, InputError
 from ..cache.inventory import Piece
 from ..cache.journal import Journal, ShardRecord
 from ..cache.layout import IMAGES, SENTENCES, Layout
-from ..cache.manifest import digest_lines, file_entry, read_document, trusted_copy, vouched_digests
+from ..cache.manifest import (
+    digest_lines,
+    file_entry,
+    read_document,
+    refuse_newer,
+    trusted_copy,
+    vouched_digests,
+)
 from ..cache.rows import FAILED, RowTable, good_rows, mark_failures
 from ..cache.settings import PairsSettings
 from ..cache.spares import put_back, spare_manifests
@@ -66,6 +73,8 @@ def restore_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]
     data = layout.manifest.read_bytes() if layout.manifest.exists() else b""
     if whole and digest(data) in vouched:
         return {}
+    if not whole:
+        refuse_newer(layout.manifest, data)
     copies = spare_manifests(layout)
     if digest(data) in copies or (digest(data) in vouched and not whole):
         present, how = digest(data), {layout.manifest_digest.name: "written again"}
