@@ -69,7 +69,8 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
         size = f", {_size(item['bytes'])}" if item["bytes"] is not None else ""
         lines.append(f"  {name}: {item['rows']:,} rows, {item['shards_done']} of {item['shards']} shards done{size}")
     disk, free = found["disk"]["cache_bytes"], _size(found["disk"]["free_bytes"])
-    lines.append(f"disk: {'unknown before the teacher is loaded' if disk is None else _size(disk)}, {free} free")
+    wanted = "unknown before the teacher is loaded" if disk is None else _size(disk)
+    lines.append(f"disk: {wanted} for embeddings, indexes and pairs, beside the text tower; {free} free")
     if found["memory_bytes"]:
         lines.append(f"memory: {_size(found['memory_bytes'])} to build the larger index, after the teacher is gone")
     if not found["rows_left"]:

@@ -138,6 +138,26 @@ def test_masks_of_the_config_choose_the_rows_of_a_run(copy, capfd):
     assert "it has: first" in refused(capfd, "distill", copy)
 
 
+def test_what_make_distill_runs_does_nothing_the_second_time(copy, capfd, monkeypatch):
+    def everything() -> str:
+        for command in ("cache-teacher", "distill"):
+            done = run_dimefm(capfd, command, copy)
+            assert done.code == 0, done.lines
+        return run_dimefm(capfd, "evaluate", copy).out
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a teacher was loaded")
+
+    table = everything()
+    assert {line.split()[0] for line in table.splitlines()[1:]} == {"small", "vit"}
+    cache, runs = copy.parent / "cache", copy.parent / "runs"
+    files = [*cache.rglob("*"), *runs.rglob("checkpoint.pt"), *runs.rglob("metrics.jsonl")]
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files}
+    monkeypatch.setattr("dimefm.stages.teacher.load_teacher", refuse)
+    assert everything() == table
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files} == before
+
+
 def start(*words: object, program: str = "") -> subprocess.Popen:
     text = f"import torch; torch.set_num_threads(1)\n{program}\nfrom dimefm.cli import main; main()"
     return subprocess.Popen([sys.executable, "-c", text, *map(str, words)], stderr=subprocess.PIPE, text=True)
