@@ -155,6 +155,10 @@ class DistillSettings(Settings):
     batch_images: int = Field(default=256, ge=1)
     batch_sentences: int = Field(default=4096, ge=0)
     """Sentences of a step; its own number, since their embeddings come from the cache."""
+    bank_images: int = Field(default=0, ge=0)
+    """More images of each step whose teacher embeddings alone are columns of `pvl`, beside the batch's own."""
+    accumulate: int = Field(default=1, ge=1)
+    """Pieces in which a step's images go through the student, one after the other; the losses still see all of them."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     lr: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate of AdamW."""
@@ -164,6 +168,12 @@ class DistillSettings(Settings):
     """Share of all steps over which the learning rate rises linearly."""
     weight_decay: float = Field(default=0.05, ge=0.0)
     """On matrices and filters only; norms, biases and positional embeddings have none."""
+    clip_grad_norm: float | None = Field(default=None, gt=0.0)
+    """Largest norm of a step's gradient; a longer one is scaled down to it."""
+    ema: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Decay of a running average of the weights, which is then what is scored; lower in the first steps."""
+    compile: bool = False
+    """Let torch compile the student: minutes at the start, faster steps after."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Autocast format of the student; losses are in float32 whatever it is. `auto`: bf16 on a GPU, else fp32."""
     device: str = "auto"
