@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from ..cache.settings import Settings
 
 FilePath = Annotated[Path, Field(strict=False)]
+PLAIN_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+"""Ends of the names of files that tensors are read from without anything else."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Temperature = Annotated[float, Field(gt=0.0)]
@@ -85,6 +87,27 @@ class StudentSettings(Settings):
     """`timm:NAME`, `open_clip:ARCH` (its image tower) or `package.module:function`."""
     image_size: int = Field(default=224, ge=8)
     """Side of the square input, pixels."""
+    init: str | None = None
+    """Weights to begin with: `run:FOLDER` of another run, `pretrained` (timm's own), `open_clip:TAG` of the same
+    architecture, or a .safetensors / .pt file. None: random ones."""
+
+    @model_validator(mode="after")
+    def _init_suits_the_model(self) -> "StudentSettings":
+        init = self.init
+        if init == "pretrained":
+            if not self.model.startswith("timm:"):
+                raise ValueError("init = 'pretrained' is for timm: models; name a run, an open_clip: tag or a file")
+        elif init is not None and init.startswith("open_clip:"):
+            if not self.model.startswith("open_clip:") or self.model.endswith(".json"):
+                raise ValueError(
+                    f"init = {init!r}: tags belong to open_clip's own architectures, model = 'open_clip:ARCH'; "
+                    "give the path of the weights"
+                )
+        elif init is not None and not init.startswith("run:") and not init.endswith(PLAIN_WEIGHTS):
+            raise ValueError(
+                f"init = {init!r}: wanted run:FOLDER, pretrained, open_clip:TAG or a file ({', '.join(PLAIN_WEIGHTS)})"
+            )
+        return self
 
 
 class AugmentSettings(Settings):
