@@ -17,7 +17,7 @@ from .checkpoint import load_checkpoint, load_weights, random_state, restore_ran
 from .counter_random import key_of
 from .devices import resolve_device
 from .interrupt import Interrupted, StopSignals
-from .losses import effective_candidates, feature_loss, loss_terms
+from .losses import LossInputs, effective_candidates, feature_loss, loss_terms
 from .metrics_log import MetricsLog
 from .optim import build_optimizer, lr_at, set_lr
 from .order import Stream
@@ -155,7 +155,8 @@ def train_student(
 
                 with torch.autocast(device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST):
                     embeddings = model(images)
-                terms = loss_terms(embeddings, targets, texts, settings.loss, settings.temperature, logit_scale)
+                inputs = LossInputs.of_one_process(embeddings, targets, texts)
+                terms = loss_terms(inputs, settings.loss, settings.temperature, logit_scale)
                 loss = torch.stack([getattr(settings.loss, key) * term for key, term in terms.items()]).sum()
                 optimizer.zero_grad(set_to_none=True)
                 scaler.scale(loss).backward()
