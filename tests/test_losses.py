@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dimefm.stages.losses import (
+    LossInputs,
     effective_candidates,
     feature_loss,
     loss_terms,
@@ -186,7 +187,8 @@ def test_a_sharp_teacher_overflows_nothing():
 def test_terms_that_are_off_are_absent_and_each_has_its_own_temperature():
     student, teacher = embeddings(4, 6), embeddings(4, 6, seed=1)
     temperature = TemperatureSettings(pvl=2.0, udist=5.0)
-    terms = loss_terms(student, teacher, None, LossSettings(pvl=0.1, udist=2.0), temperature, 10.0)
+    inputs = LossInputs.of_one_process(student, teacher)
+    terms = loss_terms(inputs, LossSettings(pvl=0.1, udist=2.0), temperature, 10.0)
     assert set(terms) == {"pvl", "udist"}
     assert terms["pvl"] == pvl_loss(student, teacher, 2.0, 10.0)
     assert terms["udist"] == udist_loss(student, teacher, 5.0, 10.0)
