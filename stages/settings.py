@@ -201,6 +201,8 @@ class DistillSettings(Settings):
     """Autocast format of the student; losses are in float32 whatever it is. `auto`: bf16 on a GPU, else fp32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    pixels: Literal["auto", "files", "kept"] = "auto"
+    """x"""
     workers: int = Field(default=0, ge=0)
     """Threads that read, decode and augment images; 0 takes one for each core."""
     log_every: int = Field(default=10, ge=1)

@@ -13,6 +13,7 @@ from .health import FirstBad, read_metrics
 from .learner import Learner, Targets
 from .meter import Speed
 from .metrics_log import MetricsLog
+from .pixel_source import PixelSource
 from .run_record import CHECKPOINT, check_same_training, describe_run, read_run_record, write_run_record
 from .schedule import Schedule
 from .settings import DistillSettings, StudentSettings

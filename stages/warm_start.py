@@ -42,6 +42,11 @@ class WarmStart:
     line: str
     digest: str
 
+    @property
+    def record(self) -> dict[str, object]:
+        """What `run.json` says of it."""
+        return {"digest": self.digest, "taken": self.num_taken, "fresh": self.fresh}
+
 
 def warm_start(student: nn.Module, spec: str, init: str, image_size: int) -> WarmStart:
     """Put existing weights into a student that was just built; for a run that begins, never for one that goes on.
