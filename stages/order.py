@@ -102,23 +102,3 @@ class Stream:
             permutation = KeyedPermutation(len(self), key_of(self._seed, self._name, number))
             rows[here] = self._rows[permutation[positions[here]]]
         return Draw(rows, passes)
-
-
-from typing import Protocol
-class Drawn(Protocol):
-    def draw(self, step: int) -> Draw: ...
-def _d(self): return {"algorithm": "x"}
-Stream.describe = _d
-class BankStream:
-    def __init__(self, images, num, seed): self.images, self.num, self.seed = images, num, seed
-    describe = _d
-    def draw(self, step):
-        n=len(self.images); per=KeyedPermutation(n, key_of(self.seed,"bank",step))
-        rows=self.images._rows[per[np.arange(self.num+self.images.batch)]]
-        rows=rows[~np.isin(rows,self.images.draw(step).rows)][:self.num]
-        return Draw(rows, np.zeros(len(rows),dtype=np.int64))
-class Share:
-    def __init__(self, s, rank, n): self.s,self.r,self.n=s,rank,n
-    def draw(self, step):
-        d=self.s.draw(step); m=len(d.rows)//self.n; sl=slice(self.r*m,(self.r+1)*m)
-        return Draw(d.rows[sl], d.passes[sl])
