@@ -21,6 +21,7 @@ from .losses import effective_candidates, feature_loss, loss_terms
 from .metrics_log import MetricsLog
 from .optim import build_optimizer, lr_at, set_lr
 from .order import Stream
+from .pixel_source import ImageFiles
 from .run_record import CHECKPOINT, check_same_training, describe_run, logit_scale_of, read_run_record, write_run_record
 from .settings import DistillSettings, StudentSettings
 from .students import build_student
@@ -136,11 +137,12 @@ def train_student(
     loss, first_bad = torch.tensor(math.nan), torch.tensor(total_steps, device=device)
     if first_step < end_step:
         loader = BatchLoader(
-            (cache.images, image_stream),
-            sentences,
-            images_root,
-            views,
+            cache.images,
+            image_stream,
+            ImageFiles(images_root, cache.images),
+            [views],
             view_key=key_of(settings.seed, "views"),
+            sentences=sentences,
             workers=settings.workers,
             pin_memory=device.type == "cuda",
         )
@@ -149,7 +151,7 @@ def train_student(
             for batch in loader.batches(first_step, end_step):
                 lr = lr_at(batch.step, total_steps, warmup_steps, settings.lr, settings.lr_min)
                 set_lr(optimizer, lr)
-                images = normalise(batch.images.to(device, non_blocking=True), mean, std)
+                images = normalise(batch.images[0].to(device, non_blocking=True), mean, std)
                 targets = batch.targets.to(device, non_blocking=True)
                 texts = None if batch.sentences is None else batch.sentences.to(device, non_blocking=True)
 
