@@ -204,7 +204,8 @@ class DistillSettings(Settings):
     pixels: Literal["auto", "files", "kept"] = "auto"
     """x"""
     workers: int = Field(default=0, ge=0)
-    """Threads that read, decode and augment images; 0 takes one for each core."""
+    """How many read, decode and augment images: up to two are threads, more are processes; 0 takes one for each
+    core."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = Field(default=200, ge=1)
