@@ -86,6 +86,11 @@ class BatchLoader:
         self._pool = ViewPool(pixels, views, view_key, batch, _BATCHES_AHEAD, workers, processes)
         self._background: ThreadPoolExecutor
 
+    @property
+    def num_workers(self) -> int:
+        """How many make views."""
+        return self._pool.num_workers
+
     def __enter__(self) -> "BatchLoader":
         self._pool.__enter__()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="batches")

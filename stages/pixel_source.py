@@ -28,6 +28,9 @@ class PixelSource(Protocol):
     leaves it out when it is pickled (`__getstate__`).
     """
 
+    name: str
+    """What a run's record calls it: `files`, or what the cache keeps."""
+
     def tickets(self, rows: NDArray[np.int64]) -> Sequence[Any]:
         """What `read` needs for each row: small and picklable. Called where the loader is, never in a worker."""
 
@@ -45,6 +48,8 @@ class PixelSource(Protocol):
 
 class ImageFiles:
     """The files that stage one embedded. A ticket is a path below their folder."""
+
+    name = "files"
 
     def __init__(self, root: Path, images: EmbeddingSet) -> None:
         """Files of image rows.

@@ -115,7 +115,7 @@ class StudentRun:
             precision=schedule.precision,
             device=world.device,
             num_processes=world.size,
-            pixels=pixels.kind,
+            pixels=pixels.name,
             order=schedule.order,
             warm_start=self.learner.warm and self.learner.warm.record,
         )

@@ -109,7 +109,7 @@ def _learn(
                     for one in here:
                         one.write_metrics(targets, meter.read())
                     text = "loss " + ", ".join(f"{one.loss:.4f}" for one in here)
-                    advice = meter.read().advice(loader.num_workers, pixels.kind == "files")
+                    advice = meter.read().advice(loader.num_workers, pixels.name == "files")
                     if advice and not advised and step > first + 10:  # the first steps wait for the workers to start
                         tell(advice)
                         advised = True
