@@ -13,13 +13,15 @@ from .. import __version__
 from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from .kept_pixels import FILES
 from .settings import DistillSettings, StudentSettings
 
 RECORD = "run.json"
 CHECKPOINT = "checkpoint.pt"
 
-_FREE_TO_CHANGE = {"output", "log_every", "checkpoint_every", "workers", "device"}
-_FIXED = ("student", "distill", "cache", "rows", "masks")
+_FREE_TO_CHANGE = {"output", "log_every", "checkpoint_every", "workers", "device", "pixels"}
+"""Of `pixels`, what it came to counts, and is recorded beside the settings."""
+_FIXED = ("student", "distill", "cache", "rows", "masks", "pixels")
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
 
 
@@ -32,11 +34,15 @@ def describe_run(
     total_steps: int,
     precision: str,
     device: torch.device,
+    pixels: str = FILES,
 ) -> dict[str, Any]:
     """Everything that a reader, a resumed run or an evaluation needs to know about a run, as JSON values.
 
-    `student`, `distill`, `cache`, `rows` and `masks` must not change while a run lasts; the rest says where and with
-    what it was made.
+    `student`, `distill`, `cache`, `rows`, `masks` and `pixels` must not change while a run lasts; the rest says where
+    and with what it was made.
+
+    Args:
+        pixels: where the pictures come from: `files`, or the setting of those that were kept (`jpeg-256`).
     """
     return {
         "name": name,
@@ -45,6 +51,7 @@ def describe_run(
         "cache": cache.identity,
         "rows": {"images": len(cache.images.usable), "sentences": len(cache.sentences.usable)},
         "masks": {side: dict(mask) for side, mask in cache.masks.items()},
+        "pixels": pixels,
         "embed_dim": cache.images.embeddings.shape[-1],
         "logit_scale": logit_scale_of(cache, settings),
         "preprocess": cache.teacher["preprocess"],
@@ -94,6 +101,7 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
     Raises:
         InputError: naming every key that differs.
     """
+    found = {"pixels": FILES, **found}  # before there were others, nobody recorded it
     before, now = (dict(_flat({key: record.get(key) for key in _FIXED})) for record in (found, wanted))
     differences = [
         "another cache, or this one before it grew"

@@ -170,6 +170,9 @@ class DistillSettings(Settings):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     workers: int = Field(default=0, ge=0)
     """Threads that read, decode and augment images; 0 takes one for each core."""
+    pixels: Literal["auto", "files", "kept"] = "auto"
+    """Where the pictures come from: `files`, the originals; `kept`, those that stage one has kept (`cache.pixels`);
+    `auto`: kept ones where the cache has them. A run stays with what it began with."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = Field(default=200, ge=1)
