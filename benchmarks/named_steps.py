@@ -15,6 +15,7 @@ KINDS = {
     r"teacher\.zarr/.*/c(/\d+)*": "embeddings",
     r"pairs[^/]*\.zarr/.*/c(/\d+)*": "pairs",
     r".*zarr\.json": "zarr.json",
+    r"pixels(/.*)?": "pixels",
     r"rows/.*": "rows",
     r"index/.*": "index",
     r"text_tower.*": "text tower",

@@ -15,6 +15,7 @@ from .errors import CacheError
 from .layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
 from .manifest import read_document, read_manifest
 from .masks import mask_digest, read_mask
+from .pixels import PixelPacks
 from .plan import plan_named
 from .rows import RowTable, good_rows, read_own_failures
 
@@ -106,6 +107,7 @@ class FeatureCache:
 
     Attributes:
         masks: of `images` and `sentences`, the mask that chooses rows: its `name` and `digest`.
+        pixels: the images themselves, small, where stage one has kept them.
     """
 
     layout: Layout
@@ -115,6 +117,7 @@ class FeatureCache:
     sentences: EmbeddingSet
     evaluate: dict[str, EvaluateSet]
     masks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    pixels: PixelPacks | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureCache":
@@ -149,6 +152,7 @@ class FeatureCache:
             embedding_set(IMAGES, layout.image_rows),
             embedding_set(SENTENCES, layout.sentence_rows),
             evaluate,
+            pixels=PixelPacks.open(layout, manifest),
         )
 
     def masked(self, images: str | None = None, sentences: str | None = None) -> "FeatureCache":

@@ -7,8 +7,9 @@ from ..cache.errors import CacheError, InputError
 from ..cache.feature_cache import FeatureCache
 from ..cache.plan import first_difference
 from ..stages.devices import memory_errors_as
-from ..stages.pixel_source import PixelSource, choose_pixels
-from ..stages.run_record import CHECKPOINT
+from ..stages.kept_pixels import choose_pixels
+from ..stages.pixel_source import ImageFiles, PixelSource
+from ..stages.run_record import CHECKPOINT, read_run_record
 from ..stages.settings import StudentSettings
 from ..stages.student_run import Run
 from ..stages.teacher_identity import configured_identity
@@ -38,11 +39,22 @@ def distill(config: Config, names: list[str], stop_after: int | None = None, *, 
     students = _chosen(config, names)
     cache = FeatureCache.open(config.cache.dir).masked(config.images.mask, config.sentences.mask)
     _require_configured_teacher(config, cache)
-    pixels = choose_pixels(cache, config.images.source, config.distill.pixels)
     runs = [Run(name, student, config.distill.output / name) for name, student in students.items()]
     with open_world(config.distill.device) as world:
         for group in [runs] if together else [[run] for run in runs]:
-            _train(config, cache, pixels, group, world, stop_after)
+            _train(config, cache, _pixels(config, cache, group), group, world, stop_after)
+
+
+def _pixels(config: Config, cache: FeatureCache, runs: Sequence[Run]) -> PixelSource:
+    """The images that these runs began with, or begin with now."""
+    began_with = {
+        read_run_record(run.folder).get("pixels") for run in runs if (run.folder / CHECKPOINT).exists()
+    } - {None}
+    if len(began_with) > 1:
+        found = " and ".join(sorted(began_with))
+        raise InputError(f"--together: these runs began with {found} for pixels; train them one after the other")
+    kept = choose_pixels(config.distill.pixels, cache, began_with.pop() if began_with else None)
+    return kept or ImageFiles(config.images.source, cache.images)
 
 
 def _train(

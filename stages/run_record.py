@@ -13,12 +13,14 @@ from .. import __version__
 from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from .kept_pixels import FILES
 from .settings import DistillSettings, StudentSettings
 
 RECORD = "run.json"
 CHECKPOINT = "checkpoint.pt"
 
 _FREE_TO_CHANGE = {"output", "log_every", "checkpoint_every", "workers", "device", "pixels"}
+"""Of `pixels`, what it came to counts, and is recorded beside the settings."""
 _FIXED = ("student", "distill", "cache", "rows", "masks", "pixels")
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
 
@@ -43,7 +45,7 @@ def describe_run(
     and with what it was made.
 
     Args:
-        pixels: kind of the source that images are read from.
+        pixels: where the pictures come from: `files`, or the setting of those that were kept (`jpeg-256`).
         order: how rows are drawn.
         warm_start: what the student's weights began with.
     """
@@ -125,7 +127,7 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
 def _what_older_runs_do_not_say() -> dict[str, Any]:
     """Keys that came after a run was begun stand for what it did without them: their defaults."""
     defaults = DistillSettings().model_dump(mode="json", exclude=_FREE_TO_CHANGE)
-    return {**dict(_flat({"distill": defaults})), "pixels": "files"}
+    return {**dict(_flat({"distill": defaults})), "pixels": FILES}
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -201,11 +201,12 @@ class DistillSettings(Settings):
     """Autocast format of the student; losses are in float32 whatever it is. `auto`: bf16 on a GPU, else fp32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    pixels: Literal["auto", "files", "kept"] = "auto"
-    """x"""
     workers: int = Field(default=0, ge=0)
     """How many read, decode and augment images: up to two are threads, more are processes; 0 takes one for each
     core."""
+    pixels: Literal["auto", "files", "kept"] = "auto"
+    """Where the pictures come from: `files`, the originals; `kept`, those that stage one has kept (`cache.pixels`);
+    `auto`: kept ones where the cache has them. A run stays with what it began with."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = Field(default=200, ge=1)

@@ -9,6 +9,7 @@ from .batches import BatchLoader, normalise
 from .counter_random import key_of
 from .device_feed import on_device
 from .interrupt import Interrupted, StopSignals
+from .kept_pixels import FILES
 from .learner import Targets
 from .meter import Meter, Speed
 from .pixel_source import PixelSource
@@ -109,7 +110,7 @@ def _learn(
                     for one in here:
                         one.write_metrics(targets, meter.read())
                     text = "loss " + ", ".join(f"{one.loss:.4f}" for one in here)
-                    advice = meter.read().advice(loader.num_workers, pixels.name == "files")
+                    advice = meter.read().advice(loader.num_workers, pixels.name == FILES)
                     if advice and not advised and step > first + 10:  # the first steps wait for the workers to start
                         tell(advice)
                         advised = True
