@@ -47,9 +47,8 @@ def distill(config: Config, names: list[str], stop_after: int | None = None, *, 
 
 def _pixels(config: Config, cache: FeatureCache, runs: Sequence[Run]) -> PixelSource:
     """The images that these runs began with, or begin with now."""
-    began_with = {
-        read_run_record(run.folder).get("pixels") for run in runs if (run.folder / CHECKPOINT).exists()
-    } - {None}
+    unfinished = [run.folder for run in runs if (run.folder / CHECKPOINT).exists()]
+    began_with = {str(read_run_record(folder).get("pixels", FILES)) for folder in unfinished}
     if len(began_with) > 1:
         found = " and ".join(sorted(began_with))
         raise InputError(f"--together: these runs began with {found} for pixels; train them one after the other")

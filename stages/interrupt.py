@@ -19,8 +19,8 @@ class StopSignals:
 
     def __init__(self, *, patient: bool = False) -> None:
         """Args:
-            patient: further signals only ask, too: torchrun sends one after the other to make processes leave, and
-                kills those that are still there half a minute later.
+        patient: further signals only ask, too: torchrun sends one after the other to make processes leave, and
+            kills those that are still there half a minute later.
         """
         self.asked, self._patient = False, patient
         self._before: dict[int, Any] = {}

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
@@ -71,9 +70,7 @@ class Learner:
         self.averaged = None if settings.ema is None else ModelEmaV3(self.model, settings.ema, use_warmup=True)
         if settings.compile:
             self.model.compile()  # in place: the names of the weights stay
-        self._wrapped: nn.Module = (
-            self.model if world.size == 1 else DistributedDataParallel(self.model, broadcast_buffers=False)
-        )
+        self._parallel = None if world.size == 1 else DistributedDataParallel(self.model, broadcast_buffers=False)
         if world.rank:
             torch.manual_seed(key_of(settings.seed, "student", world.rank))  # another dropout for other images
         self._random = random_state(world.device)
@@ -100,8 +97,8 @@ class Learner:
         apart = now if self._world.device.type != "cuda" else 1  # GPUs share the statistics of their processes
         if norms and apart * self._settings.accumulate > 1:
             yield (
-                f"has batch norms: their statistics are those of {apart * self._settings.accumulate} parts of the batch "
-                "each, not of the whole"
+                f"has batch norms: their statistics are those of {apart * self._settings.accumulate} parts of the "
+                "batch each, not of the whole"
             )
 
     def learn(self, images: Tensor, inputs: "Targets", lr: float) -> None:
@@ -150,15 +147,13 @@ class Learner:
         for i, (piece, gradient, state) in enumerate(zip(pieces, gradients, states)):
             restore_random_state(state, self._world.device)
             last = i == len(pieces) - 1
-            with nullcontext() if last or self._wrapped is self.model else self._wrapped.no_sync():
+            with nullcontext() if last or self._parallel is None else self._parallel.no_sync():
                 self._embed(piece).backward(gradient)
         self.embeddings = embeddings.detach()
 
     def _embed(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
-        with torch.autocast(
-            images.device.type, _AUTOCAST.get(self._precision), enabled=self._precision in _AUTOCAST
-        ):
-            embeddings: Tensor = (model or self._wrapped)(images)
+        with torch.autocast(images.device.type, _AUTOCAST.get(self._precision), enabled=self._precision in _AUTOCAST):
+            embeddings: Tensor = (model or self._parallel or self.model)(images)
         return embeddings
 
     def _losses(self, embeddings: Tensor, inputs: "Targets") -> Tensor:

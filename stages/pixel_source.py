@@ -28,8 +28,9 @@ class PixelSource(Protocol):
     leaves it out when it is pickled (`__getstate__`).
     """
 
-    name: str
-    """What a run's record calls it: `files`, or what the cache keeps."""
+    @property
+    def name(self) -> str:
+        """What a run's record calls it: `files`, or what the cache keeps."""
 
     def tickets(self, rows: NDArray[np.int64]) -> Sequence[Any]:
         """What `read` needs for each row: small and picklable. Called where the loader is, never in a worker."""

@@ -62,7 +62,7 @@ class Schedule:
         Raises:
             InputError: if it cannot be divided equally.
         """
-        stream: Drawn | None = getattr(self, name)
+        stream: Stream | BankStream | None = getattr(self, name)
         if stream is None or self._world.size == 1:
             return stream
         return Share(stream, self._world.rank, self._world.size)

@@ -117,7 +117,7 @@ class StudentRun:
             num_processes=world.size,
             pixels=pixels.name,
             order=schedule.order,
-            warm_start=self.learner.warm and self.learner.warm.record,
+            warm_start=None if self.learner.warm is None else self.learner.warm.record,
         )
         if goes_on:
             check_same_training(run.folder, read_run_record(run.folder), record)
@@ -172,9 +172,8 @@ class StudentRun:
             if self._world.is_first:
                 write_json(self.run.folder / BAD_STEP, {"step": bad + 1, "rows": rows})
             shown = ", ".join(map(str, rows[:4])) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
-            self.failure = (
-                f"{self.run.folder}: the loss of step {bad + 1} is not finite (rows {shown}, all in {BAD_STEP}); {advice}"
-            )
+            where = f"rows {shown}, all in {BAD_STEP}"
+            self.failure = f"{self.run.folder}: the loss of step {bad + 1} is not finite ({where}); {advice}"
         elif weights_too and not self.learner.is_finite():
             step = self.learner.step
             self.failure = f"{self.run.folder}: the student's weights are no longer finite at step {step}; {advice}"

@@ -22,7 +22,7 @@ class World:
         device: of this process.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, size: int = 1, votes: dist.ProcessGroup | None = None):
+    def __init__(self, device: torch.device, rank: int = 0, size: int = 1, votes: Any = None) -> None:
         """Use `open_world`. `votes` is a group over the CPU: what it says costs a GPU nothing."""
         self.device, self.rank, self.size, self._votes = device, rank, size, votes
 
@@ -80,7 +80,7 @@ class Ballot:
     step and counted after the next, when it has long been on its way.
     """
 
-    def __init__(self, size: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, size: int, group: Any) -> None:
         self._size, self._group = size, group
         self._cast: tuple[Tensor, Any] | None = None
 
@@ -121,7 +121,7 @@ def open_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if on_gpus else "gloo", device_id=own if on_gpus else None)
     try:
-        yield World(own, rank, size, dist.new_group(backend="gloo") if on_gpus else dist.group.WORLD)
+        yield World(own, rank, size, dist.new_group(backend="gloo") if on_gpus else None)
     finally:
         dist.destroy_process_group()
 

@@ -38,7 +38,8 @@ def with_dropout(embed_dim, image_size):
                          nn.Linear(8 * (image_size // 2) ** 2, embed_dim))
 
 def plain(embed_dim, image_size):
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.Flatten(), nn.Linear(8 * (image_size // 2) ** 2, embed_dim))
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.Flatten(),
+                         nn.Linear(8 * (image_size // 2) ** 2, embed_dim))
 
 def broken(embed_dim, image_size):
     class Broken(nn.Module):

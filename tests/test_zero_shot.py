@@ -12,7 +12,6 @@ from PIL import Image
 from dimefm.cache import InputError
 from dimefm.stages import zero_shot
 from dimefm.stages.settings import DistillSettings, StudentSettings
-from dimefm.stages.train import train_student
 from dimefm.stages.zero_shot import (
     agreement,
     evaluate_student,
@@ -23,6 +22,7 @@ from dimefm.stages.zero_shot import (
 )
 
 from .small_cache import STUDENTS, TEACHER, make_cache
+from .training import train_one
 
 RECORD = {
     "name": "own",
@@ -144,7 +144,7 @@ def test_a_trained_student_comes_back_from_its_run_alone(world, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     student = StudentSettings(model="own_students:with_dropout", image_size=8)
     settings = DistillSettings(epochs=1, batch_images=8, batch_sentences=8, device="cpu")
-    train_student(cache, folder / "images", "own", student, settings, folder / "run", stop_after=2)
+    train_one(cache, folder / "images", student, settings, folder / "run", stop_after=2)
     module, record = load_student(folder / "run")
     assert not module.training and record["step"] == 2 and record["total_steps"] == 4
     scores = evaluate_student(module, record, cache, "dev", folder / "dev", device="cpu")
