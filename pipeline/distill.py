@@ -7,7 +7,7 @@ from ..cache.errors import CacheError, InputError
 from ..cache.feature_cache import FeatureCache
 from ..cache.plan import first_difference
 from ..stages.devices import memory_errors_as
-from ..stages.kept_pixels import choose_pixels
+from ..stages.kept_pixels import FILES, choose_pixels
 from ..stages.pixel_source import ImageFiles, PixelSource
 from ..stages.run_record import CHECKPOINT, read_run_record
 from ..stages.settings import StudentSettings

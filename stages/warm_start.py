@@ -13,7 +13,7 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from ..cache.errors import InputError
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, weights_to_use
 from .pretrained_tags import Asked, quiet_open_clip, tag_weights
 from .run_record import CHECKPOINT, read_run_record
 from .weights_file import one_line, read_weights, weights_digest
@@ -103,9 +103,9 @@ def _read(spec: str, init: str) -> tuple[dict[str, Tensor], str]:
 def _of_run(run_dir: Path) -> tuple[dict[str, Tensor], str]:
     read_run_record(run_dir)  # refuses a folder that is no run
     checkpoint = load_checkpoint(run_dir / CHECKPOINT)
-    averaged = checkpoint.get("ema") is not None
-    state = checkpoint["ema" if averaged else "model"]
-    return dict(state), f"{run_dir}, {'averaged weights ' if averaged else ''}at step {checkpoint['step']:,}"
+    key = weights_to_use(checkpoint)
+    words = "averaged weights at" if key == "ema" else "at"
+    return dict(checkpoint[key]), f"{run_dir}, {words} step {checkpoint['step']:,}"
 
 
 def _of_timm(spec: str) -> tuple[dict[str, Tensor], str]:
