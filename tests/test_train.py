@@ -14,7 +14,7 @@ from dimefm.cache import InputError
 from dimefm.cache.durable import append_line
 from dimefm.stages.checkpoint import load_checkpoint, save_checkpoint
 from dimefm.stages.interrupt import Interrupted, StopSignals
-from dimefm.stages.losses import feature_loss, vl_loss
+from dimefm.stages.losses import feature_loss, loss_terms, vl_loss
 from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
 from dimefm.stages.train import train_student
 
@@ -286,16 +286,13 @@ def test_the_logged_losses_are_those_of_the_pure_functions(world):
     settings = SETTINGS.model_copy(update={"loss": LossSettings(vl=1.0, feature=1.0, logit_scale=5.0)})
     seen = {}
 
-    def keep(name, loss):
-        def kept(*arguments):
-            seen[name] = loss(*arguments).item()
-            return loss(*arguments)
-
-        return kept
+    def kept(inputs, *arguments):
+        seen["vl"] = vl_loss(inputs.student_images, inputs.teacher_images, inputs.sentences, 1.0, 5.0).item()
+        seen["feature"] = feature_loss(inputs.student_images, inputs.teacher_images).item()
+        return loss_terms(inputs, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dimefm.stages.losses.vl_loss", keep("vl", vl_loss))
-        patch.setattr("dimefm.stages.losses.feature_loss", keep("feature", feature_loss))
+        patch.setattr("dimefm.stages.train.loss_terms", kept)
         train(world, settings=settings, stop_after=1)
     (line,) = lines(world)
     assert (line["vl"], line["feature"]) == (seen["vl"], seen["feature"])
