@@ -20,8 +20,8 @@ Rows = Tensor | tuple[Tensor, ...]
 Shape = tuple[int, int]
 """Rows and columns of a block."""
 
-# In numbers: logits of a block and the normalised copies of its rows and columns. Some five matrices of logits are alive
-# at once. A matrix up to the first size is computed in one piece, which saves making its logits twice; a larger one in
+# In numbers: logits of a block and the normalised copies of its rows and columns. Some five matrices of logits live at
+# once. A matrix up to the first size is computed in one piece, which saves making its logits twice; a larger one in
 # pieces that stay in a CPU's caches or, on a GPU, need few launches (the last number is not measured).
 _WHOLE = 16 * 2**20
 _CPU_BLOCK = 2 * 2**20
@@ -92,8 +92,8 @@ def block_shape(num_rows: int, num_columns: int, width: int, device: torch.devic
     """Rows and columns of a block, so that it and the copies of its sides stay within a fixed number of numbers.
 
     Everything in one block, if it fits. Otherwise whole rows, if the softmax runs along rows alone and enough of them
-    fit: it is then complete within a block. Otherwise as much of the narrow side as makes good products, and of the wide
-    side what fits beside it.
+    fit: it is then complete within a block. Otherwise as much of the narrow side as makes good products, and of the
+    wide side what fits beside it.
     """
 
     def fits(rows: int, columns: int) -> bool:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .online_softmax import Seen, see, slope
 from .similarity_blocks import Cosines, Rows, Shape, Side, block_shape, blocks, dtype_of, full_precision, no_autocast
@@ -37,7 +36,7 @@ def kl_rows(
 
     Memory beyond the inputs is that of one block and a few numbers for each row, however many columns there are.
     Gradients reach `student_rows` and `student_columns` where these require them, never the teacher's. They cannot be
-    differentiated again.
+    differentiated again: backward with `create_graph` raises RuntimeError.
 
     Args:
         teacher_rows: (R, D), any float dtype, any norm; every row is L2-normalised here.
@@ -211,8 +210,9 @@ class _WideKL(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        if torch.is_grad_enabled():  # `once_differentiable` would pass the loss's own gradient off as a constant
+            raise RuntimeError("this loss cannot be differentiated twice; call backward without create_graph")
         gradients = ctx.gradients
         if gradients is None:
             _ = ctx.saved_tensors
