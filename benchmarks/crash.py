@@ -1,7 +1,8 @@
-"""Kill stage one, keeping pixels later, append and repair, look at what is on disk, and run the same again: it must end with the same bytes.
+"""Kill stage one, append, repair, ...: look at what is on disk, run the same again: it must end with the same bytes.
 
-    python benchmarks/crash.py [--jobs stage-one pixels append repair give-up] [--moments 50] [--steps 1000] [--images 84]
+    python benchmarks/crash.py [--jobs stage-one pixels append repair give-up] [--moments 50] [--steps 1000]
 
+Jobs: stage one; pixels that are added to a finished cache; append; repair; and repair where the teacher is gone.
 Each job runs once undisturbed, which says how long it takes, which steps it has and what is on disk at the end. Then,
 over and over, it starts from the same state and is killed with SIGKILL: at moments spread over its whole time, and at
 named steps: before and after each fsync and each rename of every kind of file, the manifest's among them. The same
