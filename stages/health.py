@@ -48,12 +48,12 @@ def _signs(learner: Learner, targets: Targets, settings: DistillSettings, logit_
     assert learner.embeddings is not None
     temperature = settings.temperature
     signs = {"cosine": 1 - feature_loss(learner.embeddings, targets.own)}
-    pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
+    pairs: dict[str, tuple[Tensor, Tensor | tuple[Tensor, Tensor], float]] = {}
     if targets.sentences is not None and targets.all_sentences is not None:
         pairs["vl_candidates"] = targets.own, targets.all_sentences, temperature.vl
         pairs["vl_candidates_sentences"] = targets.sentences, targets.everybodys, temperature.vl
     if settings.loss.pvl:
-        columns = targets.everybodys if targets.bank is None else torch.cat([targets.everybodys, targets.bank])
+        columns = targets.everybodys if targets.bank is None else (targets.everybodys, targets.bank)
         pairs["pvl_candidates"] = targets.own, columns, temperature.pvl
     if settings.loss.udist:
         pairs["udist_candidates"] = targets.own, targets.everybodys, temperature.udist
