@@ -116,7 +116,7 @@ class Bench:
 
         for _ in range(WARM_STEPS):
             step()
-        return self._rate(lambda: [step() for _ in range(self._steps)])
+        return self._rate(step)
 
     def loader(self) -> float:
         """Images/s of the batches alone."""
@@ -135,7 +135,7 @@ class Bench:
             coming = loader.batches(0, WARM_STEPS + self._steps)
             for _ in range(WARM_STEPS):
                 next(coming)
-            return self._rate(lambda: [next(coming) for _ in range(self._steps)])
+            return self._rate(lambda: next(coming))
 
     def everything(self) -> float:
         """Images/s of `train`."""
@@ -167,10 +167,11 @@ class Bench:
         finally:
             batches.ViewPool = usual
 
-    def _rate(self, work: Callable[[], object]) -> float:
+    def _rate(self, step: Callable[[], object]) -> float:
         self._wait_for_device()
         start = time.perf_counter()
-        work()
+        for _ in range(self._steps):
+            step()
         self._wait_for_device()
         return self._settings.batch_images * self._steps / (time.perf_counter() - start)
 
