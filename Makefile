@@ -42,6 +42,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/gather.py
 	$(BIN)/python benchmarks/stage_one.py
+	$(BIN)/python benchmarks/distill_vs_online.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

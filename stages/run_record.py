@@ -34,7 +34,10 @@ def describe_run(
     total_steps: int,
     precision: str,
     device: torch.device,
-    pixels: str = FILES,
+    num_processes: int,
+    pixels: str,
+    order: dict[str, dict[str, object]],
+    warm_start: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything that a reader, a resumed run or an evaluation needs to know about a run, as JSON values.
 
@@ -43,6 +46,8 @@ def describe_run(
 
     Args:
         pixels: where the pictures come from: `files`, or the setting of those that were kept (`jpeg-256`).
+        order: how rows are drawn.
+        warm_start: what the student's weights began with.
     """
     return {
         "name": name,
@@ -52,6 +57,8 @@ def describe_run(
         "rows": {"images": len(cache.images.usable), "sentences": len(cache.sentences.usable)},
         "masks": {side: dict(mask) for side, mask in cache.masks.items()},
         "pixels": pixels,
+        "order": order,
+        "warm_start": warm_start,
         "embed_dim": cache.images.embeddings.shape[-1],
         "logit_scale": logit_scale_of(cache, settings),
         "preprocess": cache.teacher["preprocess"],
@@ -61,6 +68,7 @@ def describe_run(
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "processes": num_processes,
         "versions": {"dimefm": __version__, **{library: version(library) for library in _LIBRARIES}},
     }
 
@@ -101,8 +109,8 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
     Raises:
         InputError: naming every key that differs.
     """
-    found = {"pixels": FILES, **found}  # before there were others, nobody recorded it
     before, now = (dict(_flat({key: record.get(key) for key in _FIXED})) for record in (found, wanted))
+    before = {**_what_older_runs_do_not_say(), **{key: value for key, value in before.items() if value is not None}}
     differences = [
         "another cache, or this one before it grew"
         if key == "cache"
@@ -114,6 +122,12 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
         raise InputError(
             f"{run_dir}: was trained with {'; '.join(differences)}; choose another distill.output or delete that folder"
         )
+
+
+def _what_older_runs_do_not_say() -> dict[str, Any]:
+    """Keys that came after a run was begun stand for what it did without them: their defaults."""
+    defaults = DistillSettings().model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+    return {**dict(_flat({"distill": defaults})), "pixels": FILES}
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

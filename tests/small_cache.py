@@ -37,6 +37,20 @@ def with_dropout(embed_dim, image_size):
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3),
                          nn.Linear(8 * (image_size // 2) ** 2, embed_dim))
 
+def plain(embed_dim, image_size):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.Flatten(),
+                         nn.Linear(8 * (image_size // 2) ** 2, embed_dim))
+
+def broken(embed_dim, image_size):
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.calls = plain(embed_dim, image_size), 0
+        def forward(self, images):
+            self.calls += self.training
+            return self.inner(images) * (float("nan") if self.calls > 2 else 1)
+    return Broken()
+
 def too_wide(embed_dim, image_size):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, embed_dim + 1))
 

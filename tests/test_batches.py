@@ -12,6 +12,7 @@ from dimefm.stages.augment import NUM_UNIFORMS, ViewMaker
 from dimefm.stages.batches import BatchLoader, normalise
 from dimefm.stages.counter_random import uniforms
 from dimefm.stages.order import Stream
+from dimefm.stages.pixel_source import ImageFiles
 from dimefm.stages.settings import AugmentSettings
 
 from .small_cache import make_cache
@@ -25,12 +26,16 @@ def world(tmp_path_factory):
     return make_cache(folder), folder / "images"
 
 
-def loader(world, workers=2, sentences=True):
+def view(side):
+    return ViewMaker(AugmentSettings(flip=True), side, Image.Resampling.BICUBIC)
+
+
+def loader(world, sentences=True, sides=(SIDE,), **options):
     cache, root = world
-    views = ViewMaker(AugmentSettings(flip=True), SIDE, Image.Resampling.BICUBIC)
-    images = cache.images, Stream(cache.images.usable, 10, 0, "images")
+    stream = Stream(cache.images.usable, 10, 0, "images")
     texts = (cache.sentences, Stream(cache.sentences.usable, 7, 0, "sentences")) if sentences else None
-    return BatchLoader(images, texts, root, views, view_key=5, workers=workers)
+    files = ImageFiles(root, cache.images)
+    return BatchLoader(cache.images, stream, files, [view(side) for side in sides], 5, sentences=texts, **options)
 
 
 def batches(world, first, end, **options):
@@ -42,7 +47,7 @@ def equal(first, second):
     return (
         first.step == second.step
         and (first.rows == second.rows).all()
-        and torch.equal(first.images, second.images)
+        and all(map(torch.equal, first.images, second.images))
         and torch.equal(first.targets, second.targets)
         and torch.equal(first.sentences, second.sentences)
     )
@@ -53,14 +58,14 @@ def test_a_batch_holds_the_rows_of_its_step_their_views_and_their_cached_embeddi
     (batch,) = batches(world, 4, 5)
     draw = Stream(cache.images.usable, 10, 0, "images").draw(4)
     assert (batch.rows == draw.rows).all() and draw.passes.tolist() == [1] * 10
-    assert batch.images.shape == (10, SIDE, SIDE, 3) and batch.images.dtype == torch.uint8
+    assert batch.images[0].shape == (10, SIDE, SIDE, 3) and batch.images[0].dtype == torch.uint8
     assert (batch.targets.numpy() == cache.images.embeddings[draw.rows]).all() and batch.targets.dtype == torch.float16
     sentences = Stream(cache.sentences.usable, 7, 0, "sentences").draw(4).rows
     assert (batch.sentences.numpy() == cache.sentences.embeddings[sentences]).all()
     maker = ViewMaker(AugmentSettings(flip=True), SIDE, Image.Resampling.BICUBIC)
     for i, one in enumerate(uniforms(5, draw.rows, draw.passes, NUM_UNIFORMS).tolist()):
         data = (root / f"{draw.rows[i]:03d}.jpg").read_bytes()
-        assert (batch.images[i].numpy() == maker.view(data, one)).all()
+        assert (batch.images[0][i].numpy() == maker.view(data, one)).all()
 
 
 def test_starting_in_the_middle_gives_the_batches_of_a_run_from_the_start(world):
@@ -81,8 +86,8 @@ def test_failed_rows_are_never_drawn(world):
 def test_an_image_has_another_view_in_each_pass(world):
     seen = {}
     for batch in batches(world, 0, 8):
-        for row, view in zip(batch.rows, batch.images):
-            seen.setdefault(int(row), set()).add(view.numpy().tobytes())
+        for row, one in zip(batch.rows, batch.images[0]):
+            seen.setdefault(int(row), set()).add(one.numpy().tobytes())
     assert max(map(len, seen.values())) > 1
 
 
