@@ -12,18 +12,20 @@ from PIL import Image
 
 import dimefm.stages.keep_pixels
 import dimefm.stages.teacher
-from dimefm.cache import CacheError, FeatureCache, InputError
+from dimefm.cache import CacheError, DimefmError, FeatureCache, InputError
 from dimefm.cache.layout import Layout
 from dimefm.cache.manifest import file_entry, read_manifest, write_manifest
 from dimefm.pipeline.append import append_to
 from dimefm.pipeline.cache_teacher import cache_teacher
 from dimefm.pipeline.config import load_config
+from dimefm.pipeline.distill import distill
 from dimefm.pipeline.inspect import inspect, inspect_lines
 from dimefm.pipeline.plan import describe_plan, plan_lines
 from dimefm.pipeline.repair import repair
 from dimefm.pipeline.verify import verify
 from dimefm.stages.kept_pixels import choose_pixels
 from dimefm.stages.run_record import check_same_training
+from dimefm.stages.settings import DistillSettings
 
 from .commands import tree
 from .worlds import make_world, picture
@@ -430,9 +432,24 @@ def test_a_run_takes_kept_pixels_where_there_are_any_and_stays_with_what_it_bega
             choose_pixels(setting, cache, began)
 
 
+def test_students_learn_from_kept_pixels_when_the_originals_are_gone(config):
+    (config.parent / "images").rename(config.parent / "elsewhere")
+    loaded = load_config(config)
+    distill(loaded, ["small"], stop_after=1)
+    record = json.loads((config.parent / "runs/small/run.json").read_bytes())
+    assert record["pixels"] == "jpeg-24"
+    distill(loaded, ["small"], stop_after=1)
+    lines = (config.parent / "runs/small/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    (config.parent / "cache" / PACKS[4]).unlink()
+    with pytest.raises(DimefmError, match=r"000004\.pack"):
+        distill(loaded, ["small"])
+
+
 def test_a_run_is_not_continued_on_other_pixels(tmp_path):
-    check_same_training(tmp_path, {}, {"pixels": "files"})  # a run from before there was a choice
+    same = {"distill": DistillSettings().model_dump(mode="json", exclude={"output", "workers", "device", "pixels"})}
+    check_same_training(tmp_path, same, same | {"pixels": "files"})  # a run from before there was a choice
     with pytest.raises(InputError, match="pixels = 'files', but this run asks for 'jpeg-24'"):
-        check_same_training(tmp_path, {}, {"pixels": "jpeg-24"})
+        check_same_training(tmp_path, same, same | {"pixels": "jpeg-24"})
     with pytest.raises(InputError, match="pixels = 'jpeg-24', but this run asks for 'files'"):
-        check_same_training(tmp_path, {"pixels": "jpeg-24"}, {"pixels": "files"})
+        check_same_training(tmp_path, same | {"pixels": "jpeg-24"}, same | {"pixels": "files"})

@@ -2,6 +2,8 @@
 
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,16 @@ def test_the_packs_that_are_open_at_once_do_not_grow_with_their_number(tmp_path,
     rows = np.random.default_rng(0).integers(0, 40, 400).tolist()
     assert [reader.read(row) for row in rows] == [b"\xff\xd8\xff%d" % row for row in rows]
     assert num_open() <= before + 5
+
+
+def test_a_worker_that_reads_them_opens_no_cache():
+    program = (
+        "import sys, dimefm.stages.kept_pixels\n"
+        "heavy = {'torch', 'zarr', 'pyarrow', 'faiss', 'open_clip'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_kept_pixels_are_a_source_of_images_by_row(tmp_path):
