@@ -42,6 +42,8 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/gather.py
 	$(BIN)/python benchmarks/stage_one.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/loader_memory.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
