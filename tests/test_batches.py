@@ -11,7 +11,7 @@ from dimefm.cache import InputError
 from dimefm.stages.augment import NUM_UNIFORMS, ViewMaker
 from dimefm.stages.batches import BatchLoader, normalise
 from dimefm.stages.counter_random import uniforms
-from dimefm.stages.order import Stream
+from dimefm.stages.order import BankStream, Stream
 from dimefm.stages.pixel_source import ImageFiles
 from dimefm.stages.settings import AugmentSettings
 
