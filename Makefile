@@ -43,6 +43,11 @@ bench: setup
 	$(BIN)/python benchmarks/gather.py
 	$(BIN)/python benchmarks/stage_one.py
 	$(BIN)/python benchmarks/verify_speed.py
+	$(BIN)/python benchmarks/distill_vs_online.py
+	$(BIN)/python benchmarks/distill_vs_bare.py
+	$(BIN)/python benchmarks/wide_softmax.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/loader_memory.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

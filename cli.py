@@ -90,14 +90,20 @@ def distill(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Stop after N steps, to see shapes, memory and speed.")
     ] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="Train all of them from one stream of batches: images are decoded once.")
+    ] = False,
 ) -> None:
-    """Stage two, from the cache alone: train the config's students, or those named. Resumes by default."""
+    """Stage two, from the cache alone: train the config's students, or those named. Resumes by default.
+
+    `torchrun --nproc-per-node N -m dimefm distill CONFIG` trains on N devices: a batch is divided among them.
+    """
     from .pipeline.config import load_config
 
     loaded = load_config(config)
     from .pipeline.distill import distill as run
 
-    run(loaded, student or [], steps)
+    run(loaded, student or [], steps, together=together)
 
 
 @app.command()

@@ -35,6 +35,7 @@ KINDS = {
     "indexes": ("index/",),
     "text tower": ("text_tower/",),
     "masks": ("masks/",),
+    "kept pixels": ("pixels/",),
 }
 FLIP, CUT, EXTRA = "byte changed", "cut", "extra"
 
@@ -129,7 +130,9 @@ def small_world(folder: Path) -> Path:
     from tests.teachers import make_teacher
     from tests.worlds import make_world
 
-    return make_world(folder, make_teacher(folder / "teacher"), num_images=60, num_sentences=40)
+    config = make_world(folder, make_teacher(folder / "teacher"), num_images=60, num_sentences=40)
+    config.write_text(config.read_text().replace("shard_rows = 4", 'shard_rows = 4\npixels = "jpeg-24"'))
+    return config
 
 
 def main() -> None:

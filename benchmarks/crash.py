@@ -1,7 +1,8 @@
-"""Kill stage one, append and repair, look at what is on disk, and run the same again: it must end with the same bytes.
+"""Kill stage one, append, repair, ...: look at what is on disk, run the same again: it must end with the same bytes.
 
-    python benchmarks/crash.py [--jobs stage-one append repair give-up] [--moments 50] [--steps 1000] [--like removal]
+    python benchmarks/crash.py [--jobs stage-one pixels append repair give-up] [--moments 50] [--like removal]
 
+Jobs: stage one; pixels that are added to a finished cache; append; repair; and repair where the teacher is gone.
 Each job runs once undisturbed, which says how long it takes, which steps it has and what is on disk at the end. Then,
 over and over, it starts from the same state and is killed with SIGKILL: at moments spread over its whole time, and at
 named steps: before and after each fsync, rename, new folder, link and removal of every kind of file, the manifest's
@@ -55,6 +56,8 @@ from tests.worlds import COLOURS, make_world, picture
 
 torch.set_num_threads(1)
 
+PIXELS = 'pixels = "jpeg-24"\n'
+
 
 @dataclass(frozen=True)
 class Job:
@@ -71,6 +74,14 @@ class Job:
 
 def stage_one(config: Path) -> None:
     cache_teacher(load_config(config))
+
+
+def without_pixels(config: Path) -> None:
+    """A finished cache whose config asks for kept pixels from now on."""
+    text = config.read_text()
+    config.write_text(text.replace(PIXELS, ""))
+    stage_one(config)
+    config.write_text(text)
 
 
 def more_sources(config: Path) -> None:
@@ -93,7 +104,7 @@ def damage(config: Path) -> None:
     assert manifest is not None
     for i, name in enumerate(sorted(manifest["files"])):
         path = root / name
-        if i % 3 == 0 and "/c/" in name:
+        if i % 3 == 0 and ("/c/" in name or name.endswith(".pack")):
             data = bytearray(path.read_bytes())
             data[len(data) // 3] ^= 1
             path.write_bytes(data[: len(data) // 2] if i % 4 == 0 else data)
@@ -113,6 +124,7 @@ def repair(config: Path) -> None:
 
 JOBS = {
     "stage-one": Job(lambda config: None, stage_one),
+    "pixels": Job(without_pixels, stage_one),
     "append": Job(more_sources, lambda config: append_to(load_config(config).cache.dir, config)),
     "repair": Job(damage, repair),
     "give-up": Job(damage_and_lose, repair),
@@ -252,6 +264,8 @@ def kills(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
             make_world(
                 world, make_teacher(world / "teacher"), arguments.images // shrink, arguments.sentences // shrink
             )
+            text = (world / "run.toml").read_text()
+            (world / "run.toml").write_text(text.replace("[pairs]", f"{PIXELS}[pairs]"))
 
         assert in_a_fork(make) == 0
         trial = Trial(name, JOBS[name], config)

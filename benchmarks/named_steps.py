@@ -21,6 +21,7 @@ KINDS = {
     r"teacher\.zarr/.*/c(/\d+)*": "embeddings",
     r"pairs[^/]*\.zarr/.*/c(/\d+)*": "pairs",
     r".*zarr\.json": "zarr.json",
+    r"pixels(/.*)?": "pixels",
     r"[^/]+\.zarr(/.*)?": "folder of a store",
     r"rows(/.*)?": "rows",
     r"index(/.*)?": "index",

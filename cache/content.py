@@ -20,6 +20,7 @@ from .findings import Finding, runs_of
 from .index import Index
 from .inventory import num_targets
 from .layout import IMAGES, SENTENCES, Layout
+from .pixels import pack_contents
 from .rows import FAILED, RowTable, good_rows, read_own_failures
 from .scan import Scanned
 
@@ -76,6 +77,8 @@ def check_content(layout: Layout, manifest: Mapping[str, Any], scanned: Mapping[
     for found in scanned.values():
         if found.sound and found.piece.content == "head" and (found.not_finite.size or found.zero.size):
             yield Finding("rows", found.piece.name, "class vectors that are not finite", array=found.piece.array)
+    if IMAGES in usable:
+        yield from _check_packs(layout, usable[IMAGES], scanned)
     if {IMAGES, SENTENCES} <= set(usable) - unexplained:
         yield from _check_retrieval(layout, manifest, usable, scanned, damaged)
 
@@ -128,6 +131,25 @@ def _check_rows(
         if wrong.size:
             message = "numbers in rows that the table calls failed; wanted NaN"
             yield Finding("rows", piece.name, message, array=array, rows=runs_of(wrong))
+
+
+def _check_packs(layout: Layout, usable: NDArray[np.bool_], scanned: Mapping[str, Scanned]) -> Iterator[Finding]:
+    """Tables of packs against their JPEGs and the rows; what is left over of a row that failed later is no harm."""
+    for found in scanned.values():
+        piece = found.piece
+        if piece.content != "pixels" or not found.sound:
+            continue
+        try:
+            offsets, begins = pack_contents(layout.find(layout.root / piece.name), piece.shard_rows)
+        except CacheError as error:
+            message = str(error).split(": ")[-1].split(";")[0]
+            yield Finding("pixels", piece.name, message, array=piece.array, rows=piece.runs)
+            continue
+        there, good = np.diff(offsets)[: piece.num_rows] > 0, usable[piece.first : piece.first + piece.num_rows]
+        for wrong, what in ((good & ~there, "rows without pixels that are not failed"), (~begins, "rows of no JPEG")):
+            rows = piece.first + np.flatnonzero(wrong[: piece.num_rows])
+            if rows.size:
+                yield Finding("pixels", piece.name, what, array=piece.array, rows=runs_of(rows))
 
 
 def _check_retrieval(

@@ -16,6 +16,7 @@ from .errors import CacheError
 from .layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
 from .manifest import read_document, read_manifest
 from .masks import mask_digest, read_mask
+from .pixels import PixelPacks
 from .plan import plan_named
 from .rows import RowTable, good_rows, read_own_failures
 
@@ -109,6 +110,7 @@ class FeatureCache:
 
     Attributes:
         masks: of `images` and `sentences`, the mask that chooses rows: its `name` and `digest`.
+        pixels: the images themselves, small, where stage one has kept them.
     """
 
     layout: Layout
@@ -118,6 +120,7 @@ class FeatureCache:
     sentences: EmbeddingSet
     evaluate: dict[str, EvaluateSet]
     masks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    pixels: PixelPacks | None = None
     _pairs: Mapping[str, Pairs] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -153,6 +156,7 @@ class FeatureCache:
             embedding_set(IMAGES, layout.image_rows),
             embedding_set(SENTENCES, layout.sentence_rows),
             evaluate,
+            pixels=PixelPacks.open(layout, manifest),
             _pairs=_open_pairs(layout, manifest),
         )
 

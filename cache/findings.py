@@ -25,7 +25,8 @@ class Finding:
 
     Attributes:
         kind: one of `BYTES`; `extra`, `leftover` (a file that
-            does not belong); `rows`, `table`, `pairs`, `index`, `journal` (what files say about each other);
+            does not belong); `rows`, `table`, `pairs`, `index`, `pixels`, `journal` (what files say about each
+            other);
             `teacher` (what the live teacher says).
         where: the file, relative to the cache.
         message: what was found and what was wanted.

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from .cosine import unit_rows
 from .feature_cache import EmbeddingSet, FeatureCache, Pairs
+from .layout import IMAGES
 from .masks import mask_names, read_mask
 
 SAMPLE_ROWS = 1024
@@ -19,7 +20,7 @@ QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 DIRECTIONS = {"image_to_sentence": ("images", "sentences"), "sentence_to_image": ("sentences", "images")}
 """Array of pairs -> which side asked and which side was found."""
 
-KINDS = {"teacher.zarr": "embeddings", "rows": "rows", "index": "index", "text_tower": "text_tower", "masks": "masks"}
+KINDS = {"teacher.zarr": "embeddings"} | {kind: kind for kind in ("rows", "index", "text_tower", "masks", "pixels")}
 """First folder of a file's name in the manifest -> what it belongs to."""
 
 _TEACHER_KEYS = ("model", "pretrained", "precision", "batch_size", "embed_dim", "logit_scale", "libraries")
@@ -34,7 +35,8 @@ def inspect_cache(cache: FeatureCache, seed: int = 0) -> dict[str, Any]:
     Returns:
         `cache`, `format`, `version`, `identity`, `shard_rows`, `teacher`, `arrays` (rows, failed, reasons),
         `evaluate` (images, classes), `bytes` (for each kind of file, and `superseded`), `masks`, `index`, `pairs`,
-        `transductive`, `similarity` (quantiles of cosines) and `hubs` (how evenly each side is retrieved).
+        `pixels` (None, or setting, number of packs and mean bytes of a picture), `transductive`, `similarity`
+        (quantiles of cosines) and `hubs` (how evenly each side is retrieved).
 
     Raises:
         CacheError: if a mask's or an array's file is missing or damaged.
@@ -56,6 +58,7 @@ def inspect_cache(cache: FeatureCache, seed: int = 0) -> dict[str, Any]:
         "masks": _masks(cache, manifest),
         "index": manifest.get("index") or {},
         "pairs": manifest["pairs"],
+        "pixels": _pixels(cache, manifest),
         "transductive": cache.transductive,
         "similarity": similarity(cache, pairs, np.random.default_rng(seed)),
         "hubs": {
@@ -146,6 +149,17 @@ def _bytes(cache: FeatureCache, manifest: Mapping[str, Any]) -> dict[str, int]:
     superseded = (cache.layout.root / name for name in manifest.get("superseded", []))
     found = dict(sorted(sizes.items())) | {"total": sum(sizes.values())}
     return found | {"superseded": sum(path.stat().st_size for path in superseded if path.is_file())}
+
+
+def _pixels(cache: FeatureCache, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What pictures there are for stage two; of a cache that shares rows, perhaps the other one's."""
+    if cache.pixels is None:
+        return None
+    own = manifest.get("pixels") is not None
+    sizes = [entry["bytes"] for name, entry in manifest.get("files", {}).items() if name.startswith("pixels/")]
+    num_pictures = max(1, len(cache.images) - manifest["arrays"][IMAGES].get("failed", 0))
+    mean = sum(sizes) / num_pictures if own else None
+    return {"setting": cache.pixels.setting, "own": own, "packs": len(sizes), "mean_bytes": mean}
 
 
 def _masks(cache: FeatureCache, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -3,14 +3,17 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from .layout import IMAGES, SENTENCES
+from .pixels import pack_path
 
+_PACK = re.compile(r"(?P<array>pixels/[^/]+)/(?P<chunk>\d+)\.pack")
 _CHUNK = re.compile(r"(?P<store>[^/]+\.zarr)/(?P<array>.+)/c/(?P<chunk>\d+)(/0)*")
 _SIDES = {"image_to_sentence": (IMAGES, SENTENCES), "sentence_to_image": (SENTENCES, IMAGES)}
 
-Content = Literal["embeddings", "head", "ids", "scores", "other"]
+Content = Literal["embeddings", "head", "ids", "scores", "pixels", "other"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,13 @@ class Piece:
         num_bytes: its size.
         digest: XXH3-128 of its bytes.
         content: what it holds.
-        array: of a chunk file, its array, as in the manifest's `arrays` or below the store of pairs.
-        chunk: of a chunk file, its number.
-        first: of a chunk file, the first row in it.
-        num_rows: of a chunk file, the rows in it that exist; what follows is padding.
-        row_bytes: bytes of one row.
+        array: of a chunk file, its array, as in the manifest's `arrays` or below the store of pairs; of a pack, the
+            folder of packs.
+        chunk: of a chunk file or pack, its number.
+        first: of a chunk file or pack, the first row in it.
+        num_rows: of a chunk file or pack, the rows in it that exist; what follows is padding.
+        row_bytes: bytes of one row; 0 where rows differ.
+        shard_rows: of a pack, the rows that its table has room for.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Piece:
     first: int = 0
     num_rows: int = 0
     row_bytes: int = 0
+    shard_rows: int = 0
 
     @property
     def runs(self) -> tuple[tuple[int, int], ...]:
@@ -57,6 +63,11 @@ def pieces(manifest: Mapping[str, Any], shard_rows: int) -> list[Piece]:
 
 def _piece(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], shard_rows: int) -> Piece:
     num_bytes, digest = int(entry["bytes"]), str(entry["digest"])
+    if pack := _PACK.fullmatch(name):
+        first = int(pack["chunk"]) * shard_rows
+        num_rows = max(0, min(shard_rows, manifest["arrays"][IMAGES]["rows"] - first))
+        shard = int(pack["chunk"])
+        return Piece(name, num_bytes, digest, "pixels", pack["array"], shard, first, num_rows, shard_rows=shard_rows)
     match = _CHUNK.fullmatch(name)
     if not match:
         return Piece(name, num_bytes, digest)
@@ -69,6 +80,16 @@ def _piece(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], sha
     first = chunk * shard_rows
     num_rows = max(0, min(shard_rows, manifest["arrays"].get(rows_of, {"rows": 0})["rows"] - first))
     return Piece(name, num_bytes, digest, content, array, chunk, first, num_rows, num_bytes // shard_rows)
+
+
+def unlisted_packs(manifest: Mapping[str, Any], shard_rows: int) -> list[Piece]:
+    """Packs that a cache with pixels must have and its manifest does not list: of no bytes, so any file differs."""
+    if not manifest.get("pixels"):
+        return []
+    shards = range(-(-manifest["arrays"][IMAGES]["rows"] // shard_rows))
+    names = (pack_path(Path(manifest["pixels"]["folder"]), shard).as_posix() for shard in shards)
+    nothing = {"bytes": 0, "digest": ""}
+    return [_piece(name, nothing, manifest, shard_rows) for name in names if name not in manifest["files"]]
 
 
 def num_targets(array: str, manifest: Mapping[str, Any]) -> int:

@@ -99,6 +99,10 @@ class Layout:
         """FAISS file over `images` or `sentences`, of one version of the cache."""
         return self.root / "index" / f"{side}{_suffix(version)}.faiss"
 
+    def packs(self, setting: str) -> str:
+        """Folder of the kept pixels that `cache.pixels` names, below the cache; in the journal, their array."""
+        return f"pixels/{setting}"
+
     @property
     def image_rows(self) -> Path:
         return self.root / "rows" / "images.parquet"

@@ -83,12 +83,13 @@ class RowTable:
             raise CacheError(f"{path}: holds {there} rows, the manifest counts {num_rows}; the row table is damaged")
 
     @property
-    def _shard_rows(self) -> int:
+    def shard_rows(self) -> int:
+        """Rows of a shard, as the table is divided."""
         return max(1, int(self._file.metadata.row_group(0).num_rows))
 
     @property
     def num_shards(self) -> int:
-        return -(-self.num_rows // self._shard_rows) if self.num_rows else 0
+        return -(-self.num_rows // self.shard_rows) if self.num_rows else 0
 
     def has(self, column: str) -> bool:
         """Whether the table has this column; older ones lack some."""
@@ -97,7 +98,7 @@ class RowTable:
     def shard(self, shard: int, columns: Sequence[str]) -> dict[str, list[Any]]:
         """Columns of one shard's rows as Python lists."""
         rows = self._file.read_row_group(shard, columns=list(columns))
-        table: dict[str, list[Any]] = rows.slice(0, self.num_rows - shard * self._shard_rows).to_pydict()
+        table: dict[str, list[Any]] = rows.slice(0, self.num_rows - shard * self.shard_rows).to_pydict()
         return table
 
     def column(self, name: str) -> pa.ChunkedArray:

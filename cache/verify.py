@@ -10,7 +10,7 @@ from .content import check_content
 from .durable import PARTIAL, digest
 from .errors import CacheError
 from .findings import MOVE, Finding, Report
-from .inventory import Piece, pieces
+from .inventory import Piece, pieces, unlisted_packs
 from .journal import Journal
 from .layout import IMAGES, Layout
 from .manifest import read_document, read_manifest, refuse_newer, trusted_copy, vouched_digests
@@ -59,6 +59,9 @@ def verify_cache(folder: Path, started: Callable[[int], Callable[[int], None]] |
         report.num_bytes += max(0, found.num_bytes)
         if not found.sound:
             report.findings.append(_file_finding(found))
+    for piece in unlisted_packs(trusted.manifest, trusted.shard_rows):
+        missing = "not in the manifest, though the cache has pixels"
+        report.findings.append(Finding("pixels", piece.name, missing, array=piece.array, rows=piece.runs))
     report.findings += check_content(trusted.layout, trusted.manifest, scanned)
     report.findings += _check_journal(trusted, wanted)
     return report
@@ -124,15 +127,24 @@ def _find_strangers(trusted: Trusted, wanted: set[str], report: Report) -> None:
     """Files that the manifest does not list."""
     root = trusted.layout.base.root
     known = wanted | set(trusted.manifest.get("superseded", [])) | {"manifest.json", "manifest.xxh3"}
+    coming: set[str] = set()
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         top = name.split("/", 1)[0]
         if top in OUTSIDE or name in known or (path.is_dir() and not path.is_symlink()):
             continue
+        if top == "pixels" and not trusted.manifest.get("pixels") and path.suffix == ".pack":
+            coming.add(name)
+            continue
         if top.startswith(".") or path.name.endswith(PARTIAL):
             report.findings.append(Finding("leftover", name, "left by a writer that was stopped", MOVE))
         elif not (name == "rows" and path.is_symlink()):
             report.findings.append(Finding("extra", name, "not in the manifest", MOVE))
+    if coming:
+        report.notes.append(
+            f"pixels/: {len(coming)} packs of a cache that has no pixels yet: `dimefm cache-teacher` was stopped while "
+            "it kept them, and goes on with the same cache.pixels"
+        )
 
 
 def _file_finding(found: Scanned) -> Finding:

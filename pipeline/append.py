@@ -13,6 +13,7 @@ from ..cache.errors import CacheError, InputError
 from ..cache.layout import Layout
 from ..cache.lock import writer_lock
 from ..cache.manifest import read_document, read_manifest
+from ..cache.pixels import kept_setting
 from ..cache.plan import identity, read_plan, require_same, write_plan
 from ..cache.versions import discard_change
 from .cache_teacher import require_same_teacher
@@ -55,6 +56,8 @@ def append(config: Config, layout: Layout, scheduler: str | None = None) -> bool
         plan = read_plan(layout)
         assert plan is not None
         require_same_teacher(config, layout, plan)
+        if config.cache.pixels and not kept_setting(read_manifest(layout)):
+            say(f"cache.pixels: {layout.root} has none yet; `dimefm cache-teacher` adds them, append does not")
         note_config(config, layout)
         following = layout.next
         staged, growth = _begun(layout), None
@@ -79,7 +82,8 @@ def _begun(layout: Layout) -> dict[str, Any] | None:
     """The plan of an append to this very version that was interrupted; what is left of another one is removed."""
     following = layout.next
     staged = read_document(following.plan) if following.plan.exists() else None
-    if staged is None or staged["grown"][-1]["plan"] != identity(layout):
+    pixels = kept_setting(read_manifest(layout))  # they may have been added since
+    if staged is None or staged["grown"][-1]["plan"] != identity(layout) or staged.get("pixels") != pixels:
         discard_change(layout)
         return None
     return staged
@@ -106,6 +110,7 @@ def _embed(
             staged = {
                 **plan,
                 "inputs": stage_growth(config, layout, plan, growth),
+                **({"pixels": pixels} if (pixels := kept_setting(read_manifest(layout))) else {}),
                 "grown": [*plan.get("grown", []), grown],
             }
             require_disk(config, layout.next, staged)

@@ -9,14 +9,17 @@ from ..cache.errors import CacheError, InputError
 from ..cache.layout import Layout
 from ..cache.lock import writer_lock
 from ..cache.manifest import read_manifest
+from ..cache.pixels import kept_setting
 from ..cache.plan import identity, read_plan, require_same, write_plan
 from ..cache.rows import FAILED, RowTable
 from ..stages.teacher_identity import configured_identity
+from .add_pixels import add_pixels
 from .config import Config
 from .config_of import note_config
 from .embedding import embed_shards, missing_shards, planned_specs, require_disk, teacher_at_hand
 from .finish import finish_cache, pairs_document
 from .inputs import compare_inputs, freeze_inputs, transductive_sets
+from .pixels import require_same_pixels
 from .progress import say
 from .siblings import share_inputs, shared_rows
 
@@ -51,7 +54,7 @@ def cache_teacher(config: Config, scheduler: str | None = None) -> None:
 
 
 def is_finished(config: Config, layout: Layout) -> bool:
-    """Whether the manifest is there and its pairs are those that the config asks for.
+    """Whether the manifest is there, its pairs are those that the config asks for, and it has pixels if those are.
 
     Raises:
         CacheError: if plan.json is not the one that the manifest was written for.
@@ -61,7 +64,8 @@ def is_finished(config: Config, layout: Layout) -> bool:
         return False
     if not layout.plan.exists() or manifest.get("plan") != identity(layout):
         raise CacheError(f"{layout.root}: plan.json is not the one that manifest.json was written for; restore it")
-    return bool(manifest.get("pairs_settings") == pairs_document(config.pairs))
+    has_pixels = config.cache.pixels is None or kept_setting(manifest) is not None
+    return bool(manifest.get("pairs_settings") == pairs_document(config.pairs)) and has_pixels
 
 
 def _run(config: Config, layout: Layout, scheduler: str | None) -> None:
@@ -84,6 +88,8 @@ def _run(config: Config, layout: Layout, scheduler: str | None) -> None:
     embedded = read_manifest(layout) is not None
     if plan is None or not (embedded or (layout.text_tower.exists() and not missing_shards(config, layout, plan))):
         plan = _embed(config, layout, inputs, plan, scheduler)
+    if embedded:
+        add_pixels(config, layout, plan)
     finish_cache(config, layout, plan, transductive_sets_or_recorded(config, layout))
     say(f"{layout.root}: finished in {time.perf_counter() - start:,.0f} s")
 
@@ -108,6 +114,7 @@ def _embed(
     with teacher_at_hand(config) as teacher:
         wanted = {"shard_rows": config.cache.shard_rows, "teacher": teacher.identity(), "inputs": inputs}
         wanted |= shared_rows(config, layout)
+        wanted |= {"pixels": config.cache.pixels} if config.cache.pixels else {}
         tower = 0 if layout.text_tower.exists() else text_tower_bytes(teacher)
         if plan is None:
             _check_teacher(config, layout, teacher)
@@ -131,13 +138,14 @@ def require_same_run(config: Config, layout: Layout, plan: dict[str, Any], *, re
 
 
 def require_same_teacher(config: Config, layout: Layout, plan: dict[str, Any]) -> None:
-    """Refuse a cache of another teacher, division or row tables, by what is known without loading the teacher."""
+    """Refuse a cache of another teacher, division, row tables or kept pixels, without loading the teacher."""
     wanted = configured_identity(config.teacher)
     found = {key: plan["teacher"].get(key) for key in wanted}
     require_same(layout.root, {"teacher": found}, {"teacher": wanted})
     require_same(layout.root, {"cache.shard_rows": plan["shard_rows"]}, {"cache.shard_rows": config.cache.shard_rows})
     rows_of = shared_rows(config, layout).get("rows_of")
     require_same(layout.root, {"cache.rows": plan.get("rows_of")}, {"cache.rows": rows_of})
+    require_same_pixels(config, layout, plan)
 
 
 def require_own_folder(layout: Layout) -> None:

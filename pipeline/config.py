@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,16 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
     )
 
 
-def _student(student: StudentSettings, under: Any) -> StudentSettings:
-    kind, _, rest = student.model.partition(":")
+def _student(student: StudentSettings, under: Callable[[Path], Path]) -> StudentSettings:
+    model, init = student.model, student.init
+    kind, _, rest = model.partition(":")
     if kind == "open_clip" and rest.endswith(".json"):
-        return student.model_copy(update={"model": f"open_clip:{under(Path(rest))}"})
-    return student
+        model = f"open_clip:{under(Path(rest))}"
+    if init is not None and init.startswith("run:"):
+        init = f"run:{under(Path(init.removeprefix('run:')))}"
+    elif init is not None and init != "pretrained" and not init.startswith("open_clip:"):
+        init = str(under(Path(init)))
+    return student.model_copy(update={"model": model, "init": init})
 
 
 def _check_architectures(config: Config, path: Path) -> None:

@@ -1,14 +1,20 @@
-"""`dimefm distill`: stage two, from the cache alone, one student after the other."""
+"""`dimefm distill`: stage two, from the cache alone: one student after the other, or all from one stream of batches."""
+
+from collections.abc import Sequence
 
 from ..cache.durable import write_json
 from ..cache.errors import CacheError, InputError
 from ..cache.feature_cache import FeatureCache
 from ..cache.plan import first_difference
 from ..stages.devices import memory_errors_as
-from ..stages.run_record import CHECKPOINT
+from ..stages.kept_pixels import FILES, choose_pixels
+from ..stages.pixel_source import ImageFiles, PixelSource
+from ..stages.run_record import CHECKPOINT, read_run_record
 from ..stages.settings import StudentSettings
+from ..stages.student_run import Run
 from ..stages.teacher_identity import configured_identity
-from ..stages.train import train_student
+from ..stages.train import train
+from ..stages.world import World, is_lost_peer, open_world
 from .config import Config
 from .progress import RESUMED, bar, say
 
@@ -16,12 +22,15 @@ SOURCE = "source.json"
 """In a run's folder: where its cache and the labelled images are, for `evaluate`."""
 
 
-def distill(config: Config, names: list[str], stop_after: int | None = None) -> None:
+def distill(config: Config, names: list[str], stop_after: int | None = None, *, together: bool = False) -> None:
     """Train students from a finished cache; neither the teacher nor the sentences are opened.
+
+    Under torchrun every process calls this; the first one talks and writes.
 
     Args:
         names: students to train; none means all of the config.
         stop_after: steps after which each student stops, its checkpoint saved.
+        together: train them from one stream of batches instead of one after the other.
 
     Raises:
         CacheError: if the cache is unfinished or of another teacher than the config's.
@@ -30,22 +39,55 @@ def distill(config: Config, names: list[str], stop_after: int | None = None) -> 
     students = _chosen(config, names)
     cache = FeatureCache.open(config.cache.dir).masked(config.images.mask, config.sentences.mask)
     _require_configured_teacher(config, cache)
-    for name, student in students.items():
-        run_dir = config.distill.output / name
-        say(f"student {name}: {student.model} at {student.image_size} px -> {run_dir}")
-        if not (run_dir / CHECKPOINT).exists():  # a run that is refused keeps what it had
-            write_json(run_dir / SOURCE, source_document(config))
-        too_large = (
-            f"student.{name}: a step of distill.batch_images = {config.distill.batch_images} and "
-            f"distill.batch_sentences = {config.distill.batch_sentences} does not fit into memory; lower one of them, "
-            "or image_size, or choose a smaller model"
-        )
-        with bar(f"stage two, {name}", 1, "images", RESUMED) as shown, memory_errors_as(too_large):
-            result = train_student(
-                cache, config.images.source, name, student, config.distill, run_dir, stop_after, shown.update
+    runs = [Run(name, student, config.distill.output / name) for name, student in students.items()]
+    with open_world(config.distill.device) as world:
+        for group in [runs] if together else [[run] for run in runs]:
+            _train(config, cache, _pixels(config, cache, group), group, world, stop_after)
+
+
+def _pixels(config: Config, cache: FeatureCache, runs: Sequence[Run]) -> PixelSource:
+    """The images that these runs began with, or begin with now."""
+    unfinished = [run.folder for run in runs if (run.folder / CHECKPOINT).exists()]
+    began_with = {str(read_run_record(folder).get("pixels", FILES)) for folder in unfinished}
+    if len(began_with) > 1:
+        found = " and ".join(sorted(began_with))
+        raise InputError(f"--together: these runs began with {found} for pixels; train them one after the other")
+    kept = choose_pixels(config.distill.pixels, cache, began_with.pop() if began_with else None)
+    return kept or ImageFiles(config.images.source, cache.images)
+
+
+def _train(
+    config: Config, cache: FeatureCache, pixels: PixelSource, runs: Sequence[Run], world: World, stop_after: int | None
+) -> None:
+    tell = say if world.is_first else _keep_quiet
+    settings = config.distill
+    for run in runs:
+        tell(f"student {run.name}: {run.student.model} at {run.student.image_size} px -> {run.folder}")
+        if world.is_first and not (run.folder / CHECKPOINT).exists():  # a run that is refused keeps what it had
+            write_json(run.folder / SOURCE, source_document(config))
+    names = ", ".join(run.name for run in runs)
+    too_large = (
+        f"student {names}: a step of distill.batch_images = {settings.batch_images} and distill.batch_sentences = "
+        f"{settings.batch_sentences} does not fit into memory; raise distill.accumulate (now {settings.accumulate}), "
+        "or lower one of the two, or image_size, or choose a smaller model"
+    )
+    with bar(f"stage two, {names}", 1, "images", RESUMED, shown=world.is_first) as shown, memory_errors_as(too_large):
+        try:
+            results = train(
+                cache, pixels, runs, settings, world, stop_after=stop_after, progress=shown.update, note=tell
             )
-        write_json(run_dir / SOURCE, source_document(config))
-        say(result.line())
+        except Exception as error:
+            if world.size > 1 and is_lost_peer(error):
+                raise InputError(f"process {world.rank}: another process of this run has ended; it says why") from error
+            raise
+    for run, result in zip(runs, results):
+        if world.is_first:
+            write_json(run.folder / SOURCE, source_document(config))
+        tell(result.line())
+
+
+def _keep_quiet(line: str) -> None:
+    """For all processes but the first: each of them would say the same."""
 
 
 def _chosen(config: Config, names: list[str]) -> dict[str, StudentSettings]:

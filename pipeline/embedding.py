@@ -14,14 +14,18 @@ from ..cache.journal import Journal, ShardRecord
 from ..cache.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
 from ..cache.manifest import read_manifest
 from ..cache.rows import FAILED, RowTable
+from ..stages.keep_pixels import PackTask
 from ..stages.shard import Kept, ShardTask
 from .config import Config
 from .inputs import evaluate_prompts
 from .pairs import retrieval_bytes
+from .pixels import image_sizes, pack_bytes, pack_task
 from .progress import bar, say
 
 if TYPE_CHECKING:
     from ..stages.teacher import Teacher
+
+_SPENT = ("read", "decode", "keep", "infer", "wait", "write")
 
 
 @contextmanager
@@ -77,12 +81,19 @@ def missing_shards(config: Config, layout: Layout, plan: dict[str, Any]) -> list
         name = layout.base.name_of(chunk_path(store, array, shard))
         return Kept(store, num_rows, before["files"][name]["digest"])
 
+    def pack_of(array: str, shard: int) -> PackTask | None:
+        if array != IMAGES or not plan.get("pixels"):
+            return None
+        return pack_task(layout, plan["pixels"], shard, specs[array].chunk_rows, before)
+
     def add(kind: Literal["images", "sentences"], array: str, table: Path, root: Path | None = None) -> None:
         for shard in range(specs[array].num_chunks):
-            if not journal.has(array, shard, specs[array].rows_of(shard)):
-                kept = kept_rows(array, shard)
-                found = layout.find(table)
-                tasks.append(ShardTask(kind, layout.teacher_zarr, array, specs[array], shard, found, root, kept=kept))
+            num_rows, pack = specs[array].rows_of(shard), pack_of(array, shard)
+            counted = [array, pack.array] if pack else [array]
+            if not all(journal.has(name, shard, num_rows) for name in counted):
+                kept, found = kept_rows(array, shard), layout.find(table)
+                spec = specs[array]
+                tasks.append(ShardTask(kind, layout.teacher_zarr, array, spec, shard, found, root, (), kept, pack))
 
     add("images", IMAGES, layout.image_rows, config.images.source)
     add("sentences", SENTENCES, layout.sentence_rows)
@@ -117,6 +128,8 @@ def embed_shards(
     start = time.perf_counter()
     with bar("stage one", total, "rows", embedded) as shown:
         for done in run_shards(tasks, config.teacher, plan["teacher"]["weights"], scheduler):
+            if done.pack:  # a shard without its pack, or a pack without its shard, is made again with it
+                journal.add(done.pack, {})
             journal.add(done.record, done.seconds)
             spent.update(done.seconds)
             embedded += done.num_rows
@@ -126,12 +139,12 @@ def embed_shards(
                 _require_few_failures(config, layout, failed, limit)
     seconds = time.perf_counter() - start
     say(f"embedded {num_rows:,} rows in {seconds:,.1f} s, {num_rows / seconds:,.0f} rows/s")
-    shares = ", ".join(f"{name} {spent[name]:,.1f} s" for name in ("read", "decode", "infer", "wait", "write"))
-    say(f"where the time went: {shares} (read and decode are summed over threads; wait: the device had no data)")
+    shares = ", ".join(f"{name} {spent[name]:,.1f} s" for name in _SPENT if name in spent)
+    say(f"where the time went: {shares} (read, decode and keep are summed over threads; wait: the device had no data)")
 
 
 def require_disk(config: Config, layout: Layout, plan: dict[str, Any], also: int = 0) -> None:
-    """Refuse to begin what the disk cannot hold: shards that are missing, indexes, pairs, copies of the row tables.
+    """Refuse to begin what the disk cannot hold: shards and packs that are missing, indexes, pairs, copies of tables.
 
     Args:
         also: bytes of what else is to be written.
@@ -140,14 +153,30 @@ def require_disk(config: Config, layout: Layout, plan: dict[str, Any], also: int
         InputError: with what it takes and what is free.
     """
     specs = planned_specs(plan)
-    missing = sum(task.spec.chunk_bytes for task in missing_shards(config, layout, plan))
-    wanted = also + missing + retrieval_bytes([specs[IMAGES].shape, specs[SENTENCES].shape], config.pairs)
+    tasks = missing_shards(config, layout, plan)
+    wanted = also + sum(task.spec.chunk_bytes for task in tasks)
     wanted += sum(path.stat().st_size for path in layout.root.glob("rows/**/*.parquet"))
+    wanted += retrieval_bytes([specs[IMAGES].shape, specs[SENTENCES].shape], config.pairs)
+    if plan.get("pixels"):
+        sizes = image_sizes(layout, specs[IMAGES].shape[0])
+        shards = [task.shard for task in tasks if task.pack]
+        parts = (sizes[shard * plan["shard_rows"] : (shard + 1) * plan["shard_rows"]] for shard in shards)
+        wanted += sum(pack_bytes(plan["pixels"], part) for part in parts)
+    require_free(layout, wanted, estimated=bool(plan.get("pixels")))
+
+
+def require_free(layout: Layout, num_bytes: int, *, estimated: bool) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        InputError: with what it takes and what is free.
+    """
     free = shutil.disk_usage(existing_parent(layout.root)).free
-    if wanted > free:
+    if num_bytes > free:
+        about = "about " if estimated else ""
         raise InputError(
-            f"{layout.root}: what is missing takes {wanted / 1e9:,.2f} GB and the disk has {free / 1e9:,.2f} GB free; "
-            "free some or choose another cache.dir"
+            f"{layout.root}: what is missing takes {about}{num_bytes / 1e9:,.2f} GB and the disk has "
+            f"{free / 1e9:,.2f} GB free; free some or choose another cache.dir"
         )
 
 

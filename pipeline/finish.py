@@ -20,6 +20,7 @@ from ..cache.versions import put_in_force
 from .config import Config
 from .embedding import counted_reasons, planned_specs
 from .pairs import DIRECTIONS, write_pairs
+from .pixels import pack_files, pixels_document, setting_in_force
 from .progress import say
 
 Manifest = dict[str, Any]
@@ -53,6 +54,9 @@ def finish_cache(config: Config, layout: Layout, plan: dict[str, Any], transduct
         retrieved = write_pairs(layout, config.pairs, journal, version)
     heads = [evaluate_head(name) for name in plan["inputs"]["evaluate"]]
     own_tables = [layout.own_failures] if "rows_of" in plan else list(tables.values())
+    pixels = setting_in_force(config, layout, plan, journal)
+    num_shards = -(-counts[IMAGES] // plan["shard_rows"])
+    packs = dict(pack_files(layout, journal, pixels, num_shards)) if pixels else {}
     put_in_force(
         layout,
         {
@@ -63,9 +67,11 @@ def finish_cache(config: Config, layout: Layout, plan: dict[str, Any], transduct
             "arrays": arrays,
             "pairs_settings": pairs_document(config.pairs),
             "text_tower": layout.text_tower.name,
+            "pixels": pixels and pixels_document(layout, pixels, plan["shard_rows"]),
             "transductive": transductive,
             "files": {
                 **_inherited(before),
+                **packs,
                 **dict(files_of(layout, journal, [*tables, *heads], [plan_file, *own_tables], retrieved)),
             },
             **retrieved,

@@ -48,6 +48,11 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
         probed = f", {info['nprobe']} of {info['nlist']} lists probed" if info.get("nlist") else ""
         lines.append(f"index over {side}: {info['type']}, recall@{info['recall_k']} {recall}{probed}")
     lines.append(f"pairs: {found['pairs']['k']} neighbours each way" if found["pairs"] else "pairs: none")
+    if kept := found["pixels"]:
+        whose = f"{_size(kept['mean_bytes'])} a picture" if kept["own"] else "of the cache whose rows it shares"
+        lines.append(f"pixels: {kept['setting']}, {whose}")
+    else:
+        lines.append("pixels: none kept")
     lines += ["", "cosine" + " " * 26 + "".join(f"{100 * q:>8g} %" for q in QUANTILES)]
     for name, values in found["similarity"].items():
         shown = "".join(f"{values[str(q)]:>10.3f}" for q in QUANTILES) if values else "  nothing to measure"

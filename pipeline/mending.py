@@ -28,6 +28,7 @@ from .embedding import planned_specs, teacher_at_hand
 from .finish import count_failures, files_of
 from .live import image_folder, require_same_teacher
 from .mend_files import move_away, refill, remake_retrieval, remake_tables, restore_text_tower, settle_journal
+from .mend_pixels import mend_packs
 from .mend_shards import Hands, Shards, keep_waiting, mend_shards
 from .pairs import write_pairs
 from .progress import say
@@ -63,7 +64,8 @@ class Mending:
         assert manifest is not None
         self._layout, self._mend, self._manifest = layout, layout.mend, manifest
         self._report, self._outcome = report, outcome
-        self._bad = {name for name in report.files if name in manifest["files"]}
+        unlisted = {finding.where for finding in report.findings if finding.kind == "pixels"}
+        self._bad = {name for name in report.files if name in manifest["files"]} | unlisted
         self._bad_bytes = {finding.where for finding in report.findings if finding.kind in BYTES}
 
     def run(self, config_path: Path | None) -> None:
@@ -126,7 +128,7 @@ class Mending:
         wants_teacher = bool(chunks or self._bad_in("text_tower/")) or lost
         config = teacher = None
         without = ""
-        if wants_teacher or tables:
+        if wants_teacher or tables or self._bad_in("pixels/"):
             try:
                 config = config_of(self._layout, config_path)
                 if wants_teacher:
@@ -181,9 +183,9 @@ class Mending:
                 bad[piece] = None if piece.name in self._bad_bytes else rows.get(piece.name)
             elif piece.content == "embeddings" and any(True for _ in given_up):
                 bad[piece] = None
-        if not bad:
-            return Shards()
-        found = mend_shards(hands, bad, lost)
+        found = mend_shards(hands, bad, lost) if bad else Shards()
+        if layout.name_of(table_of(layout, IMAGES)) not in unknown:
+            mend_packs(hands, whole, self._bad, found)
         for name in self._bad & set(found.same):
             self._mended(name, "computed again: the same bytes")
         for name, why in found.left.items():

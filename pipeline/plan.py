@@ -3,11 +3,15 @@
 import shutil
 from typing import Any
 
+import numpy as np
+
 from ..cache.arrays import ArraySpec
 from ..cache.durable import read_lines
 from ..cache.index import build_bytes
 from ..cache.journal import Journal
 from ..cache.layout import IMAGES, SENTENCES, Layout
+from ..cache.manifest import read_manifest
+from ..cache.pixels import kept_setting
 from ..cache.plan import read_plan
 from ..stages.images import find_images, find_labelled_images
 from ..stages.prompts import read_classes
@@ -18,15 +22,17 @@ from .config import Config
 from .embedding import array_specs, existing_parent
 from .inputs import prompt_lines
 from .pairs import retrieval_bytes
+from .pixels import image_sizes, pack_bytes
 
 
 def describe_plan(config: Config) -> dict[str, Any]:
     """What stage one has done and has still to do.
 
     Returns:
-        `cache`, `state` (not started, unfinished, finished), `arrays` (rows, shards done and in all, bytes), `notes`,
-        `disk` of the whole cache, `memory_bytes` to build its larger index, `rows_left`, `rows_per_s` and
-        `seconds_left` (None until a shard has been measured). Sizes are None where only a hub knows the width.
+        `cache`, `state` (not started, unfinished, finished), `arrays` (rows, shards done and in all, bytes), `pixels`
+        (None, or setting, rows, packs done and in all, estimated bytes), `notes`, `disk` of the whole cache,
+        `memory_bytes` to build its larger index, `rows_left`, `rows_per_s` and `seconds_left` (None until a shard has
+        been measured). Sizes are None where only a hub knows the width.
 
     Raises:
         CacheError: if the cache belongs to another run.
@@ -44,14 +50,17 @@ def describe_plan(config: Config) -> dict[str, Any]:
     rows = {side: specs[side].shape[0] for side in (IMAGES, SENTENCES)}
     largest_build = max(build_bytes(n, width, config.pairs.index) for n in rows.values()) if width else 0
     retrieval = retrieval_bytes([(num_rows, width) for num_rows in rows.values()], config.pairs) if width else 0
+    pixels = _pixels_state(config, layout, specs[IMAGES], inputs, journal)
+    num_bytes = sum(spec.num_bytes for spec in specs.values()) + (pixels["estimated_bytes"] if pixels else 0)
     rate = _rows_per_s(layout, specs)
     finished = plan is not None and is_finished(config, layout)
     return {
         "cache": str(layout.root),
         "state": "finished" if finished else "unfinished" if plan else "not started",
         "arrays": {name: {**item, "bytes": item["bytes"] if width else None} for name, item in arrays.items()},
+        "pixels": pixels,
         "disk": {
-            "cache_bytes": sum(spec.num_bytes for spec in specs.values()) + retrieval if width else None,
+            "cache_bytes": num_bytes + retrieval if width else None,
             "free_bytes": shutil.disk_usage(existing_parent(layout.root)).free,
         },
         "memory_bytes": largest_build if width and config.pairs.k else None,
@@ -64,17 +73,21 @@ def describe_plan(config: Config) -> dict[str, Any]:
 
 def plan_lines(found: dict[str, Any]) -> list[str]:
     """The same for a person to read."""
-    lines = [f"{found['cache']}: {found['state']}"]
+    lines, kept = [f"{found['cache']}: {found['state']}"], found["pixels"]
     for name, item in found["arrays"].items():
         size = f", {_size(item['bytes'])}" if item["bytes"] is not None else ""
         lines.append(f"  {name}: {item['rows']:,} rows, {item['shards_done']} of {item['shards']} shards done{size}")
+    if kept:
+        packs = f"{kept['rows']:,} rows, {kept['packs_done']} of {kept['packs']} packs done"
+        lines.append(f"  pixels ({kept['setting']}): {packs}, about {_size(kept['estimated_bytes'])} (an estimate)")
     disk, free = found["disk"]["cache_bytes"], _size(found["disk"]["free_bytes"])
     wanted = "unknown before the teacher is loaded" if disk is None else _size(disk)
     lines.append(f"disk: {wanted} for embeddings, indexes and pairs, beside the text tower; {free} free")
     if found["memory_bytes"]:
         lines.append(f"memory: {_size(found['memory_bytes'])} to build the larger index, after the teacher is gone")
     if not found["rows_left"]:
-        lines.append("left: nothing to embed")
+        pixels_left = kept and kept["packs_done"] < kept["packs"]
+        lines.append("left: nothing to embed" + ("; pixels to keep, without the teacher" if pixels_left else ""))
     elif found["seconds_left"] is not None:
         rate = f"at the {found['rows_per_s']:,.0f} rows/s measured so far"
         lines.append(f"left: {found['rows_left']:,} rows, {found['seconds_left']:,.0f} s {rate}")
@@ -91,7 +104,8 @@ def _count_inputs(config: Config) -> dict[str, Any]:
     for name, settings in config.evaluate.items():
         class_ids = sorted(read_classes(settings.classes))
         evaluate[name] = {"rows": len(find_labelled_images(settings.images, class_ids)), "class_ids": class_ids}
-    images = {"rows": len(find_images(config.images.source))}
+    found = find_images(config.images.source)
+    images = {"rows": len(found), "sizes": np.array([image.bytes for image in found])}
     return {"images": images, "sentences": {"rows": sentences}, "evaluate": evaluate}
 
 
@@ -104,6 +118,23 @@ def _array_state(name: str, spec: ArraySpec, journal: Journal) -> dict[str, Any]
         "shards": spec.num_chunks,
         "shards_done": spec.num_chunks - len(missing),
         "bytes": spec.num_bytes,
+    }
+
+
+def _pixels_state(
+    config: Config, layout: Layout, spec: ArraySpec, inputs: dict[str, Any], journal: Journal
+) -> dict[str, Any] | None:
+    setting = config.cache.pixels or kept_setting(read_manifest(layout))
+    if setting is None:
+        return None
+    shards = range(spec.num_chunks)
+    sizes = inputs["images"].get("sizes")  # of images that are not listed in a table yet
+    return {
+        "setting": setting,
+        "rows": spec.shape[0],
+        "packs": spec.num_chunks,
+        "packs_done": sum(journal.has(layout.packs(setting), shard, spec.rows_of(shard)) for shard in shards),
+        "estimated_bytes": pack_bytes(setting, image_sizes(layout, spec.shape[0]) if sizes is None else sizes),
     }
 
 

@@ -21,8 +21,8 @@ def say(line: str = "") -> None:
 class Bar:
     """One piece of long work: call it with how much is done."""
 
-    def __init__(self, title: str, total: int, unit: str, done: int = 0) -> None:
-        self.title, self.total, self.unit = title, total, unit
+    def __init__(self, title: str, total: int, unit: str, done: int = 0, *, shown: bool = True) -> None:
+        self.title, self.total, self.unit, self._shown = title, total, unit, shown
         self._start_done: int | None = None if done == RESUMED else done
         self._start = time.monotonic()
         self._last_line = self._start
@@ -39,19 +39,19 @@ class Bar:
         if self._rich:
             progress, task = self._rich
             progress.update(task, completed=done, total=self.total, rate=shown, text=text)
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+        elif self._shown and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             left = f", {(self.total - done) / rate:,.0f} s left" if rate > 0 else ""
             say(f"{self.title}: {done:,} of {self.total:,}, {shown}{left}{f', {text}' if text else ''}")
 
 
 @contextmanager
-def bar(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
-    """Show progress of `total` things, `done` of which an earlier run has finished."""
-    shown = Bar(title, total, unit, done)
+def bar(title: str, total: int, unit: str, done: int = 0, *, shown: bool = True) -> Iterator[Bar]:
+    """Show progress of `total` things, `done` of which an earlier run has finished; all but `shown` just counts."""
+    counter = Bar(title, total, unit, done, shown=shown)
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield shown
+    if not shown or not console.is_terminal:
+        yield counter
         return
     columns = (
         TextColumn("{task.description}"),
@@ -64,5 +64,5 @@ def bar(title: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
         TextColumn("{task.fields[text]}"),
     )
     with Progress(*columns, console=console) as progress:
-        shown._rich = progress, progress.add_task(title, total=total, completed=max(done, 0), rate="", text="")
-        yield shown
+        counter._rich = progress, progress.add_task(title, total=total, completed=max(done, 0), rate="", text="")
+        yield counter

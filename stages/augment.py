@@ -4,22 +4,19 @@ The random numbers come from `counter_random.uniforms(key, row, pass)`, so a vie
 the image's row and how often it was seen before: not on threads, not on where a run was resumed.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
-from .images import decode_image
+from .images import ImageError, decode_image
+from .jpeg import OpenJpeg
 from .settings import AugmentSettings
 
 _TRIES = 10
-_LARGE_BYTES = 32 * 1024
-"""Files below this are too small to be worth a look at their size before they are decoded."""
 NUM_UNIFORMS = 2 * _TRIES + 3
 """Random numbers that one view takes at most: area and shape of ten tries, the position, the flip."""
 
@@ -91,51 +88,64 @@ class ViewMaker:
     image_size: int
     resample: Image.Resampling
 
-    def view(self, data: bytes, numbers: Sequence[float]) -> NDArray[np.uint8]:
-        """One view of an image file.
+    def view(self, data: bytes | memoryview, numbers: Sequence[float]) -> NDArray[np.uint8]:
+        """One view of an image file; see `make_views`."""
+        return make_views([self], data, numbers)[0]
 
-        Args:
-            data: the file's bytes.
-            numbers: `NUM_UNIFORMS` uniform numbers in [0, 1): the view is a function of these and the file.
-
-        Returns:
-            (image_size, image_size, 3) uint8.
-
-        Raises:
-            ImageError: if the file cannot be decoded.
-        """
-        reduced = self._decode_reduced(data, numbers) if len(data) >= _LARGE_BYTES else None
-        image = reduced.image if reduced else decode_image(data)
-        box = reduced.box if reduced else self._box(image.size, numbers)
-        side = (self.image_size, self.image_size)
-        view = np.asarray(image.resize(side, self.resample, box=box, reducing_gap=2.0))
-        return view[:, ::-1] if self.settings.flip and is_flipped(numbers) else view
-
-    def _box(self, size: tuple[int, int], numbers: Sequence[float]) -> Box:
+    def box(self, size: tuple[int, int], numbers: Sequence[float]) -> Box:
+        """The crop of an image of this (width, height)."""
         return crop_box(*size, self.settings.scale, self.settings.ratio, numbers)
 
-    def _decode_reduced(self, data: bytes, numbers: Sequence[float]) -> "_Reduced | None":
-        """A JPEG much larger than its view, decoded to fewer pixels, and the crop in them; None where that fails.
-
-        What fails here is for `decode_image` to judge: it names the fault or finds the pixels good after all.
-        """
-        try:
-            with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-                width, height = image.size
-                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-                upright_size = (height, width) if is_turned else (width, height)
-                box = self._box(upright_size, numbers)
-                factor = jpeg_reduction(box, self.image_size)
-                if factor == 1:
-                    return None
-                image.draft("RGB", (width // factor, height // factor))
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-        except Exception:  # the decoders raise almost anything on damaged bytes
-            return None
-        across, down = upright.width / upright_size[0], upright.height / upright_size[1]
-        return _Reduced(upright, (box[0] * across, box[1] * down, box[2] * across, box[3] * down))
+    def finish(
+        self, image: Image.Image, box: tuple[float, ...], turn: Image.Transpose | None, numbers: Sequence[float]
+    ) -> NDArray[np.uint8]:
+        """Resize a crop, turn it upright, perhaps mirror it: the small view is turned, not the large image."""
+        side = (self.image_size, self.image_size)
+        view = image.resize(side, self.resample, box=(box[0], box[1], box[2], box[3]), reducing_gap=2.0)
+        pixels = np.asarray(view if turn is None else view.transpose(turn))
+        return pixels[:, ::-1] if self.settings.flip and is_flipped(numbers) else pixels
 
 
-class _Reduced(NamedTuple):
-    image: Image.Image
-    box: tuple[float, float, float, float]
+def make_views(
+    makers: Sequence[ViewMaker], data: bytes | memoryview, numbers: Sequence[float]
+) -> list[NDArray[np.uint8]]:
+    """One view of each kind from one image file, which is decoded once for each size that they can do with.
+
+    A JPEG much larger than its view is decoded to fewer pixels. Each view has the bytes that it has alone.
+
+    Args:
+        data: the file's bytes.
+        numbers: `NUM_UNIFORMS` uniform numbers in [0, 1): the views are a function of these and the file.
+
+    Returns:
+        For each maker (image_size, image_size, 3) uint8.
+
+    Raises:
+        ImageError: if the file cannot be decoded.
+    """
+    jpeg = OpenJpeg.open(data)
+    whole: Image.Image | None = None
+    reduced: dict[int, tuple[Image.Image, int] | None] = {}
+    views = []
+    for maker in makers:
+        if jpeg is not None:
+            box = maker.box(jpeg.size, numbers)
+            reduction = jpeg_reduction(box, maker.image_size)
+            if reduction not in reduced:
+                reduced[reduction] = _decode(jpeg, reduction)
+            if (decoded := reduced[reduction]) is not None:
+                image, factor = decoded
+                reduced_box = tuple(edge / factor for edge in jpeg.stored_box(box))
+                views.append(maker.finish(image, reduced_box, jpeg.turn, numbers))
+                continue
+        whole = whole or decode_image(data)
+        views.append(maker.finish(whole, maker.box(whole.size, numbers), None, numbers))
+    return views
+
+
+def _decode(jpeg: OpenJpeg, reduction: int) -> tuple[Image.Image, int] | None:
+    """None where it fails: `decode_image` names the fault, or finds the pixels good after all."""
+    try:
+        return jpeg.decode(reduction)
+    except ImageError:
+        return None

@@ -1,167 +1,176 @@
 """Batches of stage two: augmented views from the images, targets and sentences from the cache, some steps ahead.
 
-Threads are enough: Pillow lets go of the interpreter lock while it reads, decodes and resizes. Which thread makes what
-and when changes nothing, since every view and every order is a function of (seed, row, pass).
+Which worker makes what and when changes nothing, since every view and every order is a function of (seed, row, pass).
 """
 
-import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..cache.errors import InputError
 from ..cache.feature_cache import EmbeddingSet
-from .augment import NUM_UNIFORMS, ViewMaker
-from .counter_random import uniforms
-from .images import ImageError, read_file
-from .order import Draw, Stream
+from .augment import ViewMaker
+from .order import Draw, Drawn
+from .pixel_source import PixelSource
+from .view_pool import ViewPool
 
-_IMAGES_A_TASK = 16
 _BATCHES_AHEAD = 3
+"""Batches whose views are in the making. Two more are held: the one that is trained on and the next."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on; everything is on the CPU.
+    """What one step trains on; everything is on the CPU and the caller's own.
 
     Attributes:
         step: from 0.
         rows: (B,) int64 image rows.
-        images: (B, S, S, 3) uint8 views.
+        images: for each view maker (B, S, S, 3) uint8 views.
         targets: (B, D) float16 teacher embeddings of the images, as emitted.
         sentences: (N, D) float16 teacher embeddings of the step's sentences; None where no loss wants any.
+        bank: (M, D) float16 teacher embeddings of further images; None where no loss wants any.
         wait_s: seconds that the training loop waited for this batch.
     """
 
     step: int
     rows: NDArray[np.int64]
-    images: Tensor
+    images: tuple[Tensor, ...]
     targets: Tensor
     sentences: Tensor | None
+    bank: Tensor | None
     wait_s: float
 
 
 class BatchLoader:
-    """Makes batches in threads, a few steps ahead. Use it in a `with` block, which ends the threads."""
+    """Makes batches a few steps ahead. Use it in a `with` block, which starts the workers and ends them."""
 
     def __init__(
         self,
-        images: tuple[EmbeddingSet, Stream],
-        sentences: tuple[EmbeddingSet, Stream] | None,
-        images_root: Path,
-        views: ViewMaker,
+        images: EmbeddingSet,
+        image_stream: Drawn,
+        pixels: PixelSource,
+        views: Sequence[ViewMaker],
         view_key: int,
+        sentences: tuple[EmbeddingSet, Drawn] | None = None,
+        bank: Drawn | None = None,
         workers: int = 0,
         pin_memory: bool = False,
+        *,
+        processes: bool | None = None,
     ) -> None:
         """A loader that has not started yet.
 
         Args:
-            images: the cached images and the order in which they are drawn.
-            sentences: the same of the sentences, or None.
-            images_root: folder that the image rows are relative to.
-            views: makes the views.
+            images: the cached images.
+            image_stream: the order in which they are drawn; every draw has as many rows as that of step 0.
+            pixels: where their files' bytes come from.
+            views: makers of one or several kinds of views, which all come from one reading of each image.
             view_key: key that all views of the run derive from.
-            workers: threads; 0 takes one for each core.
+            sentences: the cached sentences and the order in which they are drawn, or None.
+            bank: the order in which further image rows are drawn, whose targets alone are wanted, or None.
+            workers: how many read, decode and augment; 0 takes one for each core that this process may use.
             pin_memory: put tensors where a GPU can fetch them from on its own.
-
-        Raises:
-            InputError: if the folder of images is missing.
+            processes: whether workers are processes or threads; None lets their number decide.
         """
-        if not images_root.is_dir():
-            raise InputError(f"{images_root}: no such folder; stage two needs the images that stage one embedded")
-        self._images, self._image_stream = images
-        self._sentences = sentences
-        self._root, self._views, self._view_key, self._pin = images_root, views, view_key, pin_memory
-        # One flat column: gathering the names of a batch touches no other row.
-        self._sources = self._images.rows.column("source").cast(pa.large_string()).combine_chunks()
-        self._pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="batches")
+        self._images, self._image_stream, self._pixels = images, image_stream, pixels
+        self._sentences, self._bank, self._pin = sentences, bank, pin_memory
+        batch = len(image_stream.draw(0).rows)
+        self._pool = ViewPool(pixels, views, view_key, batch, _BATCHES_AHEAD, workers, processes)
+        self._background: ThreadPoolExecutor
+
+    @property
+    def num_workers(self) -> int:
+        """How many make views."""
+        return self._pool.num_workers
 
     def __enter__(self) -> "BatchLoader":
+        self._pool.__enter__()
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="batches")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.__exit__()
+        self._background.shutdown(cancel_futures=True)
 
     def batches(self, first_step: int, end_step: int) -> Iterator[Batch]:
-        """The batches of steps `first_step` … `end_step - 1`, in order.
+        """The batches of steps `first_step` … `end_step - 1`, in order. One such iteration at a time.
 
         Raises:
-            InputError: if an image can no longer be read. Training on another one instead would break exact resuming.
+            InputError: if an image can no longer be read (training on another one instead would break exact resuming),
+                or a worker process was killed.
         """
-        pending: deque[_Pending] = deque()
-        next_step = first_step
-        for step in range(first_step, end_step):
-            while next_step < min(step + _BATCHES_AHEAD, end_step):
-                pending.append(self._start(next_step))
-                next_step += 1
-            began = time.perf_counter()
-            ready = pending.popleft()
-            for view_task in ready.views:
-                view_task.result()
-            targets, sentences = ready.embeddings.result()
-            wait_s = time.perf_counter() - began
-            yield Batch(step, ready.draw.rows, ready.images, targets, sentences, wait_s)
+        making = self._make(range(first_step, end_step))
+        coming = self._background.submit(next, making, None)
+        try:
+            while True:
+                began = time.perf_counter()
+                batch = coming.result()
+                if batch is None:
+                    return
+                coming = self._background.submit(next, making, None)
+                yield replace(batch, wait_s=time.perf_counter() - began)
+        finally:
+            self._pool.stop()  # an iteration that is left early waits for no view that nobody wants
+            coming.exception()
+            making.close()
+            self._pool.go_on()
 
-    def _start(self, step: int) -> "_Pending":
+    def _make(self, steps: range) -> Generator[Batch, None, None]:
+        """All batches, in the background: each is finished when it is asked for, while workers are on those after."""
+        upcoming = iter(steps)
+        free = deque(range(_BATCHES_AHEAD))
+        started = deque(self._start(step, free.popleft()) for step in islice(upcoming, _BATCHES_AHEAD))
+        try:
+            while started:
+                batch = self._finish(started[0])
+                free.append(started.popleft().slot)
+                started.extend(self._start(step, free.popleft()) for step in islice(upcoming, 1))
+                yield batch
+        finally:
+            self._pool.abandon([task for one in started for task in one.tasks])
+
+    def _start(self, step: int, slot: int) -> "_Started":
         draw = self._image_stream.draw(step)
-        side = self._views.image_size
-        images = torch.empty((len(draw.rows), side, side, 3), dtype=torch.uint8, pin_memory=self._pin)
-        embeddings = self._pool.submit(self._gather, draw, step)
-        numbers = uniforms(self._view_key, draw.rows, draw.passes, NUM_UNIFORMS).tolist()
-        sources = self._sources.take(pa.array(draw.rows)).to_pylist()
-        views = [
-            self._pool.submit(self._fill, images.numpy(), draw.rows, sources, numbers, start)
-            for start in range(0, len(draw.rows), _IMAGES_A_TASK)
-        ]
-        return _Pending(draw, images, views, embeddings)
+        tasks = self._pool.start(slot, draw.rows, draw.passes, self._pixels.tickets(draw.rows))
+        return _Started(step, slot, draw, tasks)
 
-    def _fill(
-        self,
-        images: NDArray[np.uint8],
-        rows: NDArray[np.int64],
-        sources: list[str],
-        numbers: list[list[float]],
-        start: int,
-    ) -> None:
-        for i in range(start, min(start + _IMAGES_A_TASK, len(rows))):
-            path = self._root / sources[i]
-            try:
-                images[i] = self._views.view(read_file(path), numbers[i])
-            except ImageError as error:
-                raise InputError(
-                    f"{path}: row {rows[i]} can no longer be used ({error}), but stage one embedded it; "
-                    "put the file back, then run again"
-                ) from error
+    def _finish(self, one: "_Started") -> Batch:
+        targets = self._gather(self._images, one.draw)
+        bank = None if self._bank is None else self._gather(self._images, self._bank.draw(one.step))
+        sentences = (
+            None if self._sentences is None else self._gather(self._sentences[0], self._sentences[1].draw(one.step))
+        )
+        for task in one.tasks:
+            task.result()
+        images = tuple(self._tensor(views) for views in self._pool.slots[one.slot])
+        return Batch(one.step, one.draw.rows, images, targets, sentences, bank, wait_s=0.0)
 
-    def _gather(self, draw: Draw, step: int) -> tuple[Tensor, Tensor | None]:
-        targets = self._tensor(self._images.embeddings[draw.rows])
-        if self._sentences is None:
-            return targets, None
-        sentences, stream = self._sentences
-        return targets, self._tensor(sentences.embeddings[stream.draw(step).rows])
+    def _gather(self, embeddings: EmbeddingSet, draw: Draw) -> Tensor:
+        return self._tensor(embeddings.embeddings[draw.rows])
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory() if self._pin else tensor
+        """A copy of its own, so that a batch lives as long as its user wants."""
+        own = torch.empty(
+            array.shape, dtype=torch.uint8 if array.dtype == np.uint8 else torch.float16, pin_memory=self._pin
+        )
+        np.copyto(own.numpy(), array)
+        return own
 
 
 @dataclass(frozen=True)
-class _Pending:
+class _Started:
+    step: int
+    slot: int
     draw: Draw
-    images: Tensor
-    views: list[Future[None]]
-    embeddings: Future[tuple[Tensor, Tensor | None]]
+    tasks: list[Future[None]]
 
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:

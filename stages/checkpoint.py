@@ -60,18 +60,24 @@ def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def load_weights(student: nn.Module, state: dict[str, Any], path: Path) -> None:
+def weights_to_use(state: dict[str, Any]) -> str:
+    """Key of the weights to use outside of training: `ema`, averaged ones, where a state has some, else `model`."""
+    return "model" if state.get("ema") is None else "ema"
+
+
+def load_weights(student: nn.Module, state: dict[str, Any], path: Path, key: str = "model") -> None:
     """Give a student the weights of a state.
 
     Args:
         path: where the state came from, for the message.
+        key: of the weights in the state.
 
     Raises:
         InputError: if they are another model's.
     """
     try:
-        student.load_state_dict(state["model"])
-    except (KeyError, RuntimeError) as error:
+        student.load_state_dict(state[key])
+    except (KeyError, TypeError, RuntimeError) as error:
         raise InputError(
             f"{path}: its weights do not fit the student that run.json names; was its code changed?"
         ) from error

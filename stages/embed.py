@@ -21,6 +21,7 @@ from torch import Tensor
 from ..cache.errors import InputError
 from .devices import memory_errors_as
 from .images import ImageError, decode_image, read_file
+from .keep_pixels import Keeper, make_small
 from .teacher import Teacher, out_of_memory
 
 BATCHES_IN_FLIGHT = 3
@@ -41,8 +42,8 @@ class ShardResult:
     Attributes:
         embeddings: (n, D) float16 as the teacher emits them, before normalisation; rows without one are NaN.
         failures: (position in the shard, reason), in order; rows that were given as None are not among them.
-        seconds: `read` and `decode` (of sentences: tokenising), summed over threads; `wait`, the model idle for want
-            of data; `infer`, forward passes with their copies.
+        seconds: `read`, `decode` (of sentences: tokenising) and `keep` (making images small, where they are kept),
+            summed over threads; `wait`, the model idle for want of data; `infer`, forward passes with their copies.
     """
 
     embeddings: np.ndarray
@@ -51,7 +52,12 @@ class ShardResult:
 
 
 def embed_image_shard(
-    teacher: Teacher, files: Sequence[Path | None], batch_size: int, workers: int, lock: Lock
+    teacher: Teacher,
+    files: Sequence[Path | None],
+    batch_size: int,
+    workers: int,
+    lock: Lock,
+    keeper: Keeper | None = None,
 ) -> ShardResult:
     """Embed images. One that cannot be read is embedded as black, so that shapes stay, and then marked.
 
@@ -61,12 +67,14 @@ def embed_image_shard(
         workers: threads that read and decode; 0 takes one for each core.
         lock: held while the model runs. The first batches are started before it is asked for, so that a shard gets
             ready while another one has the device.
+        keeper: is handed every image that was decoded, small, for its pack.
 
     Raises:
         InputError: if a batch does not fit into the device's memory.
     """
     rows = _Rows(len(files), teacher.embed_dim)
-    seconds = {"read": 0.0, "decode": 0.0}
+    seconds = {"read": 0.0, "decode": 0.0} | ({"keep": 0.0} if keeper else {})
+    side = keeper.task.side if keeper else None
     on_gpu = teacher.device.type == "cuda"
     # Used in turn: fresh pinned memory costs more time than it saves.
     buffers = deque(
@@ -80,7 +88,7 @@ def embed_image_shard(
             buffers.rotate(-1)
             batch = [*files[first : first + batch_size]]
             batch += [None] * (batch_size - len(batch))
-            loading = [pool.submit(_load, teacher, file, pixels) for file, pixels in zip(batch, buffer.numpy())]
+            loading = [pool.submit(_load, teacher, file, pixels, side) for file, pixels in zip(batch, buffer.numpy())]
 
             def finish() -> Tensor:
                 for row, future in enumerate(loading, start=first):
@@ -89,6 +97,9 @@ def embed_image_shard(
                     seconds["decode"] += loaded.decode_s
                     if loaded.failed:
                         rows.reasons[row] = loaded.reason
+                    elif keeper:
+                        seconds["keep"] += loaded.keep_s
+                        keeper.take(row, loaded.small)
                 return buffer
 
             return finish
@@ -96,8 +107,13 @@ def embed_image_shard(
         def encode(batch: Tensor) -> Tensor:
             return teacher.encode_images(teacher.normalise(batch))
 
+        def take(first: int, block: np.ndarray) -> None:
+            rows.take(first, block)
+            if keeper:  # only now it is known which rows the teacher failed on
+                keeper.write(range(first, min(first + batch_size, len(files))), rows.reasons.__contains__)
+
         try:
-            seconds |= _run(teacher, range(0, len(files), batch_size), prepare, encode, rows.take, lock)
+            seconds |= _run(teacher, range(0, len(files), batch_size), prepare, encode, take, lock)
         finally:
             pool.shutdown(cancel_futures=True)
     return rows.result(seconds)
@@ -187,20 +203,28 @@ class _Rows:
 class _Loaded:
     read_s: float = 0.0
     decode_s: float = 0.0
+    keep_s: float = 0.0
+    small: bytes = b""
     failed: bool = False
     reason: str | None = None
 
 
-def _load(teacher: Teacher, file: Path | None, pixels: np.ndarray) -> _Loaded:
-    """Fill one row of a batch; runs in a thread and uses no torch, whose own threads would multiply there."""
+def _load(teacher: Teacher, file: Path | None, pixels: np.ndarray, side: int | None) -> _Loaded:
+    """Fill one row of a batch, and make its image small where `side` is given, from the one that is decoded for it.
+
+    It runs in a thread and uses no torch, whose own threads would multiply there.
+    """
     started = opened = time.perf_counter()
     reason = None
     try:
         if file is not None:
             data = read_file(file)
             opened = time.perf_counter()
-            pixels[:] = teacher.crop(decode_image(data))
-            return _Loaded(opened - started, time.perf_counter() - opened)
+            image = decode_image(data)
+            pixels[:] = teacher.crop(image)
+            decoded = time.perf_counter()
+            small = b"" if side is None else make_small(data, image, side)
+            return _Loaded(opened - started, decoded - opened, time.perf_counter() - decoded, small)
     except ImageError as error:
         reason = str(error)
     pixels[:] = 0

@@ -137,7 +137,7 @@ def read_file(path: Path) -> bytes:
         raise ImageError(f"cannot be read: {error.strerror}") from error
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes | memoryview) -> Image.Image:
     """Decode an image file: upright by its EXIF orientation, of an animation the first frame, mode RGB.
 
     Colour is converted before anything is resized, as training pipelines do: Pillow would resize a palette image by
@@ -146,7 +146,7 @@ def decode_image(data: bytes) -> Image.Image:
     Raises:
         ImageError: if it is no image, is cut short, is damaged or would decompress to an absurd size.
     """
-    if not data:
+    if not len(data):
         raise ImageError("empty file")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -159,7 +159,8 @@ def decode_image(data: bytes) -> Image.Image:
         raise  # this machine's fault, not the file's
     except Exception as error:  # the decoders raise almost anything on damaged bytes
         raise ImageError("truncated" if "truncated" in str(error).lower() else "damaged") from error
-    return _to_rgb(_upright(image))
+    method = turn_of(image)
+    return to_rgb(image if method is None else image.transpose(method))
 
 
 def _walk(folder: Path) -> Iterator[FoundImage]:
@@ -214,16 +215,19 @@ def _look_at(path: bytes, relative: bytes) -> FoundImage:
     return FoundImage(source, status.st_size, status.st_mtime_ns, problem)
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image upright, according to its EXIF."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION)
     except Exception:  # damaged EXIF: the pixels are still good
+        return None
+    return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Mode RGB, whatever it was; alpha is dropped."""
+    if image.mode == "RGB":
         return image
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16 bits a pixel: Pillow's own conversion clips every value above 255 to white.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

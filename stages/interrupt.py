@@ -17,8 +17,12 @@ class StopSignals:
         asked: whether a signal has come.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, *, patient: bool = False) -> None:
+        """Args:
+        patient: further signals only ask, too: torchrun sends one after the other to make processes leave, and
+            kills those that are still there half a minute later.
+        """
+        self.asked, self._patient = False, patient
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -34,7 +38,8 @@ class StopSignals:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        self._restore()
+        if not self._patient:
+            self._restore()
 
     def _restore(self) -> None:
         while self._before:

@@ -6,18 +6,80 @@ Notation of the paper: u teacher images, û student images, v teacher sentences;
 
 every loss compares the teacher's similarities to the student's. All rows are L2-normalised inside. fp16 and bf16 are
 promoted to float32, float64 stays; products ignore autocast, TF32 and bf16 shortcuts, forward and backward. No gradient
-reaches a teacher embedding.
+reaches a teacher embedding. However many sentences or bank images there are, memory beyond them is that of one block.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from .settings import LossSettings, TemperatureSettings
+from .similarity_blocks import Rows, dtype_of, no_autocast
+from .wide_kl import kl_both_ways, kl_rows, row_entropies
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What the losses of one step are made from: this process's rows, and everybody's in the order of the processes.
+
+    Where there is one process only, the two are the same tensors: `LossInputs.of_one_process`.
+
+    Attributes:
+        student_images: (b, D) û of this process, any float dtype, any norm; may be the slice of `all_student_images`.
+        teacher_images: (b, D) u of the same images.
+        all_student_images: (B, D) û of all processes, gathered so that gradients flow back to where each row came from.
+        all_teacher_images: (B, D) u of the same images.
+        sentences: (n, D) v of this process; None where `vl` is off.
+        all_sentences: (N, D) v of all processes.
+        bank_images: (M, D) more teacher images for `pvl`, the same in every process, or None.
+    """
+
+    student_images: Tensor
+    teacher_images: Tensor
+    all_student_images: Tensor
+    all_teacher_images: Tensor
+    sentences: Tensor | None = None
+    all_sentences: Tensor | None = None
+    bank_images: Tensor | None = None
+
+    @classmethod
+    def of_one_process(
+        cls,
+        student_images: Tensor,
+        teacher_images: Tensor,
+        sentences: Tensor | None = None,
+        bank_images: Tensor | None = None,
+    ) -> LossInputs:
+        """A batch that is all there is."""
+        return cls(
+            student_images,
+            teacher_images,
+            all_student_images=student_images,
+            all_teacher_images=teacher_images,
+            sentences=sentences,
+            all_sentences=sentences,
+            bank_images=bank_images,
+        )
+
+    def check(self, *, same_width: bool) -> None:
+        """Refuse what would broadcast, or fail far from its cause; raises ValueError."""
+        _check_images(self.student_images, self.teacher_images, same_width=same_width)
+        width = self.teacher_images.shape[1]
+        if self.all_student_images is not self.student_images or self.all_teacher_images is not self.teacher_images:
+            _check_images(self.all_student_images, self.all_teacher_images, same_width=same_width)
+            _check_matrix("all_teacher_images", self.all_teacher_images, width)
+        if (self.sentences is None) != (self.all_sentences is None):
+            raise ValueError("sentences without all_sentences, or the other way round: wanted both or neither")
+        for name, matrix in (
+            ("teacher_sentences", self.sentences),
+            ("all_sentences", self.all_sentences),
+            ("bank_images", self.bank_images),
+        ):
+            if matrix is not None:
+                _check_matrix(name, matrix, width)
 
 
 def vl_loss(
@@ -42,27 +104,27 @@ def vl_loss(
     Raises:
         ValueError: if shapes or dtypes do not fit, or temperature or logit_scale is not positive.
     """
-    _check_images(student_images, teacher_images, same_width=True)
-    _check_matrix("teacher_sentences", teacher_sentences, width=teacher_images.shape[1])
-    with _no_autocast(student_images):
-        student, teacher, sentences = _unit_rows(student_images, teacher_images, teacher_sentences)
-        factor = _factor(logit_scale, temperature)
-        teacher_logits = _products(factor * teacher, sentences)
-        student_logits = _products(factor * student, sentences)
-        # The second matrix is the first one transposed: its rows are our columns.
-        return _kl(teacher_logits, student_logits) + _kl(teacher_logits.T, student_logits.T)
+    inputs = LossInputs.of_one_process(student_images, teacher_images, sentences=teacher_sentences)
+    return _vl(inputs, _factor(logit_scale, temperature))
 
 
 def pvl_loss(
-    student_images: Tensor, teacher_images: Tensor, temperature: float = 3.0, logit_scale: float = 100.0
+    student_images: Tensor,
+    teacher_images: Tensor,
+    temperature: float = 3.0,
+    logit_scale: float = 100.0,
+    bank_images: Tensor | None = None,
 ) -> Tensor:
     """Pseudo vision-language loss: 2·K(s·u·uᵀ ‖ s·û·uᵀ), the teacher's image embeddings standing in for sentences.
+
+    With a bank w, its rows stand beside the batch's own as columns on both sides: 2·K(s·u·[u; w]ᵀ ‖ s·û·[u; w]ᵀ).
 
     Args:
         student_images: (B, D) û, any float dtype, any norm.
         teacher_images: (B, D) u of the same images.
         temperature: T, the same for teacher and student.
         logit_scale: s, multiplies cosines.
+        bank_images: (M, D) w, more teacher images, none of them in the batch.
 
     Returns:
         Scalar, float32 or, if an input is, float64.
@@ -70,11 +132,8 @@ def pvl_loss(
     Raises:
         ValueError: if shapes or dtypes do not fit, or temperature or logit_scale is not positive.
     """
-    _check_images(student_images, teacher_images, same_width=True)
-    with _no_autocast(student_images):
-        student, teacher = _unit_rows(student_images, teacher_images)
-        factor = _factor(logit_scale, temperature)
-        return 2 * _kl(_products(factor * teacher, teacher), _products(factor * student, teacher))
+    inputs = LossInputs.of_one_process(student_images, teacher_images, bank_images=bank_images)
+    return _pvl(inputs, _factor(logit_scale, temperature))
 
 
 def udist_loss(
@@ -96,11 +155,7 @@ def udist_loss(
     Raises:
         ValueError: if shapes or dtypes do not fit, or temperature or logit_scale is not positive.
     """
-    _check_images(student_images, teacher_images, same_width=False)
-    with _no_autocast(student_images):
-        student, teacher = _unit_rows(student_images, teacher_images)
-        factor = _factor(logit_scale, temperature)
-        return 2 * _kl(_products(factor * teacher, teacher), _products(factor * student, student))
+    return _udist(LossInputs.of_one_process(student_images, teacher_images), _factor(logit_scale, temperature))
 
 
 def feature_loss(student_images: Tensor, teacher_images: Tensor) -> Tensor:
@@ -116,122 +171,101 @@ def feature_loss(student_images: Tensor, teacher_images: Tensor) -> Tensor:
     Raises:
         ValueError: if shapes or dtypes do not fit.
     """
-    _check_images(student_images, teacher_images, same_width=True)
-    with _no_autocast(student_images):
-        student, teacher = _unit_rows(student_images, teacher_images)
-        return 1 - (student * teacher).sum(dim=1).mean()
+    return _feature(LossInputs.of_one_process(student_images, teacher_images))
 
 
 def loss_terms(
-    student_images: Tensor,
-    teacher_images: Tensor,
-    teacher_sentences: Tensor | None,
-    weights: LossSettings,
-    temperature: TemperatureSettings,
-    logit_scale: float,
+    inputs: LossInputs, weights: LossSettings, temperature: TemperatureSettings, logit_scale: float
 ) -> dict[str, Tensor]:
-    """The losses that have a weight above 0, by name, not yet weighted.
+    """This process's share of each loss that has a weight above 0, by name, not yet weighted.
+
+    A share has this process's rows, everybody's columns, and the number of everybody's rows below the line. Summed over
+    the processes, shares are the losses of the global batch, and their gradients its gradients: those with respect to
+    `student_images`, plus those that the gather brings back from every process's `all_student_images`. (DDP averages
+    gradients: multiply by the number of processes first.)
 
     Args:
-        teacher_sentences: (N, D); may be None where `vl` is off.
+        inputs: of one process; its sentences may be None where `vl` is off.
         logit_scale: number that replaces `weights.logit_scale`, which may be "teacher".
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit.
     """
     terms = {}
     if weights.vl:
-        assert teacher_sentences is not None
-        terms["vl"] = vl_loss(student_images, teacher_images, teacher_sentences, temperature.vl, logit_scale)
+        terms["vl"] = _vl(inputs, _factor(logit_scale, temperature.vl))
     if weights.pvl:
-        terms["pvl"] = pvl_loss(student_images, teacher_images, temperature.pvl, logit_scale)
+        terms["pvl"] = _pvl(inputs, _factor(logit_scale, temperature.pvl))
     if weights.udist:
-        terms["udist"] = udist_loss(student_images, teacher_images, temperature.udist, logit_scale)
+        terms["udist"] = _udist(inputs, _factor(logit_scale, temperature.udist))
     if weights.feature:
-        terms["feature"] = feature_loss(student_images, teacher_images)
+        terms["feature"] = _feature(inputs)
     return terms
 
 
-def effective_candidates(rows: Tensor, columns: Tensor, temperature: float, logit_scale: float) -> Tensor:
+def effective_candidates(rows: Rows, columns: Rows, temperature: float, logit_scale: float) -> Tensor:
     """How many columns a row's softmax spreads over: exp(entropy), mean over the rows.
 
     1 says that the target is one-hot, `len(columns)` that it says nothing: either way the loss teaches little.
 
     Args:
         rows: (B, D) embeddings, any float dtype, any norm.
-        columns: (N, D) embeddings that each row is compared to.
+        columns: (N, D) embeddings that each row is compared to; several matrices in a tuple stand below one another.
         temperature: of the softmax.
         logit_scale: multiplies cosines.
 
     Returns:
         Scalar between 1 and N.
     """
-    with _no_autocast(rows), torch.no_grad():
-        unit_rows, unit_columns = _unit_rows(rows, columns)
-        log_p = F.log_softmax(_products(_factor(logit_scale, temperature) * unit_rows, unit_columns), dim=1)
-        return (-(log_p.exp() * log_p).sum(dim=1)).exp().mean()
+    factor = _factor(logit_scale, temperature)
+    return row_entropies(rows, columns, factor).exp().mean()
 
 
-def _kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """K(teacher ‖ student) of logits that are already divided by the temperature, averaged over the rows."""
-    log_p = F.log_softmax(teacher_logits, dim=1)
-    log_q = F.log_softmax(student_logits, dim=1)
-    return (log_p.exp() * (log_p - log_q)).sum() / len(teacher_logits)
+def _vl(inputs: LossInputs, factor: float) -> Tensor:
+    inputs.check(same_width=True)
+    if inputs.sentences is None or inputs.all_sentences is None:
+        raise ValueError("no sentences, but vl is on")
+    teacher, all_teachers = _targets(inputs)
+    sentences, all_sentences = inputs.sentences.detach(), inputs.all_sentences.detach()
+    student, all_students = inputs.student_images, inputs.all_student_images
+    num_images, num_sentences = len(all_students), len(all_sentences)
+    if inputs.all_sentences is inputs.sentences and all_students is student:
+        # The second matrix is the first one transposed: its rows are our columns.
+        weights = 1 / num_images, 1 / num_sentences
+        return kl_both_ways(teacher, student, sentences, sentences, factor, *weights)
+    over_sentences = kl_rows(teacher, student, all_sentences, all_sentences, factor)
+    over_images = kl_rows(sentences, sentences, all_teachers, all_students, factor)
+    return over_sentences / num_images + over_images / num_sentences
 
 
-def _unit_rows(student: Tensor, *targets: Tensor) -> list[Tensor]:
-    """L2-normalise rows in one format, at least float32; what is not the student's is cut off from gradients."""
-    dtype = torch.float32
-    for matrix in (student, *targets):
-        dtype = torch.promote_types(dtype, matrix.dtype)
-    return [F.normalize(matrix.to(dtype), dim=1) for matrix in (student, *(target.detach() for target in targets))]
+def _pvl(inputs: LossInputs, factor: float) -> Tensor:
+    inputs.check(same_width=True)
+    teacher, all_teachers = _targets(inputs)
+    bank = inputs.bank_images
+    columns = all_teachers if bank is None else (all_teachers, bank.detach())
+    return 2 * kl_rows(teacher, inputs.student_images, columns, columns, factor) / len(all_teachers)
 
 
-class _Products(torch.autograd.Function):
-    """rows @ columns.T, in full precision backward too: there the caller's precision flags would rule again."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, columns: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, columns)
-        with _full_precision():
-            return rows @ columns.T
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (gradient,) = gradients
-        rows, columns = ctx.saved_tensors
-        with _no_autocast(gradient), _full_precision():
-            to_rows = gradient @ columns if ctx.needs_input_grad[0] else None
-            to_columns = gradient.T @ rows if ctx.needs_input_grad[1] else None
-        return to_rows, to_columns
+def _udist(inputs: LossInputs, factor: float) -> Tensor:
+    inputs.check(same_width=False)
+    teacher, all_teachers = _targets(inputs)
+    total = kl_rows(teacher, inputs.student_images, all_teachers, inputs.all_student_images, factor)
+    return 2 * total / len(all_teachers)
 
 
-def _products(rows: Tensor, columns: Tensor) -> Tensor:
-    product: Tensor = _Products.apply(rows, columns)
-    return product
+def _feature(inputs: LossInputs) -> Tensor:
+    inputs.check(same_width=True)
+    dtype = dtype_of(inputs.student_images, inputs.teacher_images)
+    with no_autocast(inputs.student_images.device):
+        student = F.normalize(inputs.student_images.to(dtype), dim=1)
+        teacher = F.normalize(inputs.teacher_images.detach().to(dtype), dim=1)
+        return (1 - (student * teacher).sum(dim=1)).sum() / len(inputs.all_student_images)
 
 
-def _no_autocast(like: Tensor) -> torch.autocast:
-    return torch.autocast(like.device.type, enabled=False)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Keep float32 products from being rounded to TF32 (GPU) or bf16 (CPU), whatever the process is set to."""
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch 2.9 and later: a setting for each backend
-        places: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-        before = [place.fp32_precision for place in places]
-        try:
-            for place in places:
-                place.fp32_precision = "ieee"
-            yield
-        finally:
-            for place, value in zip(places, before):
-                place.fp32_precision = value
-    else:
-        setting = torch.get_float32_matmul_precision()
-        try:
-            torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            torch.set_float32_matmul_precision(setting)
+def _targets(inputs: LossInputs) -> tuple[Tensor, Tensor]:
+    """The teacher's images here and everywhere, cut off from gradients; one object where they are one."""
+    here = inputs.teacher_images.detach()
+    return here, here if inputs.all_teacher_images is inputs.teacher_images else inputs.all_teacher_images.detach()
 
 
 def _factor(logit_scale: float, temperature: float) -> float:

@@ -11,7 +11,7 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """A line for each logged step. Use it in a `with` block, which closes TensorBoard's file."""
+    """A line for each logged step. `close` it in the end, for TensorBoard's file."""
 
     def __init__(self, run_dir: Path, step: int) -> None:
         """Open the log of a run that continues after `step` steps.
@@ -24,10 +24,8 @@ class MetricsLog:
         write_bytes(self._path, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode())
         self._board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Write out what TensorBoard has not written yet."""
         self._board.close()
 
     def write(self, metrics: dict[str, float]) -> None:

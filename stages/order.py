@@ -5,6 +5,7 @@ not grow with the number of rows, so a resumed run continues exactly where it st
 """
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,13 @@ class Draw:
     passes: NDArray[np.int64]
 
 
+class Drawn(Protocol):
+    """Anything that says which rows a step takes, as a function of the step alone."""
+
+    def draw(self, step: int) -> Draw:
+        """The rows of a step, from 0; as many for each."""
+
+
 class Stream:
     """Endless passes over rows, cut into batches; every pass covers each row exactly once, in an order of its own."""
 
@@ -83,11 +91,12 @@ class Stream:
             raise InputError(
                 f"distill.batch_{name} = {batch}: the cache has only {len(rows)} usable {name}; lower it to that"
             )
-        self._rows, self.batch, self._seed, self._name = rows, batch, seed, name
+        self.rows, self.batch, self._seed, self._name = rows, batch, seed, name
+        self.setting = f"distill.batch_{name}"
 
     def __len__(self) -> int:
         """Rows of one pass."""
-        return len(self._rows)
+        return len(self.rows)
 
     def draw(self, step: int) -> Draw:
         """The rows of a step; a function of the step alone.
@@ -100,5 +109,104 @@ class Stream:
         for number in np.unique(passes):
             here = passes == number
             permutation = KeyedPermutation(len(self), key_of(self._seed, self._name, number))
-            rows[here] = self._rows[permutation[positions[here]]]
+            rows[here] = self.rows[permutation[positions[here]]]
         return Draw(rows, passes)
+
+    def describe(self) -> dict[str, Any]:
+        """All that the order depends on, but the rows themselves, for the record of a run."""
+        return {
+            "order": "a keyed permutation of the rows for each pass, cut into batches",
+            **_describe_permutation(self._seed, f"({self._name}, pass)"),
+            "rows": len(self),
+            "batch": self.batch,
+        }
+
+
+class BankStream:
+    """More image rows for each step, whose targets alone are wanted; never one of the step's own images."""
+
+    def __init__(self, image_stream: Stream, num_rows: int, seed: int) -> None:
+        """A stream beside that of the images.
+
+        Args:
+            image_stream: the images of each step, whole; its rows are drawn from.
+            num_rows: rows of one step.
+            seed: seed of the run.
+
+        Raises:
+            InputError: if there are too few rows beside a batch.
+        """
+        spare = len(image_stream) - image_stream.batch
+        if num_rows > spare:
+            raise InputError(
+                f"distill.bank_images = {num_rows}: beside the {image_stream.batch} images of a batch the cache has "
+                f"only {spare} usable ones; lower it to that"
+            )
+        self._images, self.batch, self._seed = image_stream, num_rows, seed
+        self.setting = "distill.bank_images"
+
+    def draw(self, step: int) -> Draw:
+        """The rows of a step, distinct; a function of the step alone, in memory that grows with the batch alone.
+
+        Args:
+            step: from 0.
+        """
+        own = self._images.draw(step).rows
+        permutation = KeyedPermutation(len(self._images), key_of(self._seed, "bank", step))
+        some = self._images.rows[permutation[np.arange(self.batch + len(np.unique(own)))]]
+        rows = some[~np.isin(some, own)][: self.batch]
+        return Draw(rows, np.zeros_like(rows))
+
+    def describe(self) -> dict[str, Any]:
+        """All that the order depends on, but the rows themselves, for the record of a run."""
+        return {
+            "order": "the beginning of a keyed permutation of the images for each step, without the step's own",
+            **_describe_permutation(self._seed, "(bank, step)"),
+            "rows": len(self._images),
+            "batch": self.batch,
+        }
+
+
+class Share:
+    """One rank's part of every step: of as many equal parts as there are ranks, in order, the one that is its own."""
+
+    def __init__(self, stream: Stream | BankStream, rank: int, num_ranks: int) -> None:
+        """A part of a stream.
+
+        Args:
+            rank: from 0.
+            num_ranks: how many parts there are.
+
+        Raises:
+            InputError: if the rows of a step do not divide evenly.
+        """
+        if stream.batch % num_ranks:
+            raise InputError(
+                f"{stream.setting} = {stream.batch}: does not divide evenly among {num_ranks} processes; "
+                f"wanted a multiple of {num_ranks}"
+            )
+        self._stream, self._rank = stream, rank
+        self.batch = stream.batch // num_ranks
+
+    def draw(self, step: int) -> Draw:
+        """This rank's rows of a step.
+
+        Args:
+            step: from 0.
+        """
+        whole = self._stream.draw(step)
+        part = slice(self._rank * self.batch, (self._rank + 1) * self.batch)
+        return Draw(whole.rows[part], whole.passes[part])
+
+    def describe(self) -> dict[str, Any]:
+        """The whole stream's: a share is no order of its own."""
+        return self._stream.describe()
+
+
+def _describe_permutation(seed: int, key: str) -> dict[str, Any]:
+    return {
+        "permutation": "Feistel network with cycle walking, SplitMix64 finaliser",
+        "rounds": _ROUNDS,
+        "seed": seed,
+        "key": f"BLAKE2b of the seed and {key}",
+    }

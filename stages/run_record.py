@@ -13,13 +13,15 @@ from .. import __version__
 from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from .kept_pixels import FILES
 from .settings import DistillSettings, StudentSettings
 
 RECORD = "run.json"
 CHECKPOINT = "checkpoint.pt"
 
-_FREE_TO_CHANGE = {"output", "log_every", "checkpoint_every", "workers", "device"}
-_FIXED = ("student", "distill", "cache", "rows", "masks")
+_FREE_TO_CHANGE = {"output", "log_every", "checkpoint_every", "workers", "device", "pixels"}
+"""Of `pixels`, what it came to counts, and is recorded beside the settings."""
+_FIXED = ("student", "distill", "cache", "rows", "masks", "pixels")
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
 
 
@@ -32,11 +34,20 @@ def describe_run(
     total_steps: int,
     precision: str,
     device: torch.device,
+    num_processes: int,
+    pixels: str,
+    order: dict[str, dict[str, object]],
+    warm_start: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Everything that a reader, a resumed run or an evaluation needs to know about a run, as JSON values.
 
-    `student`, `distill`, `cache`, `rows` and `masks` must not change while a run lasts; the rest says where and with
-    what it was made.
+    `student`, `distill`, `cache`, `rows`, `masks` and `pixels` must not change while a run lasts; the rest says where
+    and with what it was made.
+
+    Args:
+        pixels: where the pictures come from: `files`, or the setting of those that were kept (`jpeg-256`).
+        order: how rows are drawn.
+        warm_start: what the student's weights began with.
     """
     return {
         "name": name,
@@ -45,6 +56,9 @@ def describe_run(
         "cache": cache.identity,
         "rows": {"images": len(cache.images.usable), "sentences": len(cache.sentences.usable)},
         "masks": {side: dict(mask) for side, mask in cache.masks.items()},
+        "pixels": pixels,
+        "order": order,
+        "warm_start": warm_start,
         "embed_dim": cache.images.embeddings.shape[-1],
         "logit_scale": logit_scale_of(cache, settings),
         "preprocess": cache.teacher["preprocess"],
@@ -54,6 +68,7 @@ def describe_run(
         "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "processes": num_processes,
         "versions": {"dimefm": __version__, **{library: version(library) for library in _LIBRARIES}},
     }
 
@@ -95,6 +110,7 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
         InputError: naming every key that differs.
     """
     before, now = (dict(_flat({key: record.get(key) for key in _FIXED})) for record in (found, wanted))
+    before = {**_what_older_runs_do_not_say(), **{key: value for key, value in before.items() if value is not None}}
     differences = [
         "another cache, or this one before it grew"
         if key == "cache"
@@ -106,6 +122,12 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
         raise InputError(
             f"{run_dir}: was trained with {'; '.join(differences)}; choose another distill.output or delete that folder"
         )
+
+
+def _what_older_runs_do_not_say() -> dict[str, Any]:
+    """Keys that came after a run was begun stand for what it did without them: their defaults."""
+    defaults = DistillSettings().model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+    return {**dict(_flat({"distill": defaults})), "pixels": FILES}
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

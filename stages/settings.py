@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from ..cache.settings import Settings
 
 FilePath = Annotated[Path, Field(strict=False)]
+PLAIN_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+"""Ends of the names of files that tensors are read from without anything else."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Temperature = Annotated[float, Field(gt=0.0)]
@@ -86,6 +88,27 @@ class StudentSettings(Settings):
     """`timm:NAME`, `open_clip:ARCH` (its image tower) or `package.module:function`."""
     image_size: int = Field(default=224, ge=8)
     """Side of the square input, pixels."""
+    init: str | None = None
+    """Weights to begin with: `run:FOLDER` of another run, `pretrained` (timm's own), `open_clip:TAG` of the same
+    architecture, or a .safetensors / .pt file. None: random ones."""
+
+    @model_validator(mode="after")
+    def _init_suits_the_model(self) -> "StudentSettings":
+        init = self.init
+        if init == "pretrained":
+            if not self.model.startswith("timm:"):
+                raise ValueError("init = 'pretrained' is for timm: models; name a run, an open_clip: tag or a file")
+        elif init is not None and init.startswith("open_clip:"):
+            if not self.model.startswith("open_clip:") or self.model.endswith(".json"):
+                raise ValueError(
+                    f"init = {init!r}: tags belong to open_clip's own architectures, model = 'open_clip:ARCH'; "
+                    "give the path of the weights"
+                )
+        elif init is not None and not init.startswith("run:") and not init.endswith(PLAIN_WEIGHTS):
+            raise ValueError(
+                f"init = {init!r}: wanted run:FOLDER, pretrained, open_clip:TAG or a file ({', '.join(PLAIN_WEIGHTS)})"
+            )
+        return self
 
 
 class AugmentSettings(Settings):
@@ -156,6 +179,10 @@ class DistillSettings(Settings):
     batch_images: int = Field(default=256, ge=1)
     batch_sentences: int = Field(default=4096, ge=0)
     """Sentences of a step; its own number, since their embeddings come from the cache."""
+    bank_images: int = Field(default=0, ge=0)
+    """More images of each step whose teacher embeddings alone are columns of `pvl`, beside the batch's own."""
+    accumulate: int = Field(default=1, ge=1)
+    """Pieces in which a step's images go through the student, one after the other; the losses still see all of them."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     lr: float = Field(default=1e-3, gt=0.0)
     """Peak learning rate of AdamW."""
@@ -165,12 +192,22 @@ class DistillSettings(Settings):
     """Share of all steps over which the learning rate rises linearly."""
     weight_decay: float = Field(default=0.05, ge=0.0)
     """On matrices and filters only; norms, biases and positional embeddings have none."""
+    clip_grad_norm: float | None = Field(default=None, gt=0.0)
+    """Largest norm of a step's gradient; a longer one is scaled down to it."""
+    ema: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Decay of a running average of the weights, which is then what is scored; lower in the first steps."""
+    compile: bool = False
+    """Let torch compile the student: minutes at the start, faster steps after."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Autocast format of the student; losses are in float32 whatever it is. `auto`: bf16 on a GPU, else fp32."""
     device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     workers: int = Field(default=0, ge=0)
-    """Threads that read, decode and augment images; 0 takes one for each core."""
+    """How many read, decode and augment images: up to two are threads, more are processes; 0 takes one for each
+    core."""
+    pixels: Literal["auto", "files", "kept"] = "auto"
+    """Where the pictures come from: `files`, the originals; `kept`, those that stage one has kept (`cache.pixels`);
+    `auto`: kept ones where the cache has them. A run stays with what it began with."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = Field(default=200, ge=1)

@@ -12,6 +12,7 @@ from ..cache.arrays import ArraySpec, first_rows, write_chunk
 from ..cache.journal import ShardRecord
 from ..cache.rows import OK, RowTable
 from .embed import class_head, embed_image_shard, embed_sentence_shard
+from .keep_pixels import PackTask, keeping
 from .settings import TeacherSettings
 from .teacher import Teacher
 
@@ -40,6 +41,7 @@ class ShardTask:
         root: folder that the image rows are relative to.
         prompts: prompts of each class, for a head.
         kept: rows of a growing shard that were embedded before.
+        pack: of images, where their pixels are kept meanwhile; None keeps none.
     """
 
     kind: Literal["images", "sentences", "head"]
@@ -51,29 +53,33 @@ class ShardTask:
     root: Path | None = None
     prompts: tuple[tuple[str, ...], ...] = ()
     kept: Kept | None = None
+    pack: PackTask | None = None
 
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A shard whose file is durable.
+    """A shard whose files are durable.
 
     Attributes:
+        pack: of the pack that was written with it.
         num_rows: rows embedded, failed ones included.
-        seconds: of `read`, `decode` (summed over threads), `infer`, `wait` and `write`.
+        seconds: of `read`, `decode`, `keep` (summed over threads), `infer`, `wait` and `write`.
     """
 
     record: ShardRecord
     num_rows: int
     seconds: dict[str, float] = field(default_factory=dict)
+    pack: ShardRecord | None = None
 
 
 def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lock: Lock) -> ShardDone:
-    """Embed one shard and write its chunk file.
+    """Embed one shard and write its chunk file, and before it its pack.
 
     Args:
         lock: held while the model runs, so that one shard at a time is on the device; the next shard's images are
             decoded, and the last shard's file written, meanwhile.
     """
+    pack: ShardRecord | None = None
     if task.kind == "head":
         start = time.perf_counter()
         block = class_head(teacher, [list(prompts) for prompts in task.prompts], settings.batch_size, lock)
@@ -91,7 +97,9 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
         if task.kind == "images":
             assert task.root is not None
             files = [None if source is None else task.root / source for source in given]
-            result = embed_image_shard(teacher, files, settings.batch_size, settings.workers, lock)
+            with keeping(task.pack, skip=num_kept - first) as keeper:
+                result = embed_image_shard(teacher, files, settings.batch_size, settings.workers, lock, keeper)
+            pack = keeper.record if keeper else None
         else:
             result = embed_sentence_shard(teacher, given, settings.batch_size, lock)
         # A row that was listed as failed has its reason in the table already.
@@ -103,4 +111,5 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
     start = time.perf_counter()
     written = write_chunk(task.store, task.array, task.spec, task.shard, block)
     seconds["write"] = time.perf_counter() - start
-    return ShardDone(ShardRecord(task.array, task.shard, len(block), written, tuple(failures)), len(block), seconds)
+    record = ShardRecord(task.array, task.shard, len(block), written, tuple(failures))
+    return ShardDone(record, len(block), seconds, pack)

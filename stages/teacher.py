@@ -1,7 +1,6 @@
 """The teacher: a frozen open_clip model that is asked once for each image and each sentence."""
 
 import importlib.metadata
-import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,18 +9,19 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms import Compose
 
 from ..cache.durable import digest, to_json
 from ..cache.errors import InputError
 from .devices import memory_errors_as
 from .images import ImageError
+from .pretrained_tags import quiet_open_clip
 from .settings import TeacherSettings
 from .teacher_identity import configured_identity
-from .teacher_source import TeacherSource, find_teacher, one_line, quiet_open_clip
+from .teacher_source import TeacherSource, find_teacher
 from .tokens import check_vocabulary, load_tokenizer, tokenize, tokenizer_identity
+from .weights_file import one_line, weights_digest, weights_errors
 
 MAX_ASPECT = 64
 """Of an image longer than this, in its own widths, only the middle is resized: open_clip's resize would fill gigabytes
@@ -139,7 +139,7 @@ class Teacher:
         return {
             **configured_identity(self.settings),
             "architecture": digest(to_json(self.model_cfg)),
-            "weights": _weights_digest(self.model),
+            "weights": weights_digest(self.model.state_dict()),
             "preprocess": self.preprocess_cfg,
             "tokenizer": tokenizer_identity(self.tokenizer),
             "logit_scale": self.logit_scale,
@@ -195,23 +195,8 @@ def _build(settings: TeacherSettings, source: TeacherSource, device: torch.devic
 
 
 def _load_weights(model: Any, source: TeacherSource) -> None:
-    try:
+    with weights_errors(source.weights):
         open_clip.load_checkpoint(model, str(source.weights), strict=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise _not_only_weights(source) from error
-    except (SafetensorError, EOFError, StopIteration, AttributeError, TypeError, KeyError, ValueError) as error:
-        raise _damaged(source, error) from error
-    except OSError as error:
-        raise InputError(f"{source.weights}: cannot be read: {error.strerror or error}") from error
-    except RuntimeError as error:
-        if "TorchScript" in str(error):
-            raise _not_only_weights(source) from error
-        if "loading state_dict" in str(error):
-            raise InputError(
-                f"{source.weights}: not the weights of this architecture ({one_line(error)}); choose the model config "
-                "that they were trained with"
-            ) from error
-        raise _damaged(source, error) from error
 
 
 def _try_out(teacher: Teacher) -> None:
@@ -228,26 +213,6 @@ def _try_out(teacher: Teacher) -> None:
             f"{settings.model}: does not run in {settings.precision} on {teacher.device} ({one_line(error)}); try "
             "teacher.precision = 'fp32'"
         ) from error
-
-
-def _not_only_weights(source: TeacherSource) -> InputError:
-    return InputError(
-        f"{source.weights}: not plain weights (TorchScript, or Python objects that would run code when loaded); use "
-        "the model's safetensors or hub weights, or, where the file came from, load it and write its state_dict() "
-        "with safetensors.torch.save_file"
-    )
-
-
-def _damaged(source: TeacherSource, error: Exception) -> InputError:
-    return InputError(f"{source.weights}: damaged or no checkpoint ({one_line(error)}); fetch the file again")
-
-
-def _weights_digest(model: nn.Module) -> str:
-    pieces: list[bytes | memoryview] = []
-    for name, tensor in sorted(model.state_dict().items()):
-        pieces.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        pieces.append(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest(*pieces)
 
 
 def _version(distribution: str) -> str | None:

@@ -2,11 +2,7 @@
 
 import difflib
 import json
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 
 from ..cache.durable import digest, to_json
 from ..cache.errors import InputError
+from .pretrained_tags import Asked, download, quick_gelu, tag_weights, wrong_activation
 from .settings import TeacherSettings
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -29,6 +26,7 @@ _WEIGHTS_IN_FOLDER = (
 )
 _PREPROCESS_KEYS = ("mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
 """What weights say of their images; the size is the architecture's."""
+_BY_HAND = "give the path of the .safetensors file as teacher.pretrained, or of its folder as model = 'local-dir:…'"
 
 
 @dataclass(frozen=True)
@@ -88,28 +86,6 @@ def find_teacher(settings: TeacherSettings) -> TeacherSource:
     return TeacherSource(name, model_cfg, weights, tokenizer=name, preprocess=preprocess)
 
 
-@contextmanager
-def quiet_open_clip() -> Iterator[None]:
-    """Keep open_clip from logging and warning: what matters of it is raised as an error here."""
-    root, disabled = logging.getLogger(), logging.root.manager.disable
-    handler = logging.NullHandler()
-    root.addHandler(handler)  # with no handler at all, logging.info() would install one that prints for ever after
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        root.removeHandler(handler)
-
-
-def one_line(error: BaseException) -> str:
-    """The gist of an error whose text may run over many lines: its first two that are not blank."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300].removesuffix(": ")
-
-
 def _built_in(model: str) -> dict[str, Any]:
     name, known = model.replace("/", "-"), open_clip.list_models()
     if name not in known:
@@ -121,42 +97,27 @@ def _built_in(model: str) -> dict[str, Any]:
 
 
 def _tag_weights(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
-    tag_cfg = open_clip.get_pretrained_cfg(name, tag)
-    variant = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
-    if not tag_cfg:
-        if open_clip.get_pretrained_cfg(variant, tag):
-            raise _wrong_activation(name, tag, variant)
-        known = open_clip.list_pretrained_tags_by_model(name)
-        close = difflib.get_close_matches(tag, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"its tags are: {', '.join(known) or 'none'}"
-        raise InputError(f"teacher.pretrained = {tag!r}: {name} has no such tag; {hint}")
-    # Where no variant has the tag, it merely does not mention its QuickGELU (roberta-ViT-B-32): the config is right.
-    differs = _quick_gelu(tag_cfg) != _quick_gelu(open_clip.get_model_config(name))
-    if differs and open_clip.is_pretrained_cfg(variant, tag):
-        raise _wrong_activation(name, tag, variant)
-    place = tag_cfg.get("hf_hub") or tag_cfg.get("url")
-    weights = _download(lambda: open_clip.download_pretrained(tag_cfg), f"{name} with the tag {tag}", place)
+    weights, tag_cfg = tag_weights(name, tag, _asked(name, tag))
     return weights, {key: value for key, value in tag_cfg.items() if key in _PREPROCESS_KEYS}
 
 
-def _wrong_activation(name: str, weights: str, variant: str) -> InputError:
-    return InputError(
-        f"teacher.model = {name!r}: the weights {weights!r} were trained with another activation (QuickGELU or GELU) "
-        f"than it has; use model = {variant!r}"
-    )
+def _asked(model: str, pretrained: str) -> Asked:
+    return Asked(f"teacher.model = {model!r}", f"teacher.pretrained = {pretrained!r}", _BY_HAND)
 
 
 def _hub_weights(model: str, model_cfg: dict[str, Any], pretrained: str) -> tuple[Path, dict[str, Any]]:
     there = _from_hub(pretrained)
-    if _quick_gelu(there.model_cfg) != _quick_gelu(model_cfg):
-        raise _wrong_activation(model, pretrained, pretrained)
+    if quick_gelu(there.model_cfg) != quick_gelu(model_cfg):
+        raise wrong_activation(pretrained, pretrained, _asked(model, pretrained))
     return there.weights, there.preprocess
 
 
 def _from_hub(model: str) -> TeacherSource:
     repository = model.removeprefix(HUB)
-    config = _download(lambda: download_pretrained_from_hf(repository, filename=CONFIG_NAME), model, repository)
-    weights = _download(lambda: download_pretrained_from_hf(repository), model, repository)
+    config = download(
+        lambda: download_pretrained_from_hf(repository, filename=CONFIG_NAME), model, repository, _BY_HAND
+    )
+    weights = download(lambda: download_pretrained_from_hf(repository), model, repository, _BY_HAND)
     model_cfg, preprocess = _read_config(config)
     return TeacherSource(_register(model_cfg), model_cfg, weights, tokenizer=model, preprocess=preprocess)
 
@@ -196,17 +157,3 @@ def _register(model_cfg: dict[str, Any]) -> str:
             path.write_bytes(to_json(model_cfg))
             open_clip.add_model_config(path)
     return name
-
-
-def _quick_gelu(config: dict[str, Any]) -> bool:
-    return bool(config.get("quick_gelu", False))
-
-
-def _download(fetch: Callable[[], str], wanted: str, place: str | None) -> Path:
-    try:
-        return Path(fetch())
-    except Exception as error:  # hub, network and disk errors have no type in common
-        raise InputError(
-            f"{wanted}: cannot be downloaded from {place} ({one_line(error)}); fetch it where there is a network and "
-            "give the path of the .safetensors file as teacher.pretrained, or of its folder as model = 'local-dir:…'"
-        ) from error

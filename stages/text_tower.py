@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..cache.durable import make_folder, sync_folder, write_bytes, write_json
 from ..cache.errors import CacheError
+from .pretrained_tags import quiet_open_clip
 from .teacher import Teacher
-from .teacher_source import CONFIG_NAME, LOCAL, quiet_open_clip
+from .teacher_source import CONFIG_NAME, LOCAL
 from .tokens import load_tokenizer, tokenize
 
 WEIGHTS_NAME = "open_clip_text.safetensors"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..cache.errors import InputError
 from ..cache.feature_cache import EvaluateSet, FeatureCache
-from .checkpoint import load_checkpoint, load_weights
+from .checkpoint import load_checkpoint, load_weights, weights_to_use
 from .devices import resolve_device
 from .images import ImageError, read_image
 from .run_record import CHECKPOINT, read_run_record
@@ -75,11 +75,11 @@ def mean_cosine(first: Matrix, second: Matrix) -> float:
 
 
 def load_student(run_dir: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild a student from its run; needs no teacher, no cache and no network.
+    """Rebuild a student from its run, with averaged weights where it kept some; needs no teacher, cache or network.
 
     Returns:
         The student, from (B, 3, S, S) to (B, embed_dim), in eval mode, on the CPU; and its `run.json`, with the number
-        of steps that the weights have behind them as `step`.
+        of steps that the weights have behind them as `step`, and which they are, `ema` or `model`, as `weights`.
 
     Raises:
         InputError: if the folder holds no run, it has no checkpoint yet, or a file is damaged.
@@ -88,8 +88,9 @@ def load_student(run_dir: Path) -> tuple[nn.Module, dict[str, Any]]:
     settings = record["student"][record["name"]]
     student = build_student(settings["model"], record["embed_dim"], settings["image_size"])
     state = load_checkpoint(run_dir / CHECKPOINT)
-    load_weights(student, state, run_dir / CHECKPOINT)
-    return student.eval(), {**record, "step": state["step"]}
+    weights = weights_to_use(state)
+    load_weights(student, state, run_dir / CHECKPOINT, weights)
+    return student.eval(), {**record, "step": state["step"], "weights": weights}
 
 
 def evaluate_student(
@@ -102,7 +103,7 @@ def evaluate_student(
     batch_size: int = 256,
     device: str = "auto",
     workers: int = 0,
-) -> dict[str, float | int | None]:
+) -> dict[str, float | int | str | None]:
     """Score a student and, from the cache, its teacher on one labelled set. Computed in float32, without the teacher.
 
     The student sees images as the teacher does (resize mode, filter, mean and std), at its own size. An image that
@@ -115,8 +116,8 @@ def evaluate_student(
         workers: threads that decode; 0 takes one for each core.
 
     Returns:
-        `n`, `unreadable`, `student_top1`, `student_top5`, `teacher_top1`, `teacher_top5`, `agreement` and `cosine`;
-        the last two are None if no image could be read.
+        `n`, `unreadable`, `student_top1`, `student_top5`, `teacher_top1`, `teacher_top5`, `agreement` and `cosine`,
+        these two None if no image could be read; and `weights`, `ema` where they are averages, else `model`.
 
     Raises:
         InputError: if the cache has no such set or another teacher's embeddings, or the folder is missing.
@@ -143,6 +144,7 @@ def evaluate_student(
         "teacher_top1": top_k_accuracy(teacher_logits, labelled.labels, 1),
         "teacher_top5": top_k_accuracy(teacher_logits, labelled.labels, 5),
         **{key: None if math.isnan(value) else value for key, value in shared.items()},
+        "weights": record.get("weights", "model"),
     }
 
 

@@ -1,8 +1,11 @@
-"""What tests share: a tiny teacher on disk."""
+"""What tests share: a tiny teacher on disk, and a small cache made by hand."""
 
+import sys
 from pathlib import Path
 
 import pytest
+
+from .small_cache import STUDENTS, make_cache
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +17,13 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
     torch.set_num_threads(1)  # models this small only lose by more
     return make_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A cache made by hand, its images, and students of the user's: (cache, folder)."""
+    (tmp_path / "own_students.py").write_text(STUDENTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield make_cache(tmp_path), tmp_path
+    sys.modules.pop("own_students", None)

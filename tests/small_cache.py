@@ -37,6 +37,20 @@ def with_dropout(embed_dim, image_size):
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3),
                          nn.Linear(8 * (image_size // 2) ** 2, embed_dim))
 
+def plain(embed_dim, image_size):
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.Flatten(),
+                         nn.Linear(8 * (image_size // 2) ** 2, embed_dim))
+
+def broken(embed_dim, image_size):
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.calls = plain(embed_dim, image_size), 0
+        def forward(self, images):
+            self.calls += self.training
+            return self.inner(images) * (float("nan") if self.calls > 2 else 1)
+    return Broken()
+
 def too_wide(embed_dim, image_size):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, embed_dim + 1))
 
@@ -56,7 +70,13 @@ def photo(path: Path, seed: int, size: tuple[int, int] = (28, 24)) -> str:
     return path.name
 
 
-def make_cache(folder: Path, num_images: int = 40, num_sentences: int = 30) -> FeatureCache:
+def make_cache(
+    folder: Path,
+    num_images: int = 40,
+    num_sentences: int = 30,
+    embed_dim: int = EMBED_DIM,
+    image_size: tuple[int, int] = (28, 24),
+) -> FeatureCache:
     """Write `images/`, `dev/`, `cache/` into a folder. Image row 3 failed; the file of dev's row 1 is no image."""
     random = np.random.default_rng(0)
     layout = Layout(folder / "cache")
@@ -65,15 +85,15 @@ def make_cache(folder: Path, num_images: int = 40, num_sentences: int = 30) -> F
         name = CLASSES[i // 3]
         dev_rows.append({"source": f"{name}/{photo(folder / 'dev' / name / f'{i}.png', 100 + i)}", "class_id": name})
     (folder / "dev" / dev_rows[1]["source"]).write_bytes(b"no image")
-    image_rows = [{"source": photo(folder / "images" / f"{i:03d}.jpg", i)} for i in range(num_images)]
+    image_rows = [{"source": photo(folder / "images" / f"{i:03d}.jpg", i, image_size)} for i in range(num_images)]
     image_rows[3] |= {"status": FAILED, "reason": "truncated"}
     arrays = {
-        IMAGES: random.normal(size=(num_images, EMBED_DIM)) + 1,
-        SENTENCES: random.normal(size=(num_sentences, EMBED_DIM)) + 1,
-        evaluate_images("dev"): random.normal(size=(9, EMBED_DIM)),
+        IMAGES: random.normal(size=(num_images, embed_dim)) + 1,
+        SENTENCES: random.normal(size=(num_sentences, embed_dim)) + 1,
+        evaluate_images("dev"): random.normal(size=(9, embed_dim)),
     }
     arrays[IMAGES][3] = np.nan
-    head = random.normal(size=(len(CLASSES), EMBED_DIM))
+    head = random.normal(size=(len(CLASSES), embed_dim))
     specs = {name: ArraySpec(array.shape, "float16", CHUNK_ROWS) for name, array in arrays.items()}
     specs[evaluate_head("dev")] = ArraySpec(head.shape, "float32", len(CLASSES))
     declare_arrays(layout.teacher_zarr, specs)

@@ -11,7 +11,8 @@ from dimefm.cache import InputError
 from dimefm.stages.augment import NUM_UNIFORMS, ViewMaker
 from dimefm.stages.batches import BatchLoader, normalise
 from dimefm.stages.counter_random import uniforms
-from dimefm.stages.order import Stream
+from dimefm.stages.order import BankStream, Stream
+from dimefm.stages.pixel_source import ImageFiles
 from dimefm.stages.settings import AugmentSettings
 
 from .small_cache import make_cache
@@ -25,12 +26,16 @@ def world(tmp_path_factory):
     return make_cache(folder), folder / "images"
 
 
-def loader(world, workers=2, sentences=True):
+def view(side):
+    return ViewMaker(AugmentSettings(flip=True), side, Image.Resampling.BICUBIC)
+
+
+def loader(world, sentences=True, sides=(SIDE,), **options):
     cache, root = world
-    views = ViewMaker(AugmentSettings(flip=True), SIDE, Image.Resampling.BICUBIC)
-    images = cache.images, Stream(cache.images.usable, 10, 0, "images")
+    stream = Stream(cache.images.usable, 10, 0, "images")
     texts = (cache.sentences, Stream(cache.sentences.usable, 7, 0, "sentences")) if sentences else None
-    return BatchLoader(images, texts, root, views, view_key=5, workers=workers)
+    files = ImageFiles(root, cache.images)
+    return BatchLoader(cache.images, stream, files, [view(side) for side in sides], 5, sentences=texts, **options)
 
 
 def batches(world, first, end, **options):
@@ -42,7 +47,7 @@ def equal(first, second):
     return (
         first.step == second.step
         and (first.rows == second.rows).all()
-        and torch.equal(first.images, second.images)
+        and all(map(torch.equal, first.images, second.images))
         and torch.equal(first.targets, second.targets)
         and torch.equal(first.sentences, second.sentences)
     )
@@ -53,14 +58,14 @@ def test_a_batch_holds_the_rows_of_its_step_their_views_and_their_cached_embeddi
     (batch,) = batches(world, 4, 5)
     draw = Stream(cache.images.usable, 10, 0, "images").draw(4)
     assert (batch.rows == draw.rows).all() and draw.passes.tolist() == [1] * 10
-    assert batch.images.shape == (10, SIDE, SIDE, 3) and batch.images.dtype == torch.uint8
+    assert batch.images[0].shape == (10, SIDE, SIDE, 3) and batch.images[0].dtype == torch.uint8
     assert (batch.targets.numpy() == cache.images.embeddings[draw.rows]).all() and batch.targets.dtype == torch.float16
     sentences = Stream(cache.sentences.usable, 7, 0, "sentences").draw(4).rows
     assert (batch.sentences.numpy() == cache.sentences.embeddings[sentences]).all()
     maker = ViewMaker(AugmentSettings(flip=True), SIDE, Image.Resampling.BICUBIC)
     for i, one in enumerate(uniforms(5, draw.rows, draw.passes, NUM_UNIFORMS).tolist()):
         data = (root / f"{draw.rows[i]:03d}.jpg").read_bytes()
-        assert (batch.images[i].numpy() == maker.view(data, one)).all()
+        assert (batch.images[0][i].numpy() == maker.view(data, one)).all()
 
 
 def test_starting_in_the_middle_gives_the_batches_of_a_run_from_the_start(world):
@@ -81,13 +86,30 @@ def test_failed_rows_are_never_drawn(world):
 def test_an_image_has_another_view_in_each_pass(world):
     seen = {}
     for batch in batches(world, 0, 8):
-        for row, view in zip(batch.rows, batch.images):
-            seen.setdefault(int(row), set()).add(view.numpy().tobytes())
+        for row, one in zip(batch.rows, batch.images[0]):
+            seen.setdefault(int(row), set()).add(one.numpy().tobytes())
     assert max(map(len, seen.values())) > 1
 
 
 def test_sentences_are_not_read_where_no_loss_wants_them(world):
     assert batches(world, 0, 1, sentences=False)[0].sentences is None
+
+
+def test_views_of_several_sizes_from_one_reading_are_those_made_alone(world):
+    both = batches(world, 0, 4, sides=(SIDE, 20))
+    alone = [batches(world, 0, 4, sides=(side,)) for side in (SIDE, 20)]
+    for step, batch in enumerate(both):
+        assert all(torch.equal(views, one[step].images[0]) for views, one in zip(batch.images, alone))
+
+
+def test_a_bank_brings_the_targets_of_more_images(world):
+    cache, root = world
+    stream = Stream(cache.images.usable, 10, 0, "images")
+    bank = BankStream(stream, 6, 0)
+    with BatchLoader(cache.images, stream, ImageFiles(root, cache.images), [view(8)], 5, bank=bank, workers=1) as one:
+        (batch,) = one.batches(2, 3)
+    assert batch.sentences is None and batch.bank.dtype == torch.float16
+    assert (batch.bank.numpy() == cache.images.embeddings[bank.draw(2).rows]).all()
 
 
 def test_an_image_that_is_gone_stops_the_run_naming_file_and_row(tmp_path):

@@ -1,5 +1,6 @@
 """The losses against the numbers of the specification, an independent NumPy reference, and properties of the paper."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from dimefm.stages.losses import (
+    LossInputs,
     effective_candidates,
     feature_loss,
     loss_terms,
@@ -186,10 +188,85 @@ def test_a_sharp_teacher_overflows_nothing():
 def test_terms_that_are_off_are_absent_and_each_has_its_own_temperature():
     student, teacher = embeddings(4, 6), embeddings(4, 6, seed=1)
     temperature = TemperatureSettings(pvl=2.0, udist=5.0)
-    terms = loss_terms(student, teacher, None, LossSettings(pvl=0.1, udist=2.0), temperature, 10.0)
+    inputs = LossInputs.of_one_process(student, teacher)
+    terms = loss_terms(inputs, LossSettings(pvl=0.1, udist=2.0), temperature, 10.0)
     assert set(terms) == {"pvl", "udist"}
     assert terms["pvl"] == pvl_loss(student, teacher, 2.0, 10.0)
     assert terms["udist"] == udist_loss(student, teacher, 5.0, 10.0)
+
+
+def test_a_bank_stands_beside_the_batch_on_both_sides():
+    student, teacher, bank = embeddings(4, 6), embeddings(4, 6, seed=1), embeddings(9, 6, seed=2)
+    units = [
+        matrix.numpy() / np.linalg.norm(matrix.numpy(), axis=1, keepdims=True) for matrix in (student, teacher, bank)
+    ]
+    columns = np.concatenate(units[1:])
+    wanted = 2 * reference_kl(10 * units[1] @ columns.T / 3, 10 * units[0] @ columns.T / 3)
+    assert pvl_loss(student, teacher, 3.0, 10.0, bank_images=bank).item() == pytest.approx(wanted, rel=1e-10)
+    with pytest.raises(ValueError, match="bank_images: 5 wide, the teacher's images are 6"):
+        pvl_loss(student, teacher, bank_images=embeddings(9, 5))
+
+
+@pytest.mark.parametrize("cuts", [([0, 4, 8], [0, 6, 12]), ([0, 1, 3, 6, 8], [0, 5, 6, 10, 12])])
+@pytest.mark.parametrize("pieces", [False, True])
+def test_shares_of_the_processes_add_up_to_the_losses_and_gradients_of_the_global_batch(cuts, pieces, monkeypatch):
+    if pieces:
+        monkeypatch.setattr("dimefm.stages.similarity_blocks._WHOLE", 1)
+        monkeypatch.setattr("dimefm.stages.similarity_blocks._CPU_BLOCK", 60)
+    teacher, sentences, bank = embeddings(8, 6, seed=1), embeddings(12, 6, seed=2), embeddings(10, 6, seed=3)
+    weights = LossSettings(vl=1.0, pvl=1.0, udist=1.0, feature=1.0)
+    temperature = TemperatureSettings()
+
+    def terms_and_gradients(student, all_inputs):
+        """Each loss, summed over the processes, and the gradient that arrives at the student's global embeddings."""
+        summed = {}
+        for inputs in all_inputs:
+            for name, term in loss_terms(inputs, weights, temperature, 10.0).items():
+                summed[name] = summed.get(name, 0) + term
+        return {
+            name: (term.detach(), torch.autograd.grad(term, student, retain_graph=True)[0])
+            for name, term in summed.items()
+        }
+
+    student = embeddings(8, 6).requires_grad_()
+    wanted = terms_and_gradients(student, [LossInputs.of_one_process(student, teacher, sentences, bank)])
+    shares = [
+        LossInputs(
+            student[images],  # the slice of the gathered ones, so that both gradients meet in them
+            teacher[images],
+            all_student_images=student,
+            all_teacher_images=teacher,
+            sentences=sentences[texts],
+            all_sentences=sentences,
+            bank_images=bank,
+        )
+        for images, texts in zip(*([slice(*pair) for pair in itertools.pairwise(at)] for at in cuts))
+    ]
+    found = terms_and_gradients(student, shares)
+    assert set(found) == set(wanted) == {"vl", "pvl", "udist", "feature"}
+    pure = {
+        "vl": vl_loss(student, teacher, sentences, 1.0, 10.0),
+        "pvl": pvl_loss(student, teacher, 3.0, 10.0, bank),
+        "udist": udist_loss(student, teacher, 7.0, 10.0),
+        "feature": feature_loss(student, teacher),
+    }
+    for name, (loss, gradient) in wanted.items():
+        assert loss == pure[name]
+        torch.testing.assert_close(found[name][0], loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(found[name][1], gradient, rtol=1e-12, atol=1e-12 * gradient.abs().max().item())
+
+
+def test_inputs_of_several_processes_that_do_not_fit_are_refused():
+    student, teacher, sentences = embeddings(2, 6), embeddings(2, 6, seed=1), embeddings(3, 6, seed=2)
+    everybodys = {"all_student_images": embeddings(4, 6), "all_teacher_images": embeddings(5, 6)}
+    weights, temperature = LossSettings(vl=1.0), TemperatureSettings()
+    with pytest.raises(ValueError, match="4 student images against 5"):
+        loss_terms(LossInputs(student, teacher, **everybodys), weights, temperature, 10.0)
+    everybodys["all_teacher_images"] = embeddings(4, 6)
+    with pytest.raises(ValueError, match="both or neither"):
+        loss_terms(LossInputs(student, teacher, **everybodys, sentences=sentences), weights, temperature, 10.0)
+    with pytest.raises(ValueError, match="no sentences, but vl is on"):
+        loss_terms(LossInputs(student, teacher, **everybodys), weights, temperature, 10.0)
 
 
 def test_effective_candidates_count_what_a_softmax_spreads_over():

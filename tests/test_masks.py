@@ -11,9 +11,9 @@ from dimefm.cache.manifest import read_manifest
 from dimefm.cache.masks import add_mask, mask_names, read_mask
 from dimefm.pipeline.mask import mask_from_file
 from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
-from dimefm.stages.train import train_student
 
 from .small_cache import make_cache
+from .training import train_one
 
 EVEN = np.arange(40) % 2 == 0
 STUDENT = StudentSettings(model="timm:resnet10t", image_size=32)
@@ -110,14 +110,14 @@ def test_training_draws_from_the_mask_and_its_record_says_so(cache, tmp_path):
     add_mask(cache.layout, "images", "odd", ~EVEN)
     masked = FeatureCache.open(cache.layout.root).masked(images="even")
     settings = DistillSettings(epochs=1, batch_images=8, loss=LossSettings(feature=1.0), device="cpu", workers=1)
-    result = train_student(masked, tmp_path / "images", "small", STUDENT, settings, tmp_path / "run")
+    result = train_one(masked, tmp_path / "images", STUDENT, settings, tmp_path / "run")
     assert result.total_steps == 20 // 8
     record = json.loads((tmp_path / "run/run.json").read_bytes())
     assert record["rows"]["images"] == 20 and record["masks"]["images"]["name"] == "even"
     for other in (None, "odd"):
         changed = FeatureCache.open(cache.layout.root).masked(images=other)
         with pytest.raises(InputError, match=r"masks\.images"):
-            train_student(changed, tmp_path / "images", "small", STUDENT, settings, tmp_path / "run")
+            train_one(changed, tmp_path / "images", STUDENT, settings, tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["text", "numbers", "bools"])

@@ -14,11 +14,12 @@ from dimefm.cache import InputError
 from dimefm.cache.durable import append_line
 from dimefm.stages.checkpoint import load_checkpoint, save_checkpoint
 from dimefm.stages.interrupt import Interrupted, StopSignals
-from dimefm.stages.losses import feature_loss, vl_loss
+from dimefm.stages.losses import feature_loss, loss_terms, pvl_loss, vl_loss
+from dimefm.stages.order import Stream
 from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
-from dimefm.stages.train import train_student
 
-from .small_cache import STUDENTS, make_cache
+from .small_cache import make_cache
+from .training import TIMES, train_one, weights_of
 
 STUDENT = StudentSettings(model="own_students:with_dropout", image_size=8)
 SETTINGS = DistillSettings(
@@ -33,17 +34,15 @@ SETTINGS = DistillSettings(
     loss=LossSettings(vl=0.7, pvl=0.3, udist=0.1, feature=1.0),
 )
 STEPS = 13  # 39 usable images, 3 epochs, 9 a step
-TIMES = {"images_per_s", "data_wait"}
-
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads({threads})
-sys.path.insert(0, {folder!r})
+sys.path[:0] = [{folder!r}, {repository!r}]
 from dimefm.cache.feature_cache import FeatureCache
 from dimefm.stages.settings import DistillSettings, StudentSettings
-from dimefm.stages.train import train_student
+from tests.training import train_one
 folder = Path({folder!r})
 student, settings = StudentSettings.model_validate_json({student!r}), DistillSettings.model_validate_json({settings!r})
 
@@ -51,24 +50,13 @@ def kill(done, total, text):
     if done == 6 * settings.batch_images:
         os.kill(os.getpid(), signal.SIGKILL)
 
-train_student(FeatureCache.open(folder / "cache"), folder / "images", "own", student, settings, folder / "run",
-              progress=kill)
+train_one(FeatureCache.open(folder / "cache"), folder / "images", student, settings, folder / "run", progress=kill)
 """
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    """A cache, its images, and a student of the user's."""
-    (tmp_path / "own_students.py").write_text(STUDENTS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield make_cache(tmp_path), tmp_path
-    sys.modules.pop("own_students", None)
 
 
 def train(world, run="run", settings=SETTINGS, student=STUDENT, **options):
     cache, folder = world
-    return train_student(cache, folder / "images", "own", student, settings, folder / run, **options)
+    return train_one(cache, folder / "images", student, settings, folder / run, **options)
 
 
 def lines(world, run="run"):
@@ -78,7 +66,7 @@ def lines(world, run="run"):
 
 
 def weights(world, run="run"):
-    return load_checkpoint(world[1] / run / "checkpoint.pt")["model"]
+    return weights_of(world[1] / run)
 
 
 def same_weights(world, first, second):
@@ -90,6 +78,7 @@ def kill_at_step_6(world):
     program = KILLED.format(
         threads=torch.get_num_threads(),
         folder=str(world[1]),
+        repository=str(Path(__file__).parents[1]),
         student=STUDENT.model_dump_json(),
         settings=SETTINGS.model_dump_json(),
     )
@@ -252,8 +241,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(w
     state["model"]["5.bias"][0] = torch.inf
     save_checkpoint(path, {key: value for key, value in state.items() if key != "format"})
     before = path.read_bytes()
-    with pytest.raises(InputError, match=r"the loss of step 3 is not finite; .* lower distill\.lr"):
+    good = r"the last good checkpoint is .*run/checkpoint\.pt; lower distill\.lr"
+    with pytest.raises(InputError, match=rf"the loss of step 3 is not finite \(rows \d+, .* and 5 more, .*\); {good}"):
         train(world)
+    bad = json.loads((world[1] / "run/not_finite.json").read_bytes())
+    order = Stream(world[0].images.usable, 9, SETTINGS.seed, "images")
+    assert bad == {"step": 3, "rows": order.draw(2).rows.tolist()}
     assert path.read_bytes() == before and [line["step"] for line in lines(world)] == [1, 2]
 
 
@@ -282,23 +275,71 @@ def test_low_precision_trains_and_goes_on_bit_for_bit(world, precision):
     assert lines(world) == lines(world, "whole") and same_weights(world, "run", "whole")
 
 
-def test_the_logged_losses_are_those_of_the_pure_functions(world):
-    settings = SETTINGS.model_copy(update={"loss": LossSettings(vl=1.0, feature=1.0, logit_scale=5.0)})
-    seen = {}
+def test_the_logged_losses_are_those_of_the_pure_functions(world, monkeypatch):
+    settings = SETTINGS.model_copy(
+        update={"bank_images": 11, "loss": LossSettings(vl=1.0, pvl=1.0, feature=1.0, logit_scale=5.0)}
+    )
+    seen = []
 
-    def keep(name, loss):
-        def kept(*arguments):
-            seen[name] = loss(*arguments).item()
-            return loss(*arguments)
+    def keep(inputs, *rest):
+        seen.append(inputs)
+        return loss_terms(inputs, *rest)
 
-        return kept
+    monkeypatch.setattr("dimefm.stages.learner.loss_terms", keep)
+    train(world, settings=settings, stop_after=1)
+    (line,), (inputs,) = lines(world), seen
+    student, teacher, sentences, bank = (
+        getattr(inputs, name).detach() for name in ("student_images", "teacher_images", "sentences", "bank_images")
+    )
+    assert (student.shape, teacher.shape, sentences.shape, bank.shape) == ((9, 16), (9, 16), (7, 16), (11, 16))
+    assert line["vl"] == pytest.approx(vl_loss(student, teacher, sentences, logit_scale=5.0).item(), rel=1e-6)
+    assert line["pvl"] == pytest.approx(pvl_loss(student, teacher, 3.0, 5.0, bank_images=bank).item(), rel=1e-6)
+    assert line["feature"] == pytest.approx(feature_loss(student, teacher).item(), rel=1e-6)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dimefm.stages.losses.vl_loss", keep("vl", vl_loss))
-        patch.setattr("dimefm.stages.losses.feature_loss", keep("feature", feature_loss))
-        train(world, settings=settings, stop_after=1)
-    (line,) = lines(world)
-    assert (line["vl"], line["feature"]) == (seen["vl"], seen["feature"])
+
+def test_all_that_a_step_can_do_goes_on_bit_for_bit(world):
+    more = {"ema": 0.9, "clip_grad_norm": 0.05, "accumulate": 2, "bank_images": 6, "precision": "bf16"}
+    settings = SETTINGS.model_copy(update=more)
+    train(world, "whole", settings)
+    train(world, settings=settings, stop_after=5)
+    train(world, settings=settings)
+    assert lines(world) == lines(world, "whole") and same_weights(world, "run", "whole")
+    first, second = (load_checkpoint(world[1] / run / "checkpoint.pt")["ema"] for run in ("run", "whole"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert lines(world)[0]["gradient_norm"] > 0.05
+
+
+def test_a_run_of_before_a_key_came_goes_on_with_its_default(world):
+    train(world, stop_after=2)
+    path = world[1] / "run/run.json"
+    record = json.loads(path.read_bytes())
+    for key in ("accumulate", "bank_images", "ema", "compile", "clip_grad_norm"):
+        del record["distill"][key]
+    del record["pixels"], record["order"], record["warm_start"]
+    path.write_text(json.dumps(record))
+    assert train(world).finished
+    with pytest.raises(InputError, match=r"distill\.accumulate = 1, but this run asks for 3"):
+        train(world, settings=SETTINGS.model_copy(update={"accumulate": 3}))
+
+
+def test_the_record_says_how_rows_are_drawn(world):
+    train(world, settings=SETTINGS.model_copy(update={"bank_images": 5}), stop_after=1)
+    record = json.loads((world[1] / "run/run.json").read_bytes())
+    assert set(record["order"]) == {"images", "sentences", "bank"}
+    assert (record["pixels"], record["processes"], record["warm_start"]) == ("files", 1, None)
+
+
+def test_a_warm_start_begins_with_the_other_runs_weights(world):
+    train(world, "first", stop_after=2)
+    notes = []
+    init = STUDENT.model_copy(update={"init": f"run:{world[1] / 'first'}"})
+    settings = SETTINGS.model_copy(update={"lr": 1e-30, "lr_min": 0.0, "weight_decay": 0.0})
+    train(world, student=init, settings=settings, stop_after=1, note=notes.append)
+    before, after = weights(world, "first"), weights(world)
+    assert all(torch.equal(before[key], after[key]) for key in before if "running" not in key and "num_" not in key)
+    assert "first" in notes[0]
+    record = json.loads((world[1] / "run/run.json").read_bytes())
+    assert record["warm_start"]["fresh"] == [] and record["warm_start"]["digest"]
 
 
 def test_progress_counts_images(world):

@@ -11,8 +11,10 @@ from PIL import Image
 
 from dimefm.cache import InputError
 from dimefm.stages import zero_shot
+from dimefm.stages.checkpoint import save_checkpoint
+from dimefm.stages.run_record import write_run_record
 from dimefm.stages.settings import DistillSettings, StudentSettings
-from dimefm.stages.train import train_student
+from dimefm.stages.students import build_student
 from dimefm.stages.zero_shot import (
     agreement,
     evaluate_student,
@@ -23,6 +25,7 @@ from dimefm.stages.zero_shot import (
 )
 
 from .small_cache import STUDENTS, TEACHER, make_cache
+from .training import train_one
 
 RECORD = {
     "name": "own",
@@ -144,13 +147,40 @@ def test_a_trained_student_comes_back_from_its_run_alone(world, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     student = StudentSettings(model="own_students:with_dropout", image_size=8)
     settings = DistillSettings(epochs=1, batch_images=8, batch_sentences=8, device="cpu")
-    train_student(cache, folder / "images", "own", student, settings, folder / "run", stop_after=2)
+    train_one(cache, folder / "images", student, settings, folder / "run", stop_after=2)
     module, record = load_student(folder / "run")
     assert not module.training and record["step"] == 2 and record["total_steps"] == 4
     scores = evaluate_student(module, record, cache, "dev", folder / "dev", device="cpu")
     assert scores == evaluate_student(module, record, cache, "dev", folder / "dev", device="cpu")
     json.dumps(scores, allow_nan=False)
     sys.modules.pop("own_students", None)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_averaged_weights_are_scored_where_a_run_keeps_some(world, averaged):
+    cache, folder = world
+    spec = "timm:resnet10t"
+    last, average = (build_student(spec, cache.images.embeddings.shape[-1], 32) for _ in range(2))
+    record = {**RECORD, "student": {"own": {"model": spec, "image_size": 32}}, "embed_dim": 16}
+    write_run_record(folder / "run", record)
+    state = {"step": 3, "model": last.state_dict()} | ({"ema": average.state_dict()} if averaged else {})
+    save_checkpoint(folder / "run" / "checkpoint.pt", state)
+    student, read = load_student(folder / "run")
+    wanted = average if averaged else last
+    assert torch.equal(student.trunk.fc.weight, wanted.trunk.fc.weight)
+    scores = evaluate_student(student, read, cache, "dev", folder / "dev", device="cpu")
+    assert scores["weights"] == read["weights"] == ("ema" if averaged else "model")
+
+
+def test_averaged_weights_of_another_model_are_refused(world):
+    _, folder = world
+    record = {**RECORD, "student": {"own": {"model": "timm:resnet10t", "image_size": 32}}, "embed_dim": 16}
+    write_run_record(folder / "run", record)
+    model = build_student("timm:resnet10t", 16, 32).state_dict()
+    for ema in ({"weight": torch.zeros(2)}, 0.999):
+        save_checkpoint(folder / "run" / "checkpoint.pt", {"step": 3, "model": model, "ema": ema})
+        with pytest.raises(InputError, match="do not fit the student that run"):
+            load_student(folder / "run")
 
 
 def test_a_folder_that_is_no_run_or_has_no_checkpoint_is_refused(tmp_path):

@@ -1,0 +1,247 @@
+"""One student in training: its model, optimiser, averages and random numbers, and what one step does to them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .checkpoint import load_checkpoint, load_weights, random_state, restore_random_state, save_checkpoint
+from .counter_random import key_of
+from .losses import LossInputs, loss_terms
+from .optim import build_optimizer, set_lr
+from .settings import DistillSettings, StudentSettings
+from .students import build_student
+from .warm_start import WarmStart, warm_start
+from .world import World
+
+_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Learner:
+    """A student that learns; any number of them can learn from the same batches, each as if it were alone.
+
+    Attributes:
+        step: steps that it has behind it.
+        warm: what its weights began with, or None.
+        terms: of the last step, this process's share of each loss, by name.
+        loss: of the last step, this process's share of the weighted sum.
+        embeddings: of the last step's images, (B, D), without gradient.
+        gradient_norm: of the last step, before clipping; None where nothing is clipped.
+    """
+
+    def __init__(
+        self,
+        student: StudentSettings,
+        settings: DistillSettings,
+        embed_dim: int,
+        world: World,
+        precision: str,
+        logit_scale: float,
+        *,
+        fresh: bool,
+    ) -> None:
+        """Build a student, its weights a function of the run's seed.
+
+        Args:
+            precision: `fp32`, `fp16` or `bf16`.
+            fresh: whether a run begins, and `student.init` counts; otherwise `restore` follows.
+
+        Raises:
+            InputError: if the student cannot be built, or its first weights not be read.
+        """
+        self._settings, self._world = settings, world
+        self._precision, self._logit_scale = precision, logit_scale
+        self.step, self._processes_before = 0, world.size
+        torch.manual_seed(key_of(settings.seed, "student"))
+        model = build_student(student.model, embed_dim, student.image_size)
+        self.warm: WarmStart | None = None
+        if fresh and student.init is not None:
+            self.warm = warm_start(model, student.model, student.init, student.image_size)
+        model = model.to(world.device).train()
+        if world.size > 1 and world.device.type == "cuda":  # refuses the CPU, where each process keeps its own
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model.to(memory_format=torch.channels_last)  # as images are: convolutions gain up to twofold
+        self._optimizer = build_optimizer(self.model, settings)
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        self.averaged = None if settings.ema is None else ModelEmaV3(self.model, settings.ema, use_warmup=True)
+        if settings.compile:
+            self.model.compile()  # in place: the names of the weights stay
+        self._parallel = None if world.size == 1 else DistributedDataParallel(self.model, broadcast_buffers=False)
+        if world.rank:
+            torch.manual_seed(key_of(settings.seed, "student", world.rank))  # another dropout for other images
+        self._random = random_state(world.device)
+        self.terms: dict[str, Tensor] = {}
+        self.loss = torch.tensor(torch.nan)
+        self.embeddings: Tensor | None = None
+        self.gradient_norm: Tensor | None = None
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def notes(self) -> Iterator[str]:
+        """What the person should know before it learns."""
+        if self.warm is not None:
+            yield self.warm.line
+        now, before = self._world.size, self._processes_before
+        if now != before:
+            yield (
+                f"trained by {before} processes before, by {now} now: it goes on with the same batches, but no longer "
+                "repeats bit for bit"
+            )
+        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        apart = now if self._world.device.type != "cuda" else 1  # GPUs share the statistics of their processes
+        if norms and apart * self._settings.accumulate > 1:
+            yield (
+                f"has batch norms: their statistics are those of {apart * self._settings.accumulate} parts of the "
+                "batch each, not of the whole"
+            )
+
+    def learn(self, images: Tensor, inputs: "Targets", lr: float) -> None:
+        """One step. Nothing in it waits for a GPU.
+
+        Args:
+            images: (B, 3, S, S) float32, normalised: this process's.
+            inputs: what the images' embeddings are held against.
+            lr: learning rate of this step.
+        """
+        with self._own_random_numbers():
+            set_lr(self._optimizer, lr)
+            self._optimizer.zero_grad(set_to_none=True)
+            self._add_gradients(images, inputs)
+            if self._settings.clip_grad_norm is not None:
+                self._scaler.unscale_(self._optimizer)
+                limit = self._settings.clip_grad_norm
+                self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            self.step += 1
+            if self.averaged is not None:
+                self.averaged.update(self.model, self.step)
+
+    def _add_gradients(self, images: Tensor, inputs: "Targets") -> None:
+        pieces = images.chunk(self._settings.accumulate)
+        if len(pieces) == 1:
+            embeddings = self._embed(images)
+            self._losses(embeddings, inputs).backward()
+            self.embeddings = embeddings.detach()
+            return
+        # The losses compare every image with all the others: embed all of them first, ask the losses what each
+        # embedding should change, then embed piece by piece again, with gradient (GradCache, arXiv 2101.06983).
+        before = [buffer.clone() for buffer in self.model.buffers()]
+        states, embedded = [], []
+        with torch.no_grad():
+            for piece in pieces:
+                states.append(random_state(self._world.device))
+                embedded.append(self._embed(piece, self.model))
+            for buffer, value in zip(self.model.buffers(), before):
+                buffer.copy_(value)  # batch norms count each image once
+        embeddings = torch.cat(embedded).requires_grad_()
+        self._losses(embeddings, inputs).backward()
+        assert embeddings.grad is not None
+        gradients = embeddings.grad.split([len(piece) for piece in pieces])
+        for i, (piece, gradient, state) in enumerate(zip(pieces, gradients, states)):
+            restore_random_state(state, self._world.device)
+            last = i == len(pieces) - 1
+            with nullcontext() if last or self._parallel is None else self._parallel.no_sync():
+                self._embed(piece).backward(gradient)
+        self.embeddings = embeddings.detach()
+
+    def _embed(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
+        with torch.autocast(images.device.type, _AUTOCAST.get(self._precision), enabled=self._precision in _AUTOCAST):
+            embeddings: Tensor = (model or self._parallel or self.model)(images)
+        return embeddings
+
+    def _losses(self, embeddings: Tensor, inputs: "Targets") -> Tensor:
+        """The loss as this process's backward pass wants it."""
+        settings = self._settings
+        held = inputs.against(embeddings, self._world)
+        self.terms = loss_terms(held, settings.loss, settings.temperature, self._logit_scale)
+        weighted = [getattr(settings.loss, name) * term for name, term in self.terms.items()]
+        loss = torch.stack(weighted).sum()
+        self.terms = {name: term.detach() for name, term in self.terms.items()}
+        self.loss = loss.detach()
+        # DistributedDataParallel takes the mean of the processes' gradients; the shares of a loss add up.
+        return self._scaler.scale(loss * self._world.size) if self._world.size > 1 else self._scaler.scale(loss)
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Draw dropout and the like from this student's own generator, wherever the process's stands."""
+        restore_random_state(self._random, self._world.device)
+        yield
+        self._random = random_state(self._world.device)
+
+    def is_finite(self) -> bool:
+        """Whether every weight is a number."""
+        return all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
+
+    def save(self, path: Path) -> None:
+        """Write its state; all processes take part, the first one writes."""
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "random": self._world.gather_objects(self._random),
+        }
+        if self.averaged is not None:
+            state["ema"] = self.averaged.module.state_dict()
+        if self._world.is_first:
+            save_checkpoint(path, state)
+
+    def restore(self, path: Path) -> None:
+        """Take up a saved state.
+
+        Raises:
+            InputError: if it is damaged or another student's.
+        """
+        state = load_checkpoint(path)
+        load_weights(self.model, state, path)
+        if self.averaged is not None:
+            load_weights(self.averaged.module, {"model": state.get("ema", state["model"])}, path)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.step = int(state["step"])
+        of_ranks = state["random"] if isinstance(state["random"], list) else [state["random"]]
+        self._processes_before = len(of_ranks)
+        if len(of_ranks) == self._world.size:
+            self._random = of_ranks[self._world.rank]
+        else:
+            torch.manual_seed(key_of(self._settings.seed, "student", self._world.rank, self.step))
+            self._random = random_state(self._world.device)
+
+
+class Targets:
+    """What a step's embeddings are held against: the teacher's, of this process and of all of them.
+
+    Made once a step; every student that learns from the batch uses it.
+    """
+
+    def __init__(self, targets: Tensor, sentences: Tensor | None, bank: Tensor | None, world: World) -> None:
+        """Gather what the other processes drew.
+
+        Args:
+            targets: (B, D) teacher embeddings of this process's images.
+            sentences: (N, D) of its sentences, or None.
+            bank: (M, D) of its part of the bank, or None.
+        """
+        self.own, self.sentences = targets, sentences
+        self.everybodys = world.gather(targets)
+        self.all_sentences = None if sentences is None else world.gather(sentences)
+        self.bank = None if bank is None else world.gather(bank)
+
+    def against(self, embeddings: Tensor, world: World) -> LossInputs:
+        """Embeddings of this process's images beside all of that."""
+        return LossInputs(
+            student_images=embeddings,
+            teacher_images=self.own,
+            sentences=self.sentences,
+            bank_images=self.bank,
+            all_student_images=world.gather_with_gradient(embeddings),
+            all_teacher_images=self.everybodys,
+            all_sentences=self.all_sentences,
+        )

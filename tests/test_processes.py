@@ -1,0 +1,116 @@
+"""Two processes with half of a batch each are one process with the batch: same losses, gradients, weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dimefm.stages.checkpoint import load_checkpoint
+from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
+
+from .training import TIMES, train_one, weights_of
+
+SETTINGS = DistillSettings(
+    epochs=3,
+    batch_images=8,
+    batch_sentences=10,
+    bank_images=6,
+    lr=0.01,
+    log_every=1,
+    checkpoint_every=2,
+    device="cpu",
+    workers=1,
+    loss=LossSettings(vl=0.7, pvl=0.3, udist=0.2, feature=1.0),
+)
+WORKER = Path(__file__).with_name("one_of_several.py")
+
+
+def two_processes(folder, run, model, steps, settings=SETTINGS, interrupt_at=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(WORKER)]
+    command += [str(folder), run, model, str(steps), settings.model_dump_json(), str(interrupt_at)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"{run}-gradients-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def one_process(world, run, model, steps=None, settings=SETTINGS):
+    cache, folder = world
+    student = StudentSettings(model=f"own_students:{model}", image_size=8)
+    notes = []
+    train_one(cache, folder / "images", student, settings, folder / run, stop_after=steps, note=notes.append)
+    return notes
+
+
+def lines(folder, run):
+    text = (folder / run / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text]
+
+
+def notes_of(folder, run, rank=0):
+    return json.loads((folder / f"{run}-notes-{rank}.json").read_text())
+
+
+@pytest.mark.parametrize("more", [{}, {"accumulate": 2, "clip_grad_norm": 0.5, "ema": 0.9}])
+def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more):
+    settings = SETTINGS.model_copy(update=more)
+    folder = world[1]
+    alone = []
+
+    def remember(self, *arguments):
+        learn(self, *arguments)
+        alone.append({name: parameter.grad.clone() for name, parameter in self.model.named_parameters()})
+
+    from dimefm.stages.learner import Learner
+
+    learn = Learner.learn
+    monkeypatch.setattr(Learner, "learn", remember)
+    one_process(world, "one", "plain", 3, settings)
+    first, second = two_processes(folder, "two", "plain", 3, settings)
+    for wanted, *found in zip(alone, first, second, strict=True):
+        for name, gradient in wanted.items():
+            assert torch.equal(found[0][name], found[1][name])
+            torch.testing.assert_close(found[0][name], gradient, rtol=1e-3, atol=1e-5)
+    for wanted, found in zip(lines(folder, "one"), lines(folder, "two"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
+    one, two = weights_of(folder / "one"), weights_of(folder / "two")
+    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
+def test_batch_norms_of_processes_on_cpus_are_their_own_and_that_is_said(world):
+    one_process(world, "one", "with_dropout", 1)
+    two_processes(world[1], "two", "with_dropout", 1)
+    assert any("statistics are those of 2 parts of the batch" in note for note in notes_of(world[1], "two"))
+    assert notes_of(world[1], "two", 1) == []
+    assert lines(world[1], "two")[0]["loss"] != lines(world[1], "one")[0]["loss"]
+
+
+def test_a_run_goes_on_with_another_number_of_processes_and_says_so(world):
+    folder = world[1]
+    one_process(world, "one", "plain")
+    two_processes(folder, "run", "plain", 4)
+    assert len(load_checkpoint(folder / "run/checkpoint.pt")["random"]) == 2
+    notes = one_process(world, "run", "plain")
+    assert any("trained by 2 processes before, by 1 now" in note and "no longer repeats" in note for note in notes)
+    for wanted, found in zip(lines(folder, "one"), lines(folder, "run"), strict=True):
+        assert found["step"] == wanted["step"] and found["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
+
+
+def test_processes_go_on_bit_for_bit_and_a_signal_to_one_stops_all_after_the_same_step(world):
+    folder = world[1]
+    two_processes(folder, "whole", "with_dropout", 100)
+    two_processes(folder, "run", "with_dropout", 100, interrupt_at=3)
+    said = notes_of(folder, "run")[-1]
+    stopped_at = load_checkpoint(folder / "run/checkpoint.pt")["step"]
+    assert said == f"interrupted: state saved at step {stopped_at} of 14" and 3 <= stopped_at <= 5
+    two_processes(folder, "run", "with_dropout", 100)
+    assert lines(folder, "run") == lines(folder, "whole")
+    first, second = weights_of(folder / "run"), weights_of(folder / "whole")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(world):
+    two_processes(world[1], "run", "plain", 1, SETTINGS.model_copy(update={"batch_images": 9}))
+    assert "distill.batch_images = 9" in notes_of(world[1], "run")[0]

@@ -1,0 +1,38 @@
+"""Training as tests want it: one student in one process, its images in a folder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dimefm.cache.feature_cache import FeatureCache
+from dimefm.stages.checkpoint import load_checkpoint
+from dimefm.stages.pixel_source import ImageFiles
+from dimefm.stages.run_record import CHECKPOINT
+from dimefm.stages.settings import DistillSettings, StudentSettings
+from dimefm.stages.student_run import Run, TrainResult
+from dimefm.stages.train import train
+from dimefm.stages.world import open_world
+
+TIMES = {"images_per_s", "step_s", "wait_s", "compute_s", "data_wait"}
+"""Keys of a line of metrics that no run repeats."""
+
+
+def train_one(
+    cache: FeatureCache,
+    images: Path,
+    student: StudentSettings,
+    settings: DistillSettings,
+    run_dir: Path,
+    **options: Any,
+) -> TrainResult:
+    """Train the student `own`."""
+    with open_world(settings.device) as world:
+        source = ImageFiles(images, cache.images)
+        (result,) = train(cache, source, [Run("own", student, run_dir)], settings, world, **options)
+    return result
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The student's weights in its checkpoint."""
+    return load_checkpoint(run_dir / CHECKPOINT)["model"]
