@@ -67,7 +67,7 @@ def _train(
             write_json(run.folder / SOURCE, source_document(config))
     names = ", ".join(run.name for run in runs)
     too_large = (
-        f"student {names}: a step of distill.batch_images = {settings.batch_images} and distill.batch_sentences = "
+        f"{', '.join(f'student.{run.name}' for run in runs)}: a step of distill.batch_images = {settings.batch_images} and distill.batch_sentences = "
         f"{settings.batch_sentences} does not fit into memory; raise distill.accumulate (now {settings.accumulate}), "
         "or lower one of the two, or image_size, or choose a smaller model"
     )

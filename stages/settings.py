@@ -203,7 +203,7 @@ class DistillSettings(Settings):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     workers: int = Field(default=0, ge=0)
     """How many read, decode and augment images: up to two are threads, more are processes; 0 takes one for each
-    core."""
+    core, divided among the processes of a run."""
     pixels: Literal["auto", "files", "kept"] = "auto"
     """Where the pictures come from: `files`, the originals; `kept`, those that stage one has kept (`cache.pixels`);
     `auto`: kept ones where the cache has them. A run stays with what it began with."""
