@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import load_checkpoint, load_weights, random_state, restore_random_state, save_checkpoint
 from .counter_random import key_of
-from .losses import LossInputs, loss_terms
+from .loss_inputs import LossInputs
+from .losses import loss_terms
 from .optim import build_optimizer, set_lr
 from .settings import DistillSettings, StudentSettings
 from .students import build_student
@@ -230,6 +231,7 @@ class Targets:
             bank: (M, D) of its part of the bank, or None.
         """
         self.own, self.sentences = targets, sentences
+        self.first_image = world.rank * len(targets)  # every process has as many
         self.everybodys = world.gather(targets)
         self.all_sentences = None if sentences is None else world.gather(sentences)
         self.bank = None if bank is None else world.gather(bank)
@@ -244,4 +246,5 @@ class Targets:
             all_student_images=world.gather_with_gradient(embeddings),
             all_teacher_images=self.everybodys,
             all_sentences=self.all_sentences,
+            first_image=self.first_image,
         )

@@ -23,7 +23,7 @@ SETTINGS = DistillSettings(
     checkpoint_every=2,
     device="cpu",
     workers=1,
-    loss=LossSettings(vl=0.7, pvl=0.3, udist=0.2, feature=1.0),
+    loss=LossSettings(vl=0.7, pvl=0.3, udist=0.2, feature=1.0, mse=1.0, icl=0.1, icl_threshold=0.9),
 )
 WORKER = Path(__file__).with_name("one_of_several.py")
 

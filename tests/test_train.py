@@ -13,10 +13,12 @@ import torch
 from dimefm.cache import InputError
 from dimefm.cache.durable import append_line
 from dimefm.stages.checkpoint import load_checkpoint, save_checkpoint
+from dimefm.stages.feature_losses import icl_loss, mse_loss
+from dimefm.stages.info_nce import masked_share
 from dimefm.stages.interrupt import Interrupted, StopSignals
 from dimefm.stages.losses import feature_loss, loss_terms, pvl_loss, vl_loss
 from dimefm.stages.order import Stream
-from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
+from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings, TemperatureSettings
 
 from .small_cache import make_cache
 from .training import TIMES, train_one, weights_of
@@ -276,8 +278,9 @@ def test_low_precision_trains_and_goes_on_bit_for_bit(world, precision):
 
 
 def test_the_logged_losses_are_those_of_the_pure_functions(world, monkeypatch):
+    loss = LossSettings(vl=1.0, pvl=1.0, feature=1.0, mse=1.0, icl=1.0, icl_threshold=0.5, logit_scale=5.0)
     settings = SETTINGS.model_copy(
-        update={"bank_images": 11, "loss": LossSettings(vl=1.0, pvl=1.0, feature=1.0, logit_scale=5.0)}
+        update={"bank_images": 11, "loss": loss, "temperature": TemperatureSettings(icl=2.0)}
     )
     seen = []
 
@@ -295,6 +298,10 @@ def test_the_logged_losses_are_those_of_the_pure_functions(world, monkeypatch):
     assert line["vl"] == pytest.approx(vl_loss(student, teacher, sentences, logit_scale=5.0).item(), rel=1e-6)
     assert line["pvl"] == pytest.approx(pvl_loss(student, teacher, 3.0, 5.0, bank_images=bank).item(), rel=1e-6)
     assert line["feature"] == pytest.approx(feature_loss(student, teacher).item(), rel=1e-6)
+    assert line["mse"] == pytest.approx(mse_loss(student, teacher).item(), rel=1e-6)
+    assert line["icl"] == pytest.approx(icl_loss(student, teacher, 2.0, 5.0, bank, 0.5).item(), rel=1e-6)
+    assert line["icl_masked"] == pytest.approx(masked_share(teacher, (teacher, bank), 0, 0.5).item(), rel=1e-6)
+    assert 0 < line["icl_masked"] < 1
 
 
 def test_all_that_a_step_can_do_goes_on_bit_for_bit(world):
