@@ -36,7 +36,8 @@ def read_metrics(
     Returns:
         `loss`, each loss by its name, `cosine` (mean, student to target), and for each relational loss
         `…_candidates`: how many columns the teacher's softmax spreads over, exp(entropy), mean over the rows. For `icl`
-        with a threshold `icl_masked`, the share of other images that are no negatives.
+        with a threshold `icl_masked`, the share of other images that are no negatives, and
+        `icl_scale`, what it multiplied cosines by, where that is learned.
     """
     shares = {"loss": learner.loss, **learner.terms}
     means = _signs(learner, targets, settings, logit_scale)
@@ -44,6 +45,8 @@ def read_metrics(
     values: dict[str, float] = dict(zip([*shares, *means], summed.tolist()))  # the one moment that waits for a GPU
     if learner.gradient_norm is not None:
         values["gradient_norm"] = learner.gradient_norm.item()
+    if learner.icl_factor is not None:
+        values["icl_scale"] = learner.icl_factor.item()  # the same in every process
     return values
 
 

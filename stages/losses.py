@@ -114,7 +114,11 @@ def feature_loss(student_images: Tensor, teacher_images: Tensor) -> Tensor:
 
 
 def loss_terms(
-    inputs: LossInputs, weights: LossSettings, temperature: TemperatureSettings, logit_scale: float
+    inputs: LossInputs,
+    weights: LossSettings,
+    temperature: TemperatureSettings,
+    logit_scale: float,
+    icl_factor: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """This process's share of each loss that has a weight above 0, by name, not yet weighted.
 
@@ -126,6 +130,7 @@ def loss_terms(
     Args:
         inputs: of one process; its sentences may be None where `vl` is off.
         logit_scale: number that replaces `weights.logit_scale`, which may be "teacher".
+        icl_factor: scalar that replaces logit scale / temperature in `icl` where that is learned; gets a gradient.
 
     Raises:
         ValueError: if shapes or dtypes do not fit.
@@ -142,7 +147,8 @@ def loss_terms(
     if weights.mse:
         terms["mse"] = mse_share(inputs)
     if weights.icl:
-        terms["icl"] = icl_share(inputs, logit_factor(logit_scale, temperature.icl), weights.icl_threshold)
+        factor = logit_factor(logit_scale, temperature.icl) if icl_factor is None else icl_factor
+        terms["icl"] = icl_share(inputs, factor, weights.icl_threshold)
     return terms
 
 

@@ -173,6 +173,8 @@ class TemperatureSettings(Settings):
     pvl: Temperature = 3.0
     udist: Temperature = 7.0
     icl: Temperature = 1.0
+    icl_learned: bool = False
+    """Whether `icl` only begins with its temperature and learns it, as CLIP-KD does."""
 
 
 class DistillSettings(Settings):

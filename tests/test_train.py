@@ -306,6 +306,7 @@ def test_the_logged_losses_are_those_of_the_pure_functions(world, monkeypatch):
 
 def test_all_that_a_step_can_do_goes_on_bit_for_bit(world):
     more = {"ema": 0.9, "clip_grad_norm": 0.05, "accumulate": 2, "bank_images": 6, "precision": "bf16"}
+    more |= {"loss": LossSettings(vl=0.7, pvl=0.3, icl=1.0), "temperature": TemperatureSettings(icl_learned=True)}
     settings = SETTINGS.model_copy(update=more)
     train(world, "whole", settings)
     train(world, settings=settings, stop_after=5)
@@ -314,6 +315,10 @@ def test_all_that_a_step_can_do_goes_on_bit_for_bit(world):
     first, second = (load_checkpoint(world[1] / run / "checkpoint.pt")["ema"] for run in ("run", "whole"))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert lines(world)[0]["gradient_norm"] > 0.05
+    scales = [line["icl_scale"] for line in lines(world)]
+    assert scales[0] == pytest.approx(20.0) and len(set(scales)) == len(scales)
+    with pytest.raises(InputError, match=r"distill\.temperature\.icl_learned = True, but this run asks for False"):
+        train(world, settings=settings.model_copy(update={"temperature": TemperatureSettings()}))
 
 
 def test_a_run_of_before_a_key_came_goes_on_with_its_default(world):
