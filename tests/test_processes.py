@@ -11,7 +11,7 @@ import torch
 from dimefm.stages.checkpoint import load_checkpoint
 from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings, TemperatureSettings
 
-from .training import TIMES, train_one, weights_of
+from .training import TIMES, gradients_of, train_one, weights_of
 
 SETTINGS = DistillSettings(
     epochs=3,
@@ -62,7 +62,7 @@ def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more
 
     def remember(self, *arguments):
         learn(self, *arguments)
-        alone.append({name: parameter.grad.clone() for name, parameter in self.model.named_parameters()})
+        alone.append(gradients_of(self))
 
     from dimefm.stages.learner import Learner
 
