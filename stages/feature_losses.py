@@ -1,9 +1,9 @@
 """Losses that hold a student's image embedding against the teacher's of the same image, after CLIP-KD.
 
-CLIP-KD: Yang et al., CVPR 2024, arXiv 2307.12732, section 3, and the code released with it. There images and texts come
-in pairs and the student has both towers; here the student is the image tower alone, its images are paired with nothing,
-and only that half of each loss is left. All rows are L2-normalised inside; fp16 and bf16 are promoted to float32,
-float64 stays, whatever autocast and TF32 say; no gradient reaches a teacher embedding.
+CLIP-KD: Yang et al., CVPR 2024, arXiv 2307.12732, as the code released with it computes it (`KDClipLoss`). There images
+and texts come in pairs and the student has both towers; here the student is the image tower alone, its images are
+paired with nothing, and only that half of each loss is left. All rows are L2-normalised inside; fp16 and bf16 are
+promoted to float32, float64 stays, whatever autocast and TF32 say; no gradient reaches a teacher embedding.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def icl_loss(
 
     CLIP-KD's interactive contrastive learning (ICL) contrasts a student's image with the teacher's texts, its caption
     being the positive. **Adapted**: without captions the teacher's own embedding of the image is the positive and its
-    embeddings of other images, of the batch and of a bank w, are the negatives. Masking likely false negatives is not
-    in the paper.
+    embeddings of other images, of the batch and of a bank w, are the negatives. Nor does its code mask
+    likely false negatives.
 
     Args:
         student_images: (B, D) û, any float dtype, any norm.
