@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dimefm.stages.checkpoint import load_checkpoint
-from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
+from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings, TemperatureSettings
 
-from .training import TIMES, train_one, weights_of
+from .training import TIMES, gradients_of, train_one, weights_of
 
 SETTINGS = DistillSettings(
     epochs=3,
@@ -23,8 +23,9 @@ SETTINGS = DistillSettings(
     checkpoint_every=2,
     device="cpu",
     workers=1,
-    loss=LossSettings(vl=0.7, pvl=0.3, udist=0.2, feature=1.0),
+    loss=LossSettings(vl=0.7, pvl=0.3, udist=0.2, feature=1.0, mse=1.0, icl=0.1, icl_threshold=0.9),
 )
+LEARNED = TemperatureSettings(icl_learned=True)
 WORKER = Path(__file__).with_name("one_of_several.py")
 
 
@@ -53,7 +54,7 @@ def notes_of(folder, run, rank=0):
     return json.loads((folder / f"{run}-notes-{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("more", [{}, {"accumulate": 2, "clip_grad_norm": 0.5, "ema": 0.9}])
+@pytest.mark.parametrize("more", [{}, {"accumulate": 2, "clip_grad_norm": 0.5, "ema": 0.9, "temperature": LEARNED}])
 def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more):
     settings = SETTINGS.model_copy(update=more)
     folder = world[1]
@@ -61,7 +62,7 @@ def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more
 
     def remember(self, *arguments):
         learn(self, *arguments)
-        alone.append({name: parameter.grad.clone() for name, parameter in self.model.named_parameters()})
+        alone.append(gradients_of(self))
 
     from dimefm.stages.learner import Learner
 
