@@ -151,13 +151,19 @@ class LossSettings(Settings):
     """Uni-modal distance: student-student against teacher-teacher similarities."""
     feature: Weight = 0.0
     """1 - cosine between the student's embedding and the teacher's."""
+    mse: Weight = 0.0
+    """CLIP-KD's feature loss, the mean squared error between unit embeddings: `feature` at 2 / embed_dim its weight."""
+    icl: Weight = 0.0
+    """CLIP-KD's interactive contrastive loss, the teacher's image embeddings in the place of texts."""
+    icl_threshold: float | None = Field(default=None, gt=-1.0, le=1.0)
+    """Images whose teacher embeddings have at least this cosine are no negatives of each other in `icl`."""
     logit_scale: Literal["teacher"] | Annotated[float, Field(gt=0.0)] = "teacher"
     """Multiplies cosines before the softmax: the teacher's own, from the cache, or a number."""
 
     @model_validator(mode="after")
     def _something_is_on(self) -> "LossSettings":
-        if not any((self.vl, self.pvl, self.udist, self.feature)):
-            raise ValueError("every loss is off; give one of vl, pvl, udist, feature a weight above 0")
+        if not any((self.vl, self.pvl, self.udist, self.feature, self.mse, self.icl)):
+            raise ValueError("every loss is off; give one of vl, pvl, udist, feature, mse, icl a weight above 0")
         return self
 
 
@@ -167,6 +173,9 @@ class TemperatureSettings(Settings):
     vl: Temperature = 1.0
     pvl: Temperature = 3.0
     udist: Temperature = 7.0
+    icl: Temperature = 1.0
+    icl_learned: bool = False
+    """Whether `icl` only begins with its temperature and learns it, as CLIP-KD does."""
 
 
 class DistillSettings(Settings):
@@ -180,7 +189,7 @@ class DistillSettings(Settings):
     batch_sentences: int = Field(default=4096, ge=0)
     """Sentences of a step; its own number, since their embeddings come from the cache."""
     bank_images: int = Field(default=0, ge=0)
-    """More images of each step whose teacher embeddings alone are columns of `pvl`, beside the batch's own."""
+    """More images of each step whose teacher embeddings alone are columns of `pvl` and `icl`, beside the batch's."""
     accumulate: int = Field(default=1, ge=1)
     """Pieces in which a step's images go through the student, one after the other; the losses still see all of them."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -204,7 +213,7 @@ class DistillSettings(Settings):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     workers: int = Field(default=0, ge=0)
     """How many read, decode and augment images: up to two are threads, more are processes; 0 takes one for each
-    core."""
+    core, divided among the processes of a run."""
     pixels: Literal["auto", "files", "kept"] = "auto"
     """Where the pictures come from: `files`, the originals; `kept`, those that stage one has kept (`cache.pixels`);
     `auto`: kept ones where the cache has them. A run stays with what it began with."""
