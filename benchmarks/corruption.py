@@ -139,7 +139,7 @@ def small_world(folder: Path) -> Path:
     cache_teacher(load_config(config))
     layout = Layout(load_config(config).cache.dir)
     for side, num_rows in (("images", 60), ("sentences", 40)):
-        add_mask(layout, side, "some", np.arange(num_rows) % 3 > 0)  # type: ignore[arg-type]
+        add_mask(layout, side, "some", np.arange(num_rows) % 3 > 0)
     for i in range(10):
         picture((20 * i, 90, 40), 100 + i).save(folder / "images" / f"new{i}.png")
     with (folder / "captions.txt").open("a") as file:
