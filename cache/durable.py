@@ -117,6 +117,12 @@ def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
         raise cannot_write(path, error) from error
 
 
+def sync_file(path: Path) -> None:
+    """Make what was written to a file survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def _ends_with_newline(file: Any) -> bool:
     file.seek(-1, os.SEEK_END)
     return bool(file.read(1) == b"\n")

@@ -1,6 +1,6 @@
 """One writer at a time. The kernel drops the lock with its process, so a dead writer never blocks the next.
 
-Whoever gets the lock first puts in order what a killed writer left.
+Whoever gets the lock of a cache first puts in order what a killed writer left.
 """
 
 import fcntl
@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from .durable import make_folder, sweep_partials
 from .errors import CacheError
@@ -23,22 +24,37 @@ def writer_lock(layout: Layout) -> Iterator[None]:
     Raises:
         CacheError: at once, naming the holder, if another process writes.
     """
-    make_folder(layout.lock.parent)
-    with layout.lock.open("a+") as file:
+    with held(layout.lock, layout.root, "choose another cache.dir"):
+        sweep_partials(layout.root)
+        complete_change(layout)
+        yield
+
+
+@contextmanager
+def held(lock: Path, folder: Path, otherwise: str) -> Iterator[None]:
+    """Hold a lock file.
+
+    Args:
+        folder: what it guards, for messages.
+        otherwise: what to do on a disk without locks.
+
+    Raises:
+        CacheError: at once, naming the holder, if another process has it.
+    """
+    make_folder(lock.parent)
+    with lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise CacheError(f"{layout.root}: is being written by {holder}; wait for it or stop it") from error
+            raise CacheError(f"{folder}: is being written by {holder}; wait for it or stop it") from error
         except OSError as error:
             raise CacheError(
-                f"{layout.lock}: this disk gives no locks ({error.strerror}); wanted one that does, so that no two "
-                "processes write a cache at once: choose another cache.dir"
+                f"{lock}: this disk gives no locks ({error.strerror}); wanted one that does, so that no two processes "
+                f"write there at once: {otherwise}"
             ) from error
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         file.flush()
-        sweep_partials(layout.root)
-        complete_change(layout)
         yield

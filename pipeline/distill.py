@@ -1,23 +1,27 @@
 """`dimefm distill`: stage two, from the cache alone: one student after the other, or all from one stream of batches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from ..cache.durable import write_json
 from ..cache.errors import CacheError, InputError
 from ..cache.feature_cache import FeatureCache
+from ..cache.lock import held
 from ..cache.plan import first_difference
 from ..stages.devices import memory_errors_as
 from ..stages.kept_pixels import FILES, choose_pixels
 from ..stages.pixel_source import ImageFiles, PixelSource
 from ..stages.run_record import CHECKPOINT, read_run_record
 from ..stages.settings import StudentSettings
-from ..stages.student_run import Run
+from ..stages.student_run import Run, is_finished
 from ..stages.teacher_identity import configured_identity
 from ..stages.train import train
 from ..stages.world import World, is_lost_peer, open_world
 from .config import Config
 from .progress import RESUMED, bar, say
 
+LOCK = "run.lock"
+"""In a run's folder: held by the one process that may write there."""
 SOURCE = "source.json"
 """In a run's folder: where its cache and the labelled images are, for `evaluate`."""
 
@@ -41,14 +45,20 @@ def distill(config: Config, names: list[str], stop_after: int | None = None, *, 
     _require_configured_teacher(config, cache)
     runs = [Run(name, student, config.distill.output / name) for name, student in students.items()]
     with open_world(config.distill.device) as world:
-        for group in [runs] if together else [[run] for run in runs]:
+        for group in _groups(runs, together):
             _train(config, cache, _pixels(config, cache, group), group, world, stop_after)
+
+
+def _groups(runs: list[Run], together: bool) -> list[list[Run]]:
+    """Runs that go in one: those that are finished only say so, each for itself."""
+    left = [run for run in runs if not is_finished(run.folder)] if together else []
+    return [[run] for run in runs if run not in left] + ([left] if left else [])
 
 
 def _pixels(config: Config, cache: FeatureCache, runs: Sequence[Run]) -> PixelSource:
     """The images that these runs began with, or begin with now."""
-    unfinished = [run.folder for run in runs if (run.folder / CHECKPOINT).exists()]
-    began_with = {str(read_run_record(folder).get("pixels", FILES)) for folder in unfinished}
+    begun = [run.folder for run in runs if (run.folder / CHECKPOINT).exists()]
+    began_with = {str(read_run_record(folder).get("pixels", FILES)) for folder in begun}
     if len(began_with) > 1:
         found = " and ".join(sorted(began_with))
         raise InputError(f"--together: these runs began with {found} for pixels; train them one after the other")
@@ -71,19 +81,34 @@ def _train(
         f"and distill.batch_sentences = {settings.batch_sentences} does not fit into memory; raise distill.accumulate "
         f"(now {settings.accumulate}), lower one of the two, or image_size, or choose a smaller model"
     )
-    with bar(f"stage two, {names}", 1, "images", RESUMED, shown=world.is_first) as shown, memory_errors_as(too_large):
-        try:
-            results = train(
-                cache, pixels, runs, settings, world, stop_after=stop_after, progress=shown.update, note=tell
-            )
-        except Exception as error:
-            if world.size > 1 and is_lost_peer(error):
-                raise InputError(f"process {world.rank}: another process of this run has ended; it says why") from error
-            raise
+    with ExitStack() as stack:
+        if world.is_first:
+            for run in runs:
+                if not is_finished(run.folder):
+                    stack.enter_context(held(run.folder / LOCK, run.folder, "choose another distill.output"))
+        shown = stack.enter_context(bar(f"stage two, {names}", 1, "images", RESUMED, shown=world.is_first))
+        stack.enter_context(memory_errors_as(too_large))
+        stack.enter_context(_lost_peers_as_one_line(world))
+        results = train(cache, pixels, runs, settings, world, stop_after=stop_after, progress=shown.update, note=tell)
     for run, result in zip(runs, results):
         if world.is_first:
             write_json(run.folder / SOURCE, source_document(config))
         tell(result.line())
+
+
+@contextmanager
+def _lost_peers_as_one_line(world: World) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if world.size > 1 and "Expected to have finished reduction" in str(error):
+            raise InputError(
+                "the student has weights that its output does not depend on, which several processes cannot train; "
+                "train it in one, or remove them"
+            ) from error
+        if world.size > 1 and is_lost_peer(error):
+            raise InputError(f"process {world.rank}: another process of this run has ended; it says why") from error
+        raise
 
 
 def _keep_quiet(line: str) -> None:

@@ -1,61 +1,45 @@
 """Batches on their way from the loader to the device that trains."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable
+from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .batches import Batch
 
 
-@dataclass(frozen=True)
-class DeviceBatch:
-    """A `Batch`, on the device.
-
-    Attributes:
-        step: from 0.
-        rows: (B,) int64 image rows, on the CPU.
-        images: for each kind of view, (B, S, S, 3) uint8.
-        targets: (B, D) float16 teacher embeddings of the images.
-        sentences: (N, D) float16, or None.
-        bank: (M, D) float16 teacher embeddings of images that are not in the batch, or None.
-        wait_s: seconds that training waited for the loader.
-    """
-
-    step: int
-    rows: NDArray[np.int64]
-    images: tuple[Tensor, ...]
-    targets: Tensor
-    sentences: Tensor | None
-    bank: Tensor | None
-    wait_s: float
-
-
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[DeviceBatch]:
+def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch, None, None]:
     """Copy batches to the device they are trained on.
 
     On a GPU the copy has a stream of its own: the host is a step ahead of the GPU, so the copy of a batch runs beside
-    the computing of the one before it.
+    the computing of the one before it. For the same reason the host may wait for a batch while the GPU still has work;
+    `wait_s` is then 0, for nobody waited.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    given: torch.cuda.Event | None = None
     for batch in batches:
+        was_busy = given is not None and not given.query()
         with torch.cuda.stream(stream):
-            copied = DeviceBatch(
-                batch.step,
-                batch.rows,
-                tuple(view.to(device, non_blocking=True) for view in batch.images),
-                batch.targets.to(device, non_blocking=True),
-                None if batch.sentences is None else batch.sentences.to(device, non_blocking=True),
-                None if batch.bank is None else batch.bank.to(device, non_blocking=True),
-                batch.wait_s,
+            copied = replace(
+                batch,
+                images=tuple(view.to(device, non_blocking=True) for view in batch.images),
+                targets=batch.targets.to(device, non_blocking=True),
+                sentences=_copy(batch.sentences, device),
+                bank=_copy(batch.bank, device),
+                wait_s=0.0 if was_busy else batch.wait_s,
             )
-        if stream is not None:
-            using = torch.cuda.current_stream(device)
-            using.wait_stream(stream)
-            for tensor in (*copied.images, copied.targets, copied.sentences, copied.bank):
-                if tensor is not None:
-                    tensor.record_stream(using)  # its memory is not handed out again while the step uses it
+        using = torch.cuda.current_stream(device)
+        using.wait_stream(stream)
+        for tensor in (*copied.images, copied.targets, copied.sentences, copied.bank):
+            if tensor is not None:
+                tensor.record_stream(using)  # its memory is not handed out again while the step uses it
         yield copied
+        given = using.record_event()
+
+
+def _copy(rows: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if rows is None else rows.to(device, non_blocking=True)

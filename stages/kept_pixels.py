@@ -33,6 +33,9 @@ class KeptPixels:
         """What a run's record calls them."""
         return self._packs.setting
 
+    def require(self) -> None:
+        """Nothing to look for: an open cache has its packs."""
+
     def tickets(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:
         """What a worker needs to read each of these rows."""
         return np.asarray(rows, dtype=np.int64).tolist()

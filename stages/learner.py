@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -12,11 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from .checkpoint import load_checkpoint, load_weights, random_state, restore_random_state, save_checkpoint
 from .counter_random import key_of
 from .learned_scale import LearnedScale
-from .loss_inputs import LossInputs, logit_factor
+from .loss_inputs import logit_factor
 from .losses import loss_terms
 from .optim import build_optimizer, set_lr
 from .settings import DistillSettings, StudentSettings
 from .students import build_student
+from .targets import Targets
 from .warm_start import WarmStart, warm_start
 from .world import World
 
@@ -66,7 +68,7 @@ class Learner:
             self.warm = warm_start(model, student.model, student.init, student.image_size)
         model = model.to(world.device).train()
         if world.size > 1 and world.device.type == "cuda":  # refuses the CPU, where each process keeps its own
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            model = share_batch_statistics(model)
         self.model = model.to(memory_format=torch.channels_last)  # as images are: convolutions gain up to twofold
         self._optimizer = build_optimizer(self.model, settings)
         self._icl_scale: LearnedScale | None = None
@@ -88,6 +90,11 @@ class Learner:
         self.icl_factor: Tensor | None = None
 
     @property
+    def gradient_scale(self) -> float | None:
+        """What fp16 multiplies the loss by; None in other formats."""
+        return self._scaler.get_scale() if self._scaler.is_enabled() else None
+
+    @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
@@ -103,13 +110,11 @@ class Learner:
             )
         norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
         apart = now if self._world.device.type != "cuda" else 1  # GPUs share the statistics of their processes
-        if norms and apart * self._settings.accumulate > 1:
-            yield (
-                f"has batch norms: their statistics are those of {apart * self._settings.accumulate} parts of the "
-                "batch each, not of the whole"
-            )
+        parts = apart * len(torch.empty(self._settings.batch_images // now).chunk(self._settings.accumulate))
+        if norms and parts > 1:
+            yield f"has batch norms: their statistics are those of {parts} parts of the batch each, not of the whole"
 
-    def learn(self, images: Tensor, inputs: "Targets", lr: float) -> None:
+    def learn(self, images: Tensor, inputs: Targets, lr: float) -> None:
         """One step. Nothing in it waits for a GPU.
 
         Args:
@@ -138,7 +143,7 @@ class Learner:
             if self.averaged is not None:
                 self.averaged.update(self.model, self.step)
 
-    def _add_gradients(self, images: Tensor, inputs: "Targets") -> None:
+    def _add_gradients(self, images: Tensor, inputs: Targets) -> None:
         pieces = images.chunk(self._settings.accumulate)
         if len(pieces) == 1:
             embeddings = self._embed(images)
@@ -169,9 +174,10 @@ class Learner:
     def _embed(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
         with torch.autocast(images.device.type, _AUTOCAST.get(self._precision), enabled=self._precision in _AUTOCAST):
             embeddings: Tensor = (model or self._parallel or self.model)(images)
-        return embeddings
+        # Once, here: each loss would cast for itself, and gradients would be rounded for each and added in few bits.
+        return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
-    def _losses(self, embeddings: Tensor, inputs: "Targets") -> Tensor:
+    def _losses(self, embeddings: Tensor, inputs: Targets) -> Tensor:
         """The loss as this process's backward pass wants it."""
         settings = self._settings
         held = inputs.against(embeddings, self._world)
@@ -193,9 +199,12 @@ class Learner:
         self._random = random_state(self._world.device)
 
     def is_finite(self) -> bool:
-        """Whether all that it has learned is numbers."""
-        learned = [*self.model.state_dict().values(), *(self._icl_scale.parameters() if self._icl_scale else ())]
-        return all(bool(value.isfinite().all()) for value in learned)
+        """Whether every weight is a number, in every process: batch statistics may be a process's own."""
+        values = list(self.model.state_dict().values())
+        if self._icl_scale is not None:
+            values.append(self._icl_scale.log)
+        sound = torch.stack([value.isfinite().all() for value in values]).all()
+        return bool(self._world.least(sound.int()))
 
     def save(self, path: Path) -> None:
         """Write its state; all processes take part, the first one writes."""
@@ -237,35 +246,7 @@ class Learner:
             self._random = random_state(self._world.device)
 
 
-class Targets:
-    """What a step's embeddings are held against: the teacher's, of this process and of all of them.
-
-    Made once a step; every student that learns from the batch uses it.
-    """
-
-    def __init__(self, targets: Tensor, sentences: Tensor | None, bank: Tensor | None, world: World) -> None:
-        """Gather what the other processes drew.
-
-        Args:
-            targets: (B, D) teacher embeddings of this process's images.
-            sentences: (N, D) of its sentences, or None.
-            bank: (M, D) of its part of the bank, or None.
-        """
-        self.own, self.sentences = targets, sentences
-        self.first_image = world.rank * len(targets)  # every process has as many
-        self.everybodys = world.gather(targets)
-        self.all_sentences = None if sentences is None else world.gather(sentences)
-        self.bank = None if bank is None else world.gather(bank)
-
-    def against(self, embeddings: Tensor, world: World) -> LossInputs:
-        """Embeddings of this process's images beside all of that."""
-        return LossInputs(
-            student_images=embeddings,
-            teacher_images=self.own,
-            sentences=self.sentences,
-            bank_images=self.bank,
-            all_student_images=world.gather_with_gradient(embeddings),
-            all_teacher_images=self.everybodys,
-            all_sentences=self.all_sentences,
-            first_image=self.first_image,
-        )
+def share_batch_statistics(model: nn.Module) -> nn.Module:
+    """Make batch norms take their statistics over all processes: timm's way, torch's drops activations inside norms."""
+    converted: nn.Module = convert_sync_batchnorm(model)
+    return converted

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from ..cache.durable import append_line, read_lines, write_bytes
+from ..cache.durable import append_line, read_lines, sync_file, write_bytes
 
 METRICS = "metrics.jsonl"
 
@@ -30,9 +30,13 @@ class MetricsLog:
 
     def write(self, metrics: dict[str, float]) -> None:
         """Add a line; `metrics["step"]` counts the steps that are done."""
-        append_line(self._path, metrics)
+        append_line(self._path, metrics, durable=False)
         step = int(metrics["step"])
         for name, value in metrics.items():
             if name != "step":
                 self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Make what was written last; before a checkpoint, since lines after it are written again anyway."""
+        sync_file(self._path)
         self._board.flush()

@@ -32,6 +32,9 @@ class PixelSource(Protocol):
     def name(self) -> str:
         """What a run's record calls it: `files`, or what the cache keeps."""
 
+    def require(self) -> None:
+        """Raises InputError if there is nothing to read from: before a run, not in the middle of it."""
+
     def tickets(self, rows: NDArray[np.int64]) -> Sequence[Any]:
         """What `read` needs for each row: small and picklable. Called where the loader is, never in a worker."""
 
@@ -59,19 +62,19 @@ class ImageFiles:
             root: folder that the rows are relative to.
             images: the cached images.
 
-        Raises:
-            InputError: if the folder is missing.
         """
         import pyarrow as pa
 
-        if not root.is_dir():
-            raise InputError(f"{root}: no such folder; stage two needs the images that stage one embedded")
         self._root = root
         # One flat column: gathering the names of a batch touches no other row and makes no object of one.
         self._sources: pa.Array | None = images.rows.column("source").cast(pa.large_string()).combine_chunks()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_root": self._root, "_sources": None}
+
+    def require(self) -> None:
+        if not self._root.is_dir():
+            raise InputError(f"{self._root}: no such folder; stage two needs the images that stage one embedded")
 
     def tickets(self, rows: NDArray[np.int64]) -> list[str]:
         import pyarrow as pa

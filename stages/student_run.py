@@ -8,15 +8,18 @@ from pathlib import Path
 import torch
 
 from ..cache.durable import write_json
+from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from .checkpoint import load_checkpoint
 from .health import FirstBad, read_metrics
-from .learner import Learner, Targets
+from .learner import Learner
 from .meter import Speed
 from .metrics_log import MetricsLog
 from .pixel_source import PixelSource
 from .run_record import CHECKPOINT, check_same_training, describe_run, read_run_record, write_run_record
 from .schedule import Schedule
 from .settings import DistillSettings, StudentSettings
+from .targets import Targets
 from .world import World
 
 BAD_STEP = "not_finite.json"
@@ -101,7 +104,7 @@ class StudentRun:
         self.run, self._schedule, self._settings, self._world = run, schedule, settings, world
         self.path, self.loss = run.folder / CHECKPOINT, math.nan
         self._log: MetricsLog | None = None
-        goes_on = self.path.exists()
+        goes_on = _all_see(self.path, world)
         width = cache.images.embeddings.shape[-1]
         self.learner = Learner(
             run.student, settings, width, world, schedule.precision, schedule.logit_scale, fresh=not goes_on
@@ -160,12 +163,19 @@ class StudentRun:
         """Write the checkpoint; all processes take part."""
         if self._is_sound(weights_too=True):
             self.loss = float(self._world.sum(self.learner.loss))
+            if self._log is not None:
+                self._log.sync()
             self.learner.save(self.path)
+            if self._world.is_first:
+                (self.run.folder / BAD_STEP).unlink(missing_ok=True)  # of an attempt that got no further
 
     def _is_sound(self, *, weights_too: bool = False) -> bool:
         """Whether loss and weights are numbers; if not, the student learns no more, and nothing of it is written."""
         there = f"the last good checkpoint is {self.path}" if self.path.exists() else "there is no checkpoint before it"
-        advice = f"{there}; lower distill.lr, set distill.clip_grad_norm or use another precision"
+        advice = (
+            f"{there}; in another distill.output, lower distill.lr, set distill.clip_grad_norm or take another "
+            f'precision (a student with init = "run:{self.run.folder}" begins with what was learned so far)'
+        )
         bad = self.first_bad.read()
         if bad is not None:
             rows = self._schedule.images.draw(bad).rows.tolist()
@@ -191,3 +201,25 @@ class StudentRun:
             peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             num_parameters=self.learner.num_parameters,
         )
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a run that has all its steps behind it; looked up without building its student."""
+    path = folder / CHECKPOINT
+    return path.exists() and load_checkpoint(path)["step"] >= read_run_record(folder)["total_steps"]
+
+
+def _all_see(path: Path, world: World) -> bool:
+    """Whether a run goes on: what the first process sees counts, and the others must see the same.
+
+    Raises:
+        InputError: in every process, if one sees another folder.
+    """
+    seen = world.gather_objects(path.exists())
+    if len(set(seen)) > 1:
+        odd = next(rank for rank, one in enumerate(seen) if one != seen[0])
+        raise InputError(
+            f"{path.parent}: process {odd} does not see what process 0 sees there; distill.output must be the same "
+            "folder for all of them"
+        )
+    return bool(seen[0])

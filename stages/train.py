@@ -1,25 +1,30 @@
 """Stage two: trains students from the cache and the images. No teacher, no text tower, no sentence is read."""
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
 from .augment import ViewMaker
-from .batches import BatchLoader, normalise
+from .batches import Batch, BatchLoader, normalise
 from .counter_random import key_of
 from .device_feed import on_device
 from .interrupt import Interrupted, StopSignals
 from .kept_pixels import FILES
-from .learner import Targets
 from .meter import Meter, Speed
 from .pixel_source import PixelSource
 from .schedule import Schedule
 from .settings import DistillSettings
 from .student_run import Note, Run, StudentRun, TrainResult
+from .targets import Targets
 from .world import World
 
 Progress = Callable[[int, int, str], None]
 """Told after every step: images done, images of the whole run, how it goes."""
+
+
+STEPS_TO_WARM_UP = 3
+"""First steps of a call that its speed leaves out, if there are more: workers start, a student is compiled."""
 
 
 def train(
@@ -72,6 +77,7 @@ def _learn(
     tell: Note,
 ) -> Speed:
     """The loop over steps: each batch goes to every student that stands at its step."""
+    pixels.require()
     sizes = sorted({one.run.student.image_size for one in training})
     images, sentences = schedule.share("images"), schedule.share("sentences")
     assert images is not None
@@ -86,46 +92,91 @@ def _learn(
         workers=world.share_of_cores(settings.workers),
         pin_memory=world.device.type == "cuda",
     )
-    first, end = min(one.learner.step for one in training), max(one.end_step for one in training)
-    whole, meter, ballot = Meter(), Meter(), world.ballot()
-    text, advised, stopped = "", False, False
+
+    def advise(speed: Speed) -> bool:
+        advice = speed.advice(loader.num_workers, pixels.name == FILES)
+        if advice is not None:
+            tell(advice)
+        return advice is not None
+
+    loop = _Loop(training, sizes, schedule, settings, world, progress, advise)
     for one in training:
         one.open_log()
     try:
         with StopSignals(patient=world.size > 1) as stop, loader:
-            for batch in on_device(loader.batches(first, end), world.device):
-                targets = Targets(batch.targets, batch.sentences, batch.bank, world)
-                inputs = {size: normalise(view, schedule.mean, schedule.std) for size, view in zip(sizes, batch.images)}
-                # One that is ahead of the others waits for them.
-                here = [one for one in training if one.wants_more and one.learner.step == batch.step]
-                for one in here:
-                    one.learner.learn(inputs[one.run.student.image_size], targets, schedule.lr(batch.step))
-                    one.first_bad.look(batch.step, one.learner.loss)
-
-                # Nothing above waits for a GPU; what follows does, now and then.
-                step = batch.step + 1
-                for counted in (meter, whole):
-                    counted.add(settings.batch_images, batch.wait_s)
-                if step % settings.log_every == 0 or step == schedule.total_steps:
-                    for one in here:
-                        one.write_metrics(targets, meter.read())
-                    text = "loss " + ", ".join(f"{one.loss:.4f}" for one in here)
-                    advice = meter.read().advice(loader.num_workers, pixels.name == FILES)
-                    if advice and not advised and step > first + 10:  # the first steps wait for the workers to start
-                        tell(advice)
-                        advised = True
-                    meter = Meter()
-                stopped = ballot.stops(stop.asked)
-                if progress is not None:
-                    progress(step * settings.batch_images, schedule.total_steps * settings.batch_images, text)
-                for one in here:
-                    if step % settings.checkpoint_every == 0 or step == one.end_step or stopped:
-                        one.save()
-                if stopped or not any(one.wants_more for one in training):
+            while behind := [one for one in training if one.wants_more]:
+                first = min(one.learner.step for one in behind)
+                # To the next that waits ahead: should all others break, nobody needs the batches before it.
+                until = [one.learner.step for one in behind if one.learner.step > first]
+                until += [one.end_step for one in behind if one.learner.step == first]
+                with closing(on_device(loader.batches(first, min(until)), world.device)) as batches:
+                    for batch in batches:
+                        loop.step(batch, stop)
+                        if loop.stopped or not any(one.wants_more and one.learner.step > batch.step for one in behind):
+                            break
+                if loop.stopped:
                     break
-            if stopped or stop.asked:
-                raise Interrupted(f"interrupted: state saved at step {step} of {schedule.total_steps}")
+            if (loop.stopped or stop.asked) and not any(one.failure for one in training):
+                at = min(one.learner.step for one in training)
+                raise Interrupted(f"interrupted: state saved at step {at} of {schedule.total_steps}")
     finally:
         for one in training:
             one.close_log()
-    return whole.read()
+    return loop.whole.read()
+
+
+class _Loop:
+    """What a step does, and what is counted over steps."""
+
+    def __init__(
+        self,
+        training: list[StudentRun],
+        sizes: list[int],
+        schedule: Schedule,
+        settings: DistillSettings,
+        world: World,
+        progress: Progress | None,
+        advise: Callable[[Speed], bool],
+    ) -> None:
+        self._training, self._sizes, self._schedule, self._settings = training, sizes, schedule, settings
+        self._world, self._progress, self._advise = world, progress, advise
+        self._ballot, self._text, self._num_steps, self._advised = world.ballot(), "", 0, False
+        self._meter, self._after_warm_up, self.whole, self.stopped = Meter(), Meter(), Meter(), False
+
+    def step(self, batch: Batch, stop: StopSignals) -> None:
+        """One batch, to every student that stands at its step; one that is ahead of the others waits for them."""
+        schedule, settings = self._schedule, self._settings
+        targets = Targets(batch.targets, batch.sentences, batch.bank, self._world)
+        inputs = {size: normalise(view, schedule.mean, schedule.std) for size, view in zip(self._sizes, batch.images)}
+        here = [one for one in self._training if one.wants_more and one.learner.step == batch.step]
+        for one in here:
+            one.learner.learn(inputs[one.run.student.image_size], targets, schedule.lr(batch.step))
+            one.first_bad.look(batch.step, one.learner.loss)
+
+        # Nothing above waits for a GPU; what follows does, now and then.
+        step = batch.step + 1
+        self._count(batch.wait_s)
+        if step % settings.log_every == 0 or step == schedule.total_steps:
+            self._world.wait_for_device()  # what is still on its way belongs to the steps that are counted
+            speed, self._meter = self._meter.read(), Meter()
+            for one in here:
+                one.write_metrics(targets, speed)
+            self._text = "loss " + ", ".join(f"{one.loss:.4f}" for one in here)
+            if not self._advised and self._num_steps > 2 * STEPS_TO_WARM_UP:
+                self._advised = self._advise(speed)
+        self.stopped = self._ballot.stops(stop.asked)
+        if self._progress is not None:
+            self._progress(step * settings.batch_images, schedule.total_steps * settings.batch_images, self._text)
+        for one in here:
+            if step % settings.checkpoint_every == 0 or step == one.end_step or self.stopped:
+                one.save()
+
+    def _count(self, wait_s: float) -> None:
+        self._num_steps += 1
+        if self._num_steps == STEPS_TO_WARM_UP + 1:
+            self.whole = self._after_warm_up
+        for meter in (self._meter, self.whole):
+            meter.add(self._settings.batch_images, wait_s)
+        if self._num_steps == STEPS_TO_WARM_UP:
+            self._world.wait_for_device()
+            self._after_warm_up = Meter()

@@ -131,7 +131,7 @@ def test_no_thread_outlives_the_loader_even_after_an_error(tmp_path):
 
 def test_a_missing_folder_of_images_is_refused(world, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
-        loader((world[0], tmp_path / "absent"))
+        ImageFiles(tmp_path / "absent", world[0].images).require()
 
 
 def test_normalising_is_torchvisions():

@@ -1,12 +1,13 @@
 """One step of one student: pieces, averages and clipping against what they should come to, by hand."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from dimefm.stages.feature_losses import icl_loss
 from dimefm.stages.learned_scale import LearnedScale
-from dimefm.stages.learner import Learner, Targets
+from dimefm.stages.learner import Learner, Targets, share_batch_statistics
 from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings, TemperatureSettings
 from dimefm.stages.world import World
 
@@ -136,6 +137,19 @@ def test_a_step_leaves_the_process_own_random_numbers_to_the_student(world):
         learner.learn(images, targets, 0.0)
         outputs.append(learner.embeddings)
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "efficientnet_b0", "levit_128s", "resnet10t"])
+def test_norms_that_hold_an_activation_keep_it_when_processes_share_their_statistics(name):
+    """torch's own conversion drops it: a student would learn as another function than it is scored as."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=8).eval()
+    images = torch.randn(2, 3, 224 if "levit" in name else 64, 224 if "levit" in name else 64)
+    with torch.no_grad():
+        before = model(images)
+        shared = share_batch_statistics(model)
+        assert torch.equal(shared(images), before)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in shared.modules())
 
 
 @pytest.mark.acceptance

@@ -83,7 +83,9 @@ def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more
 def test_a_run_goes_on_with_another_number_of_processes_and_says_so(world):
     folder = world[1]
     one_process(world, "one", "plain")
+    one_process(world, "run", "plain", 3)
     two_processes(folder, "run", "plain", 4)
+    assert any("trained by 1 processes before, by 2 now" in note for note in notes_of(folder, "run"))
     assert len(load_checkpoint(folder / "run/checkpoint.pt")["random"]) == 2
     notes = one_process(world, "run", "plain")
     assert any("trained by 2 processes before, by 1 now" in note and "no longer repeats" in note for note in notes)

@@ -7,6 +7,7 @@ import torch
 
 from dimefm.cache import InputError
 from dimefm.stages import augment
+from dimefm.stages.batches import BatchLoader
 from dimefm.stages.pixel_source import ImageFiles
 from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
 from dimefm.stages.student_run import Run
@@ -93,3 +94,17 @@ def test_an_image_is_decoded_once_for_all_of_them(world, monkeypatch):
     together = len(decoded)
     train_some(world, ["plain"], "alone", settings, stop_after=2)
     assert together == len(decoded) - together
+
+
+def test_steps_that_nobody_stands_at_are_not_decoded(world, monkeypatch):
+    train_some(world, ["plain"], "together", stop_after=6)
+    drawn = []
+
+    def remember(self, first, end):
+        drawn.append((first, end))
+        return batches(self, first, end)
+
+    batches = BatchLoader.batches
+    monkeypatch.setattr(BatchLoader, "batches", remember)
+    train_some(world, ["dropout", "plain"], "together", stop_after=2)
+    assert drawn == [(0, 2), (6, 8)]

@@ -1,0 +1,72 @@
+"""What a step's embeddings are held against."""
+
+from torch import Tensor
+
+from .info_nce import masked_share
+from .loss_inputs import LossInputs
+from .losses import effective_candidates
+from .settings import DistillSettings
+from .similarity_blocks import Rows
+from .world import World
+
+
+class Targets:
+    """What a step's embeddings are held against: the teacher's, of this process and of all of them.
+
+    Made once a step; every student that learns from the batch uses it.
+    """
+
+    def __init__(self, targets: Tensor, sentences: Tensor | None, bank: Tensor | None, world: World) -> None:
+        """Gather what the other processes drew.
+
+        Args:
+            targets: (B, D) teacher embeddings of this process's images.
+            sentences: (N, D) of its sentences, or None.
+            bank: (M, D) of its part of the bank, or None.
+        """
+        self.own, self.sentences = targets, sentences
+        self.first_image = world.rank * len(targets)  # every process has as many
+        self.everybodys = world.gather(targets)
+        self.all_sentences = None if sentences is None else world.gather(sentences)
+        self.bank = None if bank is None else world.gather(bank)
+        self._signs: dict[str, Tensor] | None = None
+
+    def against(self, embeddings: Tensor, world: World) -> LossInputs:
+        """Embeddings of this process's images beside all of that."""
+        return LossInputs(
+            student_images=embeddings,
+            teacher_images=self.own,
+            sentences=self.sentences,
+            bank_images=self.bank,
+            all_student_images=world.gather_with_gradient(embeddings),
+            all_teacher_images=self.everybodys,
+            all_sentences=self.all_sentences,
+            first_image=self.first_image,
+        )
+
+    def signs(self, settings: DistillSettings, logit_scale: float) -> dict[str, Tensor]:
+        """What the teacher's own softmaxes say of this process's rows, the same for every student: computed once.
+
+        Returns:
+            For each relational loss `…_candidates`, how many columns a row spreads over: exp(entropy), mean over the
+            rows. For `icl` with a threshold `icl_masked`, the share of other images that are no negatives.
+        """
+        if self._signs is None:
+            self._signs = self._compute_signs(settings, logit_scale)
+        return self._signs
+
+    def _compute_signs(self, settings: DistillSettings, logit_scale: float) -> dict[str, Tensor]:
+        temperature, loss = settings.temperature, settings.loss
+        pairs: dict[str, tuple[Tensor, Rows, float]] = {}
+        if self.sentences is not None and self.all_sentences is not None:
+            pairs["vl_candidates"] = self.own, self.all_sentences, temperature.vl
+            pairs["vl_candidates_sentences"] = self.sentences, self.everybodys, temperature.vl
+        columns = self.everybodys if self.bank is None else (self.everybodys, self.bank)
+        if loss.pvl:
+            pairs["pvl_candidates"] = self.own, columns, temperature.pvl
+        if loss.udist:
+            pairs["udist_candidates"] = self.own, self.everybodys, temperature.udist
+        signs = {key: effective_candidates(rows, over, of, logit_scale) for key, (rows, over, of) in pairs.items()}
+        if loss.icl and loss.icl_threshold is not None:
+            signs["icl_masked"] = masked_share(self.own, columns, self.first_image, loss.icl_threshold)
+        return signs
