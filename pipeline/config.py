@@ -150,6 +150,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
                 "images": under(item.images),
                 "classes": under(item.classes),
                 "templates": templates(item.templates),
+                "captions": item.captions and under(item.captions),
             }
         )
         for name, item in config.evaluate.items()

@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from ..stages.captions import Captions, embed_captions, read_captions
 from ..stages.devices import memory_errors_as
 from ..stages.predictions import versus, write_predictions, zero_shot_predictions
+from ..stages.recall import recall_scores
 from ..stages.scores import EmbeddedSet, probe_scores, require_same_classes, zero_shot_scores
 from ..stages.zero_shot import embed_set, load_student
 from .config import load_config
@@ -36,10 +40,12 @@ def evaluate(runs: list[Path]) -> Scores:
         CacheError: if the cache it was trained from is gone or damaged.
     """
     scores: Scores = {}
+    texts = _EmbeddedTexts()
     baseline: tuple[Path, Predictions] | None = None
     for run, source in _runs(runs):
         cache = FeatureCache.open(source["cache"])
         _require_probes(cache, source["probes"])
+        read = _captions(cache, source["captions"])
         student, record = load_student(run)
         if record["step"] < record["total_steps"]:
             say(f"{run}: not finished, at step {record['step']:,} of {record['total_steps']:,}")
@@ -53,6 +59,8 @@ def evaluate(runs: list[Path]) -> Scores:
             say(f"fitting probes on {fit_name}, for {name}")
             of_run[name]["probe"] = probe_scores(embedded[name], embedded[fit_name], name, fit_name)
             _tell_of_duplicates(name, of_run[name]["probe"])
+        for name, item in read.items():
+            of_run[name]["retrieval"] = recall_scores(embedded[name], texts.embed(cache, name, item), item.image_of)
         predictions = {name: zero_shot_predictions(item) for name, item in embedded.items()}
         for name, table in predictions.items():
             write_predictions(run / "predictions" / f"{name}.parquet", table)
@@ -71,6 +79,29 @@ def _require_probes(cache: FeatureCache, probes: dict[str, str]) -> None:
         if name in cache.evaluate and fit_name in cache.evaluate:
             sets = cache.evaluate[name], cache.evaluate[fit_name]
             require_same_classes(sets[0].class_ids, sets[1].class_ids, name, fit_name)
+
+
+def _captions(cache: FeatureCache, files: dict[str, str]) -> dict[str, Captions]:
+    """Captions of each set that has some, refused before anything is embedded."""
+    there = {name: cache.evaluate[name].images for name in files if name in cache.evaluate}
+    return {
+        name: read_captions(Path(files[name]), images.rows.column("source").slice(0, len(images)).to_pylist(), name)
+        for name, images in there.items()
+    }
+
+
+class _EmbeddedTexts:
+    """Embeddings of captions, once for all runs of a cache."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path, str, tuple[str, ...]], NDArray[np.float32]] = {}
+
+    def embed(self, cache: FeatureCache, name: str, captions: Captions) -> NDArray[np.float32]:
+        key = (cache.text_tower.resolve(), name, tuple(captions.texts))
+        if key not in self._known:
+            say(f"embedding {len(captions.texts):,} captions of {name}")
+            self._known[key] = embed_captions(cache.text_tower, captions)
+        return self._known[key]
 
 
 def _tell_of_duplicates(name: str, probe: dict[str, Any]) -> None:
@@ -105,8 +136,8 @@ def _runs(runs: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
 def _source(run: Path) -> dict[str, Any]:
     try:
         source = dict(json.loads((run / SOURCE).read_bytes()))
-        sets, probes = dict(source["evaluate"]), dict(source.get("probes", {}))  # older runs have no probes
-        return {"cache": Path(source["cache"]), "evaluate": sets, "probes": probes}
+        optional = {key: dict(source.get(key, {})) for key in ("probes", "captions")}  # older runs do not say
+        return {"cache": Path(source["cache"]), "evaluate": dict(source["evaluate"]), **optional}
     except FileNotFoundError as error:
         raise InputError(
             f"{run}: not a run of dimefm (no {SOURCE}); wanted a folder that `dimefm distill` made"

@@ -22,7 +22,8 @@ def score_table(scores: Scores) -> str:
     items = [(Path(run).name, name, item) for run, sets in scores.items() for name, item in sets.items()]
     if not items:
         return "no [evaluate.*] set in the config of these runs: nothing to score"
-    return "\n\n".join([_laid_out(_zero_shot(items)), _laid_out(_beyond(items))])
+    tables = [_zero_shot(items), _beyond(items), _retrieval(items)]
+    return "\n\n".join(_laid_out(table) for table in tables if len(table) > 1)
 
 
 def _zero_shot(items: list[tuple[str, str, Item]]) -> Table:
@@ -66,6 +67,21 @@ def _beyond(items: list[tuple[str, str, Item]]) -> Table:
             row += [_with_range(item["versus"], "student_top1", "+.1f") if "versus" in item else "-"]
         rows.append(row)
     return [header, *rows]
+
+
+def _retrieval(items: list[tuple[str, str, Item]]) -> Table:
+    """A line for each direction, where sets have captions."""
+    recalls = [f"{who}_r{k}" for who in ("student", "teacher") for k in (1, 5, 10)]
+    titles = [key.replace("_r", " R@") if key.endswith("_r1") else f"R@{key.rpartition('_r')[2]}" for key in recalls]
+    rows = [["run", "set", "retrieval", "captions", *titles]]
+    for run, name, item in items:
+        found = item.get("retrieval", {})
+        rows += [
+            [run, name, title, f"{found['captions']:,}", *(_percent(found[direction][key]) for key in recalls)]
+            for direction, title in (("image_to_text", "image to text"), ("text_to_image", "text to image"))
+            if found
+        ]
+    return rows
 
 
 def _percent(value: float | None, form: str = ".1f") -> str:

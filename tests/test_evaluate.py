@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from dimefm.cache import FeatureCache, InputError
 from dimefm.pipeline.cache_teacher import cache_teacher
@@ -15,12 +16,16 @@ from dimefm.pipeline.distill import distill
 from dimefm.pipeline.evaluate import evaluate
 from dimefm.pipeline.score_table import score_table
 from dimefm.stages.bootstrap import paired_interval
+from dimefm.stages.captions import embed_captions, read_captions
 from dimefm.stages.predictions import hits
+from dimefm.stages.recall import best_own_ranks
+from dimefm.stages.teacher import load_teacher
 
 from .commands import refused, run_dimefm
 from .worlds import COLOURS, make_world, picture
 
 TEST_SET = '[evaluate.test]\nimages = "test/"\nclasses = "classes.json"\ntemplates = "templates.txt"\nprobe = "dev"\n'
+CAPTIONS = 'captions = "pairs.json"\n'
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,9 @@ def trained(tmp_path_factory, tiny_teacher):
             image = folder / "test" / name / f"{i}.png"
             image.parent.mkdir(parents=True, exist_ok=True)
             picture(colour, 2000 + i).save(image)
-    path.write_text(path.read_text() + TEST_SET)
+    captions = {f"{name}/{i}.png": [f"something {name[2:]}", f"{i} times {name}"] for name in COLOURS for i in range(5)}
+    (folder / "pairs.json").write_text(json.dumps(captions))
+    path.write_text(path.read_text() + TEST_SET + CAPTIONS)
     config = load_config(path)
     cache_teacher(config)
     distill(config, [], stop_after=1)
@@ -60,9 +67,10 @@ def test_all_scores_are_written_and_printed_as_json_and_a_screenful_without(trai
         # The teacher's cached embeddings of one colour are close: neighbours tell four colours apart.
         assert test["probe"]["knn"]["teacher_top1"] == 1.0
     lines = score_table(scores).splitlines()
-    assert len(lines) == 11 and max(map(len, lines)) < 125
+    assert len(lines) == 17 and max(map(len, lines)) < 125
     for title in ("top-1, 95 %", "retention, 95 %", "probe learns", "k-NN", "minus the first, 95 %"):
         assert title in lines[6]
+    assert "student R@1" in lines[12] and "image to text" in lines[13] and "text to image" in lines[14]
 
 
 def test_runs_are_held_against_the_first_with_pairs_of_images(trained):
@@ -87,15 +95,38 @@ def test_predictions_of_the_teacher_are_those_of_the_cached_arrays_by_hand(train
 
 
 def test_a_probe_is_no_part_of_the_cache_or_the_run_and_may_come_later(config):
-    config.write_text(config.read_text().replace('probe = "dev"\n', ""))
+    config.write_text(config.read_text().replace('probe = "dev"\n' + CAPTIONS, ""))
     (config.parent / "runs/vit/source.json").unlink()
     cache_teacher(load_config(config))  # the finished cache is this config's as well
     run = config.parent / "runs/small"
     source = json.loads((run / "source.json").read_bytes())
     (run / "source.json").write_text(json.dumps({key: source[key] for key in ("cache", "evaluate")}))  # an older run's
-    assert "probe" not in evaluate([run])[str(run)]["test"]
+    assert not {"probe", "retrieval"} & evaluate([run])[str(run)]["test"].keys()
     config.write_text(config.read_text() + 'probe = "dev"\n')
     assert evaluate([config])[str(run)]["test"]["probe"]["fitted_on"] == "dev"
+
+
+def test_captions_are_embedded_as_the_teacher_embeds_them(trained):
+    run, config = trained.parent / "runs/small", load_config(trained)
+    found = evaluate([run])[str(run)]["test"]["retrieval"]
+    cache = FeatureCache.open(config.cache.dir)
+    images = cache.evaluate["test"].images
+    captions = read_captions(config.evaluate["test"].captions, images.rows.column("source").to_pylist(), "test")
+    embeddings = embed_captions(cache.text_tower, captions, "cpu")
+    live = load_teacher(config.teacher, torch.device("cpu"))
+    np.testing.assert_allclose(embeddings, live.encode_tokens(live.tokenize(captions.texts)), rtol=1e-5, atol=1e-6)
+    pairs = np.stack([np.arange(40), captions.image_of], axis=1)
+    ranks = best_own_ranks(embeddings, images.embeddings[:], pairs)
+    assert (found["images"], found["captions"]) == (20, 40)
+    for k in (1, 5, 10):
+        assert found["text_to_image"][f"teacher_r{k}"] == pytest.approx(np.mean(ranks < k))
+
+
+def test_captions_that_name_no_image_are_refused_before_anything_is_embedded(config, capsys):
+    pairs = json.loads((config.parent / "pairs.json").read_text())
+    (config.parent / "pairs.json").write_text(json.dumps({**pairs, "c_red/9.png": ["a red one"]}))
+    line = refused(capsys, "evaluate", config)
+    assert "pairs.json: 'c_red/9.png' is no image of evaluate.test" in line
 
 
 def test_images_that_are_in_both_sets_are_told(config, capsys):
