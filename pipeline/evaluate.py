@@ -14,6 +14,7 @@ from ..cache.feature_cache import FeatureCache
 from ..stages.captions import Captions, embed_captions, read_captions
 from ..stages.devices import memory_errors_as
 from ..stages.predictions import versus, write_predictions, zero_shot_predictions
+from ..stages.probe import FittedProbes
 from ..stages.recall import recall_scores
 from ..stages.scores import EmbeddedSet, probe_scores, require_same_classes, zero_shot_scores
 from ..stages.zero_shot import embed_set, load_student
@@ -40,7 +41,7 @@ def evaluate(runs: list[Path]) -> Scores:
         CacheError: if the cache it was trained from is gone or damaged.
     """
     scores: Scores = {}
-    texts = _EmbeddedTexts()
+    texts, probes = _EmbeddedTexts(), FittedProbes()
     baseline: tuple[Path, Predictions] | None = None
     for run, source in _runs(runs):
         cache = FeatureCache.open(source["cache"])
@@ -57,7 +58,7 @@ def evaluate(runs: list[Path]) -> Scores:
         of_run = {name: {**zero_shot_scores(item), "weights": record["weights"]} for name, item in embedded.items()}
         for name, fit_name in source["probes"].items():
             say(f"fitting probes on {fit_name}, for {name}")
-            of_run[name]["probe"] = probe_scores(embedded[name], embedded[fit_name], name, fit_name)
+            of_run[name]["probe"] = probe_scores(embedded[name], embedded[fit_name], name, fit_name, probes)
             _tell_of_duplicates(name, of_run[name]["probe"])
         for name, item in read.items():
             of_run[name]["retrieval"] = recall_scores(embedded[name], texts.embed(cache, name, item), item.image_of)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from ..cache.durable import digest, to_json
 from .metrics import Labels, Matrix
 
 NEIGHBOURS = 20
@@ -139,6 +140,20 @@ def fit_linear_probe(fitting: Matrix, labels: Labels, num_classes: int, seed: in
     bias[model.classes_] = np.array([0.0, model.intercept_[0]]) if two else model.intercept_
     bias -= weight @ mean
     return LinearProbe(weight, bias, 10.0**decade, converged)
+
+
+class FittedProbes:
+    """Linear probes, each fitted once: several runs share a teacher, and several sets the one that they learn from."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, LinearProbe] = {}
+
+    def fit(self, fitting: Matrix, labels: Labels, num_classes: int) -> LinearProbe:
+        """As `fit_linear_probe`; the same images and labels give the probe that is there."""
+        key = digest(to_json([num_classes, *fitting.shape]), fitting.tobytes(), labels.tobytes())
+        if key not in self._known:
+            self._known[key] = fit_linear_probe(fitting, labels, num_classes)
+        return self._known[key]
 
 
 def held_out(labels: Labels, seed: int = 0) -> NDArray[np.bool_]:

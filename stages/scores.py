@@ -21,7 +21,7 @@ from .metrics import (
     top_k_hits,
     unit_rows,
 )
-from .probe import NEIGHBOUR_TEMPERATURE, NEIGHBOURS, fit_linear_probe, knn_scores
+from .probe import NEIGHBOUR_TEMPERATURE, NEIGHBOURS, FittedProbes, knn_scores
 
 NEAR_DUPLICATE = 0.999
 """Cosine between the teacher's embeddings above which two images are taken for the same one."""
@@ -100,13 +100,16 @@ def zero_shot_scores(embedded: EmbeddedSet) -> dict[str, Any]:
     }
 
 
-def probe_scores(scored: EmbeddedSet, fitted_on: EmbeddedSet, name: str, fit_name: str) -> dict[str, Any]:
+def probe_scores(
+    scored: EmbeddedSet, fitted_on: EmbeddedSet, name: str, fit_name: str, probes: FittedProbes
+) -> dict[str, Any]:
     """Scores on one labelled set of nearest neighbours and of a linear probe that know another one, as JSON values.
 
     Args:
         scored: the set whose images are classified; nothing is chosen on it.
         fitted_on: the set whose labels are used, unreadable images left out.
         name, fit_name: what the two are called, for errors.
+        probes: those that were fitted before; new ones join.
 
     Returns:
         `fitted_on`, `fit_images`; `near_duplicates`, scored images that are nearly among them; `knn` and `linear`,
@@ -124,7 +127,7 @@ def probe_scores(scored: EmbeddedSet, fitted_on: EmbeddedSet, name: str, fit_nam
     try:
         for side in ("student", "teacher"):
             fitting, queries = getattr(fitted_on, side)[usable], getattr(scored, side)
-            probe = fit_linear_probe(fitting, labels, num_classes)
+            probe = probes.fit(fitting, labels, num_classes)
             made |= {f"{side}_c": probe.c, f"{side}_converged": probe.converged}
             linear[side] = top_k_hits(probe.scores(queries), scored.labels, 1)
             knn[side] = top_k_hits(knn_scores(fitting, labels, queries, num_classes), scored.labels, 1)

@@ -111,6 +111,16 @@ def test_neither_depends_on_the_norm_of_embeddings():
     assert (one.scores(queries).argmax(axis=1) == other.scores(large).argmax(axis=1)).all()
 
 
+def test_the_same_images_and_labels_are_fitted_once():
+    fitting, labels = blobs(1)
+    probes = probe.FittedProbes()
+    first = probes.fit(fitting, labels, CLASSES)
+    assert probes.fit(fitting.copy(), labels.copy(), CLASSES) is first
+    others = [(fitting + 1, labels, CLASSES), (fitting, labels[::-1].copy(), CLASSES), (fitting, labels, CLASSES + 1)]
+    assert all(probes.fit(*other) is not first for other in others)
+    assert (first.weight == fit_linear_probe(fitting, labels, CLASSES).weight).all()
+
+
 def test_the_penalty_is_chosen_on_images_that_are_held_out():
     # Directions that say nothing: the weaker the penalty, the more a probe learns by heart. The split tells.
     noise = np.random.default_rng(3).normal(size=(200, 40))

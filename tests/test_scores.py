@@ -12,7 +12,7 @@ from dimefm.cache import InputError
 from dimefm.stages import predictions
 from dimefm.stages.bootstrap import mean_interval, paired_interval
 from dimefm.stages.predictions import hits, versus, write_predictions, zero_shot_predictions
-from dimefm.stages.probe import fit_linear_probe, knn_scores
+from dimefm.stages.probe import FittedProbes, fit_linear_probe, knn_scores
 from dimefm.stages.scores import EmbeddedSet, probe_scores, zero_shot_scores
 
 IDS = ["ant", "bee", "cat"]
@@ -67,7 +67,7 @@ def test_intervals_are_those_of_the_hits():
 
 def test_a_probe_learns_from_one_set_and_is_scored_on_the_other():
     fit, scored = embedded(1), embedded(2)
-    scores = probe_scores(scored, fit, "test", "dev")
+    scores = probe_scores(scored, fit, "test", "dev", FittedProbes())
     assert scores["fitted_on"] == "dev" and scores["fit_images"] == 23 and scores["near_duplicates"] == 0
     known, readable = fit.readable, scored.readable
     for side in ("student", "teacher"):
@@ -85,13 +85,13 @@ def test_a_probe_learns_from_one_set_and_is_scored_on_the_other():
 
 
 def test_scored_images_that_are_among_the_fitting_ones_are_counted():
-    assert probe_scores(embedded(1), embedded(1), "test", "dev")["near_duplicates"] == 23
+    assert probe_scores(embedded(1), embedded(1), "test", "dev", FittedProbes())["near_duplicates"] == 23
 
 
 def test_labels_of_the_scored_set_change_nothing_but_what_counts_as_right():
     fit, scored = embedded(1), embedded(2)
     turned = EmbeddedSet(scored.student, scored.teacher, scored.head, (scored.labels + 1) % 3, IDS, scored.sources)
-    one, other = (probe_scores(item, fit, "test", "dev")["linear"] for item in (scored, turned))
+    one, other = (probe_scores(item, fit, "test", "dev", FittedProbes())["linear"] for item in (scored, turned))
     assert (one["student_c"], one["teacher_c"]) == (other["student_c"], other["teacher_c"])
     assert one["student_top1"] > other["student_top1"]
 
@@ -100,10 +100,10 @@ def test_a_probe_of_other_classes_or_too_few_images_is_refused():
     fit, scored = embedded(1), embedded(2)
     other = EmbeddedSet(fit.student, fit.teacher, fit.head, fit.labels, ["ant", "bee", "dog"], fit.sources)
     with pytest.raises(InputError, match=r"evaluate\.test\.probe = 'dev': class 'cat' is in test alone"):
-        probe_scores(scored, other, "test", "dev")
+        probe_scores(scored, other, "test", "dev", FittedProbes())
     blind = EmbeddedSet(fit.student * np.nan, fit.teacher * np.nan, fit.head, fit.labels, IDS, fit.sources)
     with pytest.raises(InputError, match=r"evaluate\.test\.probe: dev has 0 readable images"):
-        probe_scores(scored, blind, "test", "dev")
+        probe_scores(scored, blind, "test", "dev", FittedProbes())
 
 
 def test_predictions_name_the_classes_and_come_back_from_disk(tmp_path):
