@@ -25,8 +25,8 @@ distill: cache-teacher
 	$(BIN)/dimefm distill $(CONFIG)
 	$(BIN)/dimefm evaluate $(CONFIG)
 
-evaluate: setup $(CONFIG)
-	$(BIN)/dimefm evaluate $(CONFIG)
+# Scores stand at the end of `distill`, which does again only what is not done.
+evaluate: distill
 
 test: setup
 	$(BIN)/pytest
@@ -42,7 +42,12 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/gather.py
 	$(BIN)/python benchmarks/stage_one.py
+	$(BIN)/python benchmarks/verify_speed.py
 	$(BIN)/python benchmarks/distill_vs_online.py
+	$(BIN)/python benchmarks/distill_vs_bare.py
+	$(BIN)/python benchmarks/wide_softmax.py
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/loader_memory.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

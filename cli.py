@@ -18,11 +18,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # in "rich", the default, `[evaluate.*]` is markup and vanishes from the help
     help="Distil CLIP-class teachers from a feature cache: pay for the teacher once, train any number of students.",
 )
 
 cache_app = typer.Typer(
-    no_args_is_help=True, help="What is in a cache, whether it is sound, and how to mend it and let it grow."
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="What is in a cache, whether it is sound, and how to mend it and let it grow.",
 )
 app.add_typer(cache_app, name="cache")
 

@@ -17,9 +17,13 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
+
 from dimefm.cache.durable import digest
 from dimefm.cache.layout import Layout
 from dimefm.cache.manifest import read_manifest
+from dimefm.cache.masks import add_mask
+from dimefm.pipeline.append import append_to
 from dimefm.pipeline.cache_teacher import cache_teacher
 from dimefm.pipeline.config import load_config
 from dimefm.pipeline.repair import repair
@@ -125,13 +129,22 @@ def table(results: list[dict[str, object]]) -> str:
 
 
 def small_world(folder: Path) -> Path:
-    """Images, sentences and a random teacher, as the tests have them; returns the config."""
+    """A cache with every kind of file in it, grown once, with a random teacher; returns the config."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from tests.teachers import make_teacher
-    from tests.worlds import make_world
+    from tests.worlds import make_world, picture
 
     config = make_world(folder, make_teacher(folder / "teacher"), num_images=60, num_sentences=40)
     config.write_text(config.read_text().replace("shard_rows = 4", 'shard_rows = 4\npixels = "jpeg-24"'))
+    cache_teacher(load_config(config))
+    layout = Layout(load_config(config).cache.dir)
+    for side, num_rows in (("images", 60), ("sentences", 40)):
+        add_mask(layout, side, "some", np.arange(num_rows) % 3 > 0)
+    for i in range(10):
+        picture((20 * i, 90, 40), 100 + i).save(folder / "images" / f"new{i}.png")
+    with (folder / "captions.txt").open("a") as file:
+        file.writelines(f"one more line, number {i}\n" for i in range(7))
+    append_to(layout.root, config)
     return config
 
 

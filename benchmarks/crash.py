@@ -1,16 +1,16 @@
 """Kill stage one, append, repair, ...: look at what is on disk, run the same again: it must end with the same bytes.
 
-    python benchmarks/crash.py [--jobs stage-one pixels append repair give-up] [--moments 50] [--steps 1000]
+    python benchmarks/crash.py [--jobs stage-one pixels append repair give-up] [--moments 50] [--like removal]
 
 Jobs: stage one; pixels that are added to a finished cache; append; repair; and repair where the teacher is gone.
 Each job runs once undisturbed, which says how long it takes, which steps it has and what is on disk at the end. Then,
 over and over, it starts from the same state and is killed with SIGKILL: at moments spread over its whole time, and at
-named steps: before and after each fsync and each rename of every kind of file, the manifest's among them. The same
-command is run again, and every file but the log, which has times in it, is compared. Prints a JSON line for each kill:
-what was on disk, whether a reader of the version before was served, whether the bytes at the end are the same; exits
-with 1 unless all are.
+named steps: before and after each fsync, rename, new folder, link and removal of every kind of file, the manifest's
+among them (`--like` chooses some by a regular expression). The same command is run again, and every file but the log,
+which has times in it, is compared. Prints a JSON line for each kill: what was on disk, whether a reader of the version
+before was served, whether the bytes at the end are the same; exits with 1 unless all are.
 
-It forks, so nothing here may use torch before the fork.
+It forks, so nothing here may compute with torch, or start a thread, before the fork.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # no thread pool before the forks, and the same last bits in every run
 
+import re
 import shutil
 import signal
 import sys
@@ -27,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from named_steps import Steps
 
+# What the jobs import late is imported here, once for all forks: else a good part of the moments fall into imports.
+import dimefm.pipeline.cluster
+import dimefm.pipeline.repair
+import dimefm.stages.check
+import dimefm.stages.shard
+import dimefm.stages.text_tower
 from dimefm.cache.durable import PARTIAL, digest
 from dimefm.cache.errors import CacheError
 from dimefm.cache.feature_cache import FeatureCache
@@ -111,9 +119,7 @@ def damage_and_lose(config: Path) -> None:
 
 
 def repair(config: Path) -> None:
-    from dimefm.pipeline.repair import repair as run
-
-    run(load_config(config).cache.dir, config)
+    dimefm.pipeline.repair.repair(load_config(config).cache.dir, config)
 
 
 JOBS = {
@@ -170,18 +176,22 @@ class Trial:
         self.names = json.loads(counted.read_text())
         self.wanted = tree(self.root)
 
-    def named_steps(self, at_most: int) -> list[tuple[str, int]]:
+    def named_steps(self, at_most: int, like: str) -> list[tuple[str, int]]:
         """The middle one of every kind of step, and of embeddings the first and the last too; evenly thinned out."""
-        counts = Counter(self.names)
+        counts = Counter(name for name in self.names if re.search(like, name))
         steps = [(name, -(-count // 2)) for name, count in counts.items()]
         steps += [(name, at) for name, count in counts.items() if "embeddings" in name for at in {1, count}]
         steps = list(dict.fromkeys(steps))
         return [steps[i * len(steps) // at_most] for i in range(at_most)] if len(steps) > at_most else steps
 
     def kill_at_step(self, step: tuple[str, int]) -> dict[str, Any]:
-        self._restore()
-        status = in_a_fork(lambda: self._run(kill_at=step))
-        return self._report(f"{step[0]} (number {step[1]})", status)
+        name, number = step
+        while True:
+            self._restore()
+            status = in_a_fork(partial(self._run, (name, number)))
+            if status == -signal.SIGKILL or number == 1:
+                return self._report(f"{name} (number {number})", status)
+            number -= 1  # two threads that want the same folder make one step or two
 
     def kill_after(self, share: float) -> dict[str, Any]:
         seconds = share * self.seconds
@@ -263,7 +273,7 @@ def kills(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
         print(f"{name}: {trial.seconds:.1f} s, {len(trial.names)} steps, {shards} shards", file=sys.stderr, flush=True)
         for i in range(arguments.moments):
             yield trial.kill_after((i + 0.5) / arguments.moments)
-        for step in trial.named_steps(arguments.steps):
+        for step in trial.named_steps(arguments.steps, arguments.like):
             yield trial.kill_at_step(step)
 
 
@@ -272,6 +282,7 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--moments", type=int, default=50, help="kills of each job spread over its time")
     parser.add_argument("--steps", type=int, default=1000, help="at most so many kills of each job at named steps")
+    parser.add_argument("--like", default="", help="only named steps whose name has a match of this")
     parser.add_argument("--images", type=int, default=84, help="images at the end; a shard has 4")
     parser.add_argument("--sentences", type=int, default=60)
     arguments = parser.parse_args()

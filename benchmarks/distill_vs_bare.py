@@ -116,7 +116,7 @@ class Bench:
 
         for _ in range(WARM_STEPS):
             step()
-        return self._rate(lambda: [step() for _ in range(self._steps)])
+        return self._rate(step)
 
     def loader(self) -> float:
         """Images/s of the batches alone."""
@@ -135,7 +135,7 @@ class Bench:
             coming = loader.batches(0, WARM_STEPS + self._steps)
             for _ in range(WARM_STEPS):
                 next(coming)
-            return self._rate(lambda: [next(coming) for _ in range(self._steps)])
+            return self._rate(lambda: next(coming))
 
     def everything(self) -> float:
         """Images/s of `train`."""
@@ -161,16 +161,17 @@ class Bench:
 
     def ready_views(self) -> float:
         """Images/s of `train` when views come for nothing."""
-        usual, batches.ViewPool = batches.ViewPool, ReadyViews  # type: ignore[misc]
+        usual, batches.ViewPool = batches.ViewPool, ReadyViews
         try:
             return self.everything()
         finally:
-            batches.ViewPool = usual  # type: ignore[misc]
+            batches.ViewPool = usual
 
-    def _rate(self, work: Callable[[], object]) -> float:
+    def _rate(self, step: Callable[[], object]) -> float:
         self._wait_for_device()
         start = time.perf_counter()
-        work()
+        for _ in range(self._steps):
+            step()
         self._wait_for_device()
         return self._settings.batch_images * self._steps / (time.perf_counter() - start)
 
@@ -212,7 +213,8 @@ def main() -> None:
             for name, way in ways.items():
                 rates[name].append(way())
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "CPU"
-    print(f"{options.model} at {options.size} px from {side} px JPEG, {options.batch} images, {options.sentences} sentences")
+    what = f"{options.model} at {options.size} px from {side} px JPEG"
+    print(f"{what}, {options.batch} images, {options.sentences} sentences")
     print(f"{device}, {os.cpu_count()} cores, torch {torch.__version__}, {options.repeats} repeats, median (min-max)")
     for name, values in rates.items():
         print(f"{name:>12}: {statistics.median(values):8.1f} images/s ({min(values):.1f}-{max(values):.1f})")

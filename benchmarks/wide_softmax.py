@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dimefm.stages.feature_losses import icl_loss
 from dimefm.stages.losses import effective_candidates, pvl_loss, vl_loss
 
 MIB = 2**20
@@ -68,6 +69,7 @@ CASES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "vl, plain": plain_vl,
     "pvl with a bank": lambda student, teacher, bank: pvl_loss(student, teacher, bank_images=bank),
     "pvl with a bank, plain": plain_pvl,
+    "icl with a bank": lambda student, teacher, bank: icl_loss(student, teacher, bank_images=bank, threshold=0.9),
     "candidates": candidates,
 }
 

@@ -1,6 +1,7 @@
 """Reading a finished cache: what stage two, evaluation and other people's programs start from."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from .masks import mask_digest, read_mask
 from .pixels import PixelPacks
 from .plan import plan_named
 from .rows import RowTable, good_rows, read_own_failures
+
+DIRECTIONS = ("image_to_sentence", "sentence_to_image")
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class FeatureCache:
     evaluate: dict[str, EvaluateSet]
     masks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     pixels: PixelPacks | None = None
+    _pairs: Mapping[str, Pairs] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> "FeatureCache":
@@ -153,6 +157,7 @@ class FeatureCache:
             embedding_set(SENTENCES, layout.sentence_rows),
             evaluate,
             pixels=PixelPacks.open(layout, manifest),
+            _pairs=_open_pairs(layout, manifest),
         )
 
     def masked(self, images: str | None = None, sentences: str | None = None) -> "FeatureCache":
@@ -199,8 +204,25 @@ class FeatureCache:
         return list(self.manifest["transductive"])
 
     def pairs(self, direction: str) -> Pairs | None:
-        """Pseudo-pairs, `image_to_sentence` or `sentence_to_image`; None where retrieval was off."""
+        """Pseudo-pairs, `image_to_sentence` or `sentence_to_image`; None where retrieval was off.
+
+        Raises:
+            CacheError: if they are missing or damaged, which keeps nobody from the embeddings.
+        """
         if not self.manifest["pairs"]:
             return None
-        store = self.layout.root / self.manifest["pairs"]["store"]
-        return Pairs(MappedArray.open(store, f"{direction}/ids"), MappedArray.open(store, f"{direction}/scores"))
+        return self._pairs.get(direction) or _open_direction(self.layout, self.manifest, direction)
+
+
+def _open_pairs(layout: Layout, manifest: Mapping[str, Any]) -> dict[str, Pairs]:
+    """Pairs of both directions, mapped now: a later version of the cache removes their files in the end."""
+    found = {}
+    for direction in DIRECTIONS if manifest["pairs"] else ():
+        with suppress(CacheError):  # told when they are asked for
+            found[direction] = _open_direction(layout, manifest, direction)
+    return found
+
+
+def _open_direction(layout: Layout, manifest: Mapping[str, Any], direction: str) -> Pairs:
+    store = layout.root / manifest["pairs"]["store"]
+    return Pairs(MappedArray.open(store, f"{direction}/ids"), MappedArray.open(store, f"{direction}/scores"))

@@ -27,10 +27,15 @@ def writer_lock(layout: Layout) -> Iterator[None]:
     with layout.lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise CacheError(f"{layout.root}: is being written by {holder}; wait for it or stop it") from error
+        except OSError as error:
+            raise CacheError(
+                f"{layout.lock}: this disk gives no locks ({error.strerror}); wanted one that does, so that no two "
+                "processes write a cache at once: choose another cache.dir"
+            ) from error
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         file.flush()

@@ -7,6 +7,7 @@ last line is the checksum of the lines before it.
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,18 @@ def parse_document(path: Path, data: bytes) -> dict[str, Any]:
     if found > FORMAT:
         raise CacheError(f"{path}: format {found}, this dimefm reads up to {FORMAT}; update dimefm")
     return dict(document)
+
+
+def refuse_newer(path: Path, data: bytes) -> None:
+    """Refuse a document of a newer format before anybody takes what it does not understand for damage.
+
+    Raises:
+        CacheError: if it is one.
+    """
+    with suppress(json.JSONDecodeError, UnicodeDecodeError):
+        document = json.loads(data)
+        if isinstance(document, dict) and isinstance(document.get("format"), int) and document["format"] > FORMAT:
+            parse_document(path, data)
 
 
 def read_document(path: Path) -> dict[str, Any]:

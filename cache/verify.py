@@ -13,7 +13,7 @@ from .findings import MOVE, Finding, Report
 from .inventory import Piece, pieces, unlisted_packs
 from .journal import Journal
 from .layout import IMAGES, Layout
-from .manifest import read_document, read_manifest, trusted_copy, vouched_digests
+from .manifest import read_document, read_manifest, refuse_newer, trusted_copy, vouched_digests
 from .scan import Scanned, scan
 from .spares import spare
 
@@ -95,6 +95,8 @@ def _trusted_manifest(layout: Layout, report: Report) -> dict[str, Any]:
                 Finding("changed", layout.manifest_digest.name, "not what was written; it has checksums of manifests")
             )
         return read_document(layout.manifest)
+    if data is not None and not whole:
+        refuse_newer(layout.manifest, data)
     if data is not None and spare(layout, digest(data)) is not None:
         kind = "changed" if layout.manifest_digest.exists() else "missing"
         report.findings.append(Finding(kind, layout.manifest_digest.name, "does not vouch for manifest.json any more"))

@@ -69,7 +69,7 @@ def append(config: Config, layout: Layout, scheduler: str | None = None) -> bool
             say(growth.line())
         else:
             say("going on with an append that was interrupted; what has come since is for the next one")
-            for note in compare_inputs(config, following, staged["inputs"]):
+            for note in compare_inputs(config, following, staged):
                 say(note)
         if staged is None or missing_shards(config, following, staged):
             staged = _embed(config, layout, plan, staged, growth, scheduler)

@@ -109,19 +109,20 @@ def _embed(
     config: Config, layout: Layout, inputs: dict[str, Any], plan: dict[str, Any] | None, scheduler: str | None
 ) -> dict[str, Any]:
     """Load the teacher, check it, freeze the plan, and embed every shard that is missing."""
-    from ..stages.text_tower import save_text_tower
+    from ..stages.text_tower import save_text_tower, text_tower_bytes
 
     with teacher_at_hand(config) as teacher:
         wanted = {"shard_rows": config.cache.shard_rows, "teacher": teacher.identity(), "inputs": inputs}
         wanted |= shared_rows(config, layout)
         wanted |= {"pixels": config.cache.pixels} if config.cache.pixels else {}
+        tower = 0 if layout.text_tower.exists() else text_tower_bytes(teacher)
         if plan is None:
             _check_teacher(config, layout, teacher)
-            require_disk(config, layout, wanted)
+            require_disk(config, layout, wanted, tower)
             write_plan(layout, wanted)
         else:
             require_same(layout.root, {key: plan[key] for key in wanted}, wanted)
-            require_disk(config, layout, wanted)
+            require_disk(config, layout, wanted, tower)
         declare_arrays(layout.teacher_zarr, planned_specs(wanted))
         tasks = missing_shards(config, layout, wanted)
         if not layout.text_tower.exists():
@@ -130,10 +131,10 @@ def _embed(
     return wanted
 
 
-def require_same_run(config: Config, layout: Layout, plan: dict[str, Any]) -> list[str]:
+def require_same_run(config: Config, layout: Layout, plan: dict[str, Any], *, report: bool = False) -> list[str]:
     """Refuse another run's cache by what is known without loading the teacher; returns notes on the inputs."""
     require_same_teacher(config, layout, plan)
-    return compare_inputs(config, layout, plan["inputs"])
+    return compare_inputs(config, layout, plan, report=report)
 
 
 def require_same_teacher(config: Config, layout: Layout, plan: dict[str, Any]) -> None:

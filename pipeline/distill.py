@@ -67,9 +67,9 @@ def _train(
             write_json(run.folder / SOURCE, source_document(config))
     names = ", ".join(run.name for run in runs)
     too_large = (
-        f"student {names}: a step of distill.batch_images = {settings.batch_images} and distill.batch_sentences = "
-        f"{settings.batch_sentences} does not fit into memory; raise distill.accumulate (now {settings.accumulate}), "
-        "or lower one of the two, or image_size, or choose a smaller model"
+        f"{', '.join(f'student.{run.name}' for run in runs)}: a step of distill.batch_images = {settings.batch_images} "
+        f"and distill.batch_sentences = {settings.batch_sentences} does not fit into memory; raise distill.accumulate "
+        f"(now {settings.accumulate}), lower one of the two, or image_size, or choose a smaller model"
     )
     with bar(f"stage two, {names}", 1, "images", RESUMED, shown=world.is_first) as shown, memory_errors_as(too_large):
         try:

@@ -143,15 +143,19 @@ def embed_shards(
     say(f"where the time went: {shares} (read, decode and keep are summed over threads; wait: the device had no data)")
 
 
-def require_disk(config: Config, layout: Layout, plan: dict[str, Any]) -> None:
-    """Refuse to begin what the disk cannot hold: the shards that are missing, their packs, the indexes and the pairs.
+def require_disk(config: Config, layout: Layout, plan: dict[str, Any], also: int = 0) -> None:
+    """Refuse to begin what the disk cannot hold: shards and packs that are missing, indexes, pairs, copies of tables.
+
+    Args:
+        also: bytes of what else is to be written.
 
     Raises:
         InputError: with what it takes and what is free.
     """
     specs = planned_specs(plan)
     tasks = missing_shards(config, layout, plan)
-    wanted = sum(task.spec.chunk_bytes for task in tasks)
+    wanted = also + sum(task.spec.chunk_bytes for task in tasks)
+    wanted += sum(path.stat().st_size for path in layout.root.glob("rows/**/*.parquet"))
     wanted += retrieval_bytes([specs[IMAGES].shape, specs[SENTENCES].shape], config.pairs)
     if plan.get("pixels"):
         sizes = image_sizes(layout, specs[IMAGES].shape[0])

@@ -16,7 +16,7 @@ from ..stages.prompts import class_prompts, read_classes, read_templates
 from ..stages.sentences import Sentence, read_sentences
 from ..stages.settings import EvaluateSettings, PromptSettings
 from .config import Config
-from .sources import compare_images, image_rows, labelled_rows
+from .sources import compare_images, compare_sentences, image_rows, labelled_rows
 
 PROMPTS = "prompts"
 
@@ -63,8 +63,11 @@ def freeze_evaluate_set(config: Config, layout: Layout, name: str) -> dict[str, 
     return {**classes_document(settings), **list_document(image.source for image in found)}
 
 
-def compare_inputs(config: Config, layout: Layout, frozen: dict[str, Any]) -> list[str]:
+def compare_inputs(config: Config, layout: Layout, plan: dict[str, Any], *, report: bool = False) -> list[str]:
     """Hold what a run is given against the lists that were frozen.
+
+    Args:
+        report: say what has become of lines of sentences, rather than refuse a run that has other ones.
 
     Returns:
         Lines to show: what has appeared or gone since, and sources that are not at hand.
@@ -72,11 +75,12 @@ def compare_inputs(config: Config, layout: Layout, frozen: dict[str, Any]) -> li
     Raises:
         CacheError: naming the key, if the run asks for other sentences, prompts, classes or evaluation sets.
     """
+    frozen = plan["inputs"]
     notes: list[str] = []
     rows = RowTable(layout.find(layout.image_rows), frozen["images"]["rows"])
     _compare_images(config.images.source, rows, "images.source", notes)
     try:
-        _compare_sentences(config, layout, frozen["sentences"], notes)
+        _compare_sentences(config, layout, plan, notes, report)
     except InputError as error:
         notes.append(f"sentences.source: not compared: {error}")
     for name, settings in config.evaluate.items():
@@ -195,26 +199,33 @@ def prompts_document(prompts: list[str]) -> dict[str, Any]:
     return {"rows": len(prompts), "digest": digest(*(prompt.encode() + b"\n" for prompt in prompts))}
 
 
-def _compare_sentences(config: Config, layout: Layout, frozen: dict[str, Any], notes: list[str]) -> None:
-    sources = []
-    for path, there in zip(config.sentences.source, frozen["sources"], strict=False):
-        lines, seen, at_frozen_length = 0, xxhash.xxh3_128(), ""
+def _compare_sentences(config: Config, layout: Layout, plan: dict[str, Any], notes: list[str], report: bool) -> None:
+    frozen, paths = plan["inputs"]["sentences"], config.sentences.source
+    names = {"sentences": {"source": [there["name"] for there in frozen["sources"]]}}
+    require_same(layout.root, names, {"sentences": {"source": [path.name for path in paths]}})
+    same, grown = True, []
+    for path, there in zip(paths, frozen["sources"], strict=True):
+        lines, seen = 0, xxhash.xxh3_128()
+        at_frozen_length = seen.hexdigest()
         for sentence in read_sentences([path]):
             lines += 1
             seen.update(sentence.text.encode() + b"\n")
             if lines == there["rows"]:
                 at_frozen_length = seen.hexdigest()
+        same &= lines >= there["rows"] and at_frozen_length == there["digest"]
         if lines > there["rows"]:
-            notes.append(f"{path}: {lines - there['rows']:,} lines have appeared since; this cache does not hold them")
-        found = at_frozen_length or seen.hexdigest()
-        sources.append({"name": path.name, "rows": min(lines, there["rows"]), "digest": found})
-    sources += [{"name": path.name} for path in config.sentences.source[len(frozen["sources"]) :]]
+            grown.append(f"{path}: {lines - there['rows']:,} lines have appeared since; this cache does not hold them")
+    if not same:
+        table = RowTable(layout.find(layout.sentence_rows), frozen["rows"])
+        grown = [f"sentences.source: {note}" for note in compare_sentences(paths, plan, table).notes]
+    if not same and not report:
+        raise CacheError(
+            f"{layout.root}: made from other lines: {'; '.join(grown)}; put them back, choose another "
+            "cache.dir or delete that one"
+        )
+    notes += grown
     prompts = prompts_document(prompt_lines(config.sentences.prompts)) if config.sentences.prompts else None
-    require_same(
-        layout.root,
-        {"sentences": {"source": frozen["sources"], "prompts": frozen["prompts"]}},
-        {"sentences": {"source": sources, "prompts": prompts}},
-    )
+    require_same(layout.root, {"sentences": {"prompts": frozen["prompts"]}}, {"sentences": {"prompts": prompts}})
 
 
 def _compare_images(folder: Path, table: RowTable, key: str, notes: list[str]) -> None:

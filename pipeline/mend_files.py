@@ -1,8 +1,12 @@
 """Mending what is no embedding: strangers, the manifest, tables, metadata, the text tower, indexes and pairs."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
 
 from ..cache.content import table_of
 from ..cache.durable import PARTIAL, digest, write_bytes
@@ -10,8 +14,15 @@ from ..cache.errors import CacheError, InputError
 from ..cache.inventory import Piece
 from ..cache.journal import Journal, ShardRecord
 from ..cache.layout import IMAGES, SENTENCES, Layout
-from ..cache.manifest import digest_lines, file_entry, read_document, trusted_copy, vouched_digests
-from ..cache.rows import FAILED, RowTable, mark_failures
+from ..cache.manifest import (
+    digest_lines,
+    file_entry,
+    read_document,
+    refuse_newer,
+    trusted_copy,
+    vouched_digests,
+)
+from ..cache.rows import FAILED, RowTable, good_rows, mark_failures
 from ..cache.settings import PairsSettings
 from ..cache.spares import put_back, spare_manifests
 from ..cache.verify import journal_key
@@ -62,6 +73,8 @@ def restore_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]
     data = layout.manifest.read_bytes() if layout.manifest.exists() else b""
     if whole and digest(data) in vouched:
         return {}
+    if not whole:
+        refuse_newer(layout.manifest, data)
     copies = spare_manifests(layout)
     if digest(data) in copies or (digest(data) in vouched and not whole):
         present, how = digest(data), {layout.manifest_digest.name: "written again"}
@@ -149,6 +162,33 @@ def remake_tables(
             move_file(made, mend.root / name)
             done[name] = "listed again from the sources: the same rows, other sizes or times"
     return done
+
+
+def refill(layout: Layout, piece: Piece, spec: "ArraySpec") -> bool:
+    """Put a chunk file back whose damage is in nothing but what is known anyway, so that no row of it is given up.
+
+    Known are its length, its padding, and the NaN of rows that failed.
+
+    Returns:
+        Whether the file has the bytes of the manifest again.
+    """
+    path = layout.root / piece.name
+    num_rows = spec.shape[0] if piece.content == "head" else piece.num_rows
+    data = path.read_bytes() if path.is_file() else b""
+    rows = np.frombuffer(data, dtype=np.uint8)[: num_rows * piece.num_bytes // spec.chunk_rows]
+    whole = np.full((spec.chunk_rows, *spec.shape[1:]), spec.fill, dtype=spec.disk_dtype)
+    if rows.nbytes < num_rows * piece.num_bytes // spec.chunk_rows:
+        return False
+    whole[:num_rows] = rows.view(spec.disk_dtype).reshape(num_rows, *spec.shape[1:])
+    if piece.content == "embeddings":
+        with suppress(CacheError, pa.ArrowException, OSError):  # a damaged table knows nothing
+            table = RowTable(table_of(layout, piece.array)).columns("status", "reason")
+            failed = ~good_rows(table, layout.shares_rows)[piece.first : piece.first + num_rows]
+            whole[np.flatnonzero(failed)] = spec.fill
+    if digest(whole.tobytes()) != piece.digest:
+        return False
+    write_bytes(path, whole.tobytes())
+    return True
 
 
 def restore_text_tower(layout: Layout, teacher: "Teacher") -> None:

@@ -27,7 +27,7 @@ from .config_of import config_of
 from .embedding import planned_specs, teacher_at_hand
 from .finish import count_failures, files_of
 from .live import image_folder, require_same_teacher
-from .mend_files import move_away, remake_retrieval, remake_tables, restore_text_tower, settle_journal
+from .mend_files import move_away, refill, remake_retrieval, remake_tables, restore_text_tower, settle_journal
 from .mend_pixels import mend_packs
 from .mend_shards import Hands, Shards, keep_waiting, mend_shards
 from .pairs import write_pairs
@@ -83,6 +83,14 @@ class Mending:
         plan = read_plan(layout)
         assert plan is not None
         whole = pieces(manifest, plan["shard_rows"])
+        specs = planned_specs(plan)
+        for piece in whole:
+            if (
+                piece.is_teachers
+                and piece.name in self._bad & self._bad_bytes
+                and refill(layout, piece, specs[piece.array])
+            ):
+                self._mended(piece.name, "only its padding, length or failed rows were damaged: the same bytes")
         keep_waiting(self._mend)
         with ExitStack() as stack:
             hands = self._hands(stack, plan, config_path)

@@ -40,7 +40,7 @@ def describe_plan(config: Config) -> dict[str, Any]:
     layout = Layout(config.cache.dir)
     require_own_folder(layout)
     plan = read_plan(layout)
-    notes = require_same_run(config, layout, plan) if plan else []
+    notes = require_same_run(config, layout, plan, report=True) if plan else []
     width = plan["teacher"]["embed_dim"] if plan else configured_embed_dim(config.teacher)
     inputs = plan["inputs"] if plan else _count_inputs(config)
     specs = array_specs(inputs, width or 1, config.cache.shard_rows)
@@ -81,7 +81,8 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
         packs = f"{kept['rows']:,} rows, {kept['packs_done']} of {kept['packs']} packs done"
         lines.append(f"  pixels ({kept['setting']}): {packs}, about {_size(kept['estimated_bytes'])} (an estimate)")
     disk, free = found["disk"]["cache_bytes"], _size(found["disk"]["free_bytes"])
-    lines.append(f"disk: {'unknown before the teacher is loaded' if disk is None else _size(disk)}, {free} free")
+    wanted = "unknown before the teacher is loaded" if disk is None else _size(disk)
+    lines.append(f"disk: {wanted} for embeddings, indexes and pairs, beside the text tower; {free} free")
     if found["memory_bytes"]:
         lines.append(f"memory: {_size(found['memory_bytes'])} to build the larger index, after the teacher is gone")
     if not found["rows_left"]:

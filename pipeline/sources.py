@@ -1,16 +1,19 @@
-"""What has become of the source images since a cache listed them: changed, gone, new."""
+"""What has become of images and sentences since a cache listed them: changed, gone, new."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..cache.errors import CacheError
+from ..cache.findings import runs_of, show_runs
 from ..cache.rows import FAILED, OK, RowTable
 from ..stages.images import FoundImage, LabelledImage, file_digests, find_images
+from ..stages.sentences import read_sentences
 
 NAMES_SHOWN = 3
 
@@ -90,6 +93,73 @@ def compare_images(folder: Path, table: RowTable) -> SourceChanges:
     known = set(frozen["source"])
     changes.new.extend(source for source in now if source not in known)
     return changes
+
+
+@dataclass
+class LineChanges:
+    """Files of sentences held against a row table, line by line: rows keep their places.
+
+    Attributes:
+        changed: rows whose line reads otherwise now.
+        gone: rows whose file has fewer lines by now.
+        num_new: lines beyond those of the table.
+        notes: a line for each file that is not as it was.
+    """
+
+    changed: list[int] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
+    num_new: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """How many of each."""
+        return {"changed": len(self.changed), "gone": len(self.gone), "new": self.num_new}
+
+
+def compare_sentences(paths: Sequence[Path], plan: Mapping[str, Any] | None, table: RowTable) -> LineChanges:
+    """Hold files of sentences against the rows that were made from them, one shard of the table in memory at a time.
+
+    Args:
+        plan: of the cache; None where it is lost. Only files that share a name need it.
+    """
+    found, named = LineChanges(), Counter(path.name for path in paths)
+    sources = plan["inputs"]["sentences"]["sources"] if plan and "grown" not in plan else []
+    for i, path in enumerate(paths):
+        first, stop = 0, table.num_rows
+        if named[path.name] > 1:
+            if i >= len(sources):
+                found.notes.append(f"{path}: not compared: rows of several files are called {path.name}")
+                continue
+            first = sum(source["rows"] for source in sources[:i])
+            stop = first + sources[i]["rows"]
+        held = (row for row in _lines_of(table, path.name) if first <= row[0] < stop)
+        changed, gone, num_new = [], [], 0
+        lines = (sentence.text for sentence in read_sentences([path])) if path.is_file() else iter(())
+        for row, line in zip_longest(held, lines):
+            if row is None:
+                num_new += 1
+            elif line is None:
+                gone.append(row[0])
+            elif row[1] != line:
+                changed.append(row[0])
+        if changed or gone or num_new:
+            lost = ((changed, "have changed"), (gone, "are gone"))
+            parts = [f"{len(rows):,} lines {what} ({show_runs(runs_of(rows))})" for rows, what in lost if rows]
+            parts += [f"{num_new:,} lines are new"] if num_new else []
+            found.notes.append(f"{path}: {', '.join(parts)}")
+        found.changed += changed
+        found.gone += gone
+        found.num_new += num_new
+    return found
+
+
+def _lines_of(table: RowTable, origin: str) -> Iterator[tuple[int, str]]:
+    """Row and text of what came from a file, in order."""
+    for shard in range(table.num_shards):
+        columns = table.shard(shard, ["row", "text", "origin"])
+        for row, text, name in zip(columns["row"], columns["text"], columns["origin"], strict=True):
+            if name == origin:
+                yield row, text
 
 
 def image_rows(folder: Path, images: Sequence[FoundImage], hashed: bool) -> Iterator[dict[str, Any]]:

@@ -166,25 +166,9 @@ def _images(folder: Path, trusted: Trusted, array: str, key: str) -> dict[str, A
 
 
 def _sentences(config: Config, trusted: Trusted) -> dict[str, Any]:
-    """Line by line against the table: rows keep their places, so the first line that moved shows all."""
-    from ..stages.sentences import read_sentences
+    from .sources import compare_sentences
 
     table = RowTable(table_of(trusted.layout, SENTENCES), trusted.manifest["arrays"][SENTENCES]["rows"])
-    origins, texts = (table.column(name).to_pylist() for name in ("origin", "text"))
-    counts = {"changed": 0, "gone": 0, "new": 0}
-    notes: list[str] = []
-    rows: dict[str, list[list[int]]] = {"changed": [], "gone": []}
-    for path in config.sentences.source:
-        mine = [row for row, origin in enumerate(origins) if origin == path.name]
-        lines = [sentence.text for sentence in read_sentences([path])] if path.is_file() else []
-        changed = [row for row, line in zip(mine, lines, strict=False) if texts[row] != line]
-        gone = mine[len(lines) :]
-        counts["changed"] += len(changed)
-        counts["gone"] += len(gone)
-        counts["new"] += max(0, len(lines) - len(mine))
-        rows["changed"] += [list(run) for run in runs_of(changed)]
-        rows["gone"] += [list(run) for run in runs_of(gone)]
-        if changed or gone or len(lines) > len(mine):
-            new = max(0, len(lines) - len(mine))
-            notes.append(f"{path}: {len(changed):,} lines changed, {len(gone):,} gone, {new:,} new")
-    return {"counts": counts, "rows": rows, "notes": notes}
+    changes = compare_sentences(config.sentences.source, trusted.plan, table)
+    rows = {kind: [list(run) for run in runs_of(sorted(getattr(changes, kind)))] for kind in ("changed", "gone")}
+    return {"counts": changes.counts(), "rows": rows, "notes": changes.notes}

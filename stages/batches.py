@@ -148,7 +148,8 @@ class BatchLoader:
         sentences = (
             None if self._sentences is None else self._gather(self._sentences[0], self._sentences[1].draw(one.step))
         )
-        self._pool.wait(one.tasks)
+        for task in one.tasks:
+            task.result()
         images = tuple(self._tensor(views) for views in self._pool.slots[one.slot])
         return Batch(one.step, one.draw.rows, images, targets, sentences, bank, wait_s=0.0)
 

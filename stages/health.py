@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+from .info_nce import masked_share
 from .learner import Learner, Targets
 from .losses import effective_candidates, feature_loss
 from .settings import DistillSettings
+from .similarity_blocks import Rows
 from .world import World
 
 
@@ -33,7 +35,9 @@ def read_metrics(
 
     Returns:
         `loss`, each loss by its name, `cosine` (mean, student to target), and for each relational loss
-        `…_candidates`: how many columns the teacher's softmax spreads over, exp(entropy), mean over the rows.
+        `…_candidates`: how many columns the teacher's softmax spreads over, exp(entropy), mean over the rows. For `icl`
+        with a threshold `icl_masked`, the share of other images that are no negatives, and
+        `icl_scale`, what it multiplied cosines by, where that is learned.
     """
     shares = {"loss": learner.loss, **learner.terms}
     means = _signs(learner, targets, settings, logit_scale)
@@ -41,6 +45,8 @@ def read_metrics(
     values: dict[str, float] = dict(zip([*shares, *means], summed.tolist()))  # the one moment that waits for a GPU
     if learner.gradient_norm is not None:
         values["gradient_norm"] = learner.gradient_norm.item()
+    if learner.icl_factor is not None:
+        values["icl_scale"] = learner.icl_factor.item()  # the same in every process
     return values
 
 
@@ -48,15 +54,17 @@ def _signs(learner: Learner, targets: Targets, settings: DistillSettings, logit_
     assert learner.embeddings is not None
     temperature = settings.temperature
     signs = {"cosine": 1 - feature_loss(learner.embeddings, targets.own)}
-    pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
+    pairs: dict[str, tuple[Tensor, Rows, float]] = {}
     if targets.sentences is not None and targets.all_sentences is not None:
         pairs["vl_candidates"] = targets.own, targets.all_sentences, temperature.vl
         pairs["vl_candidates_sentences"] = targets.sentences, targets.everybodys, temperature.vl
+    columns = targets.everybodys if targets.bank is None else (targets.everybodys, targets.bank)
     if settings.loss.pvl:
-        columns = targets.everybodys if targets.bank is None else torch.cat([targets.everybodys, targets.bank])
         pairs["pvl_candidates"] = targets.own, columns, temperature.pvl
     if settings.loss.udist:
         pairs["udist_candidates"] = targets.own, targets.everybodys, temperature.udist
-    for key, (rows, columns, of) in pairs.items():
-        signs[key] = effective_candidates(rows, columns, of, logit_scale)
+    for key, (rows, over, of) in pairs.items():
+        signs[key] = effective_candidates(rows, over, of, logit_scale)
+    if settings.loss.icl and settings.loss.icl_threshold is not None:
+        signs["icl_masked"] = masked_share(targets.own, columns, targets.first_image, settings.loss.icl_threshold)
     return signs

@@ -1,13 +1,21 @@
-"""Where stage two reads its pictures from the cache: kept pixels as a source of images, row by row."""
+"""Where stage two reads its pictures from the cache: kept pixels as a source of images, row by row.
+
+Worker processes import this file: it does without what opens a cache (pyarrow, zarr).
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.errors import InputError
-from ..cache.feature_cache import FeatureCache
 from ..cache.pixels import PixelPacks
+
+if TYPE_CHECKING:
+    from ..cache.feature_cache import FeatureCache
 
 FILES = "files"
 """What a run's record calls the original files; kept ones are called by their setting, `jpeg-256`."""

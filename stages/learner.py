@@ -11,7 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import load_checkpoint, load_weights, random_state, restore_random_state, save_checkpoint
 from .counter_random import key_of
-from .losses import LossInputs, loss_terms
+from .learned_scale import LearnedScale
+from .loss_inputs import LossInputs, logit_factor
+from .losses import loss_terms
 from .optim import build_optimizer, set_lr
 from .settings import DistillSettings, StudentSettings
 from .students import build_student
@@ -31,6 +33,7 @@ class Learner:
         loss: of the last step, this process's share of the weighted sum.
         embeddings: of the last step's images, (B, D), without gradient.
         gradient_norm: of the last step, before clipping; None where nothing is clipped.
+        icl_factor: what the last step's `icl` multiplied cosines by; None where that is not learned.
     """
 
     def __init__(
@@ -66,6 +69,10 @@ class Learner:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model.to(memory_format=torch.channels_last)  # as images are: convolutions gain up to twofold
         self._optimizer = build_optimizer(self.model, settings)
+        self._icl_scale: LearnedScale | None = None
+        if settings.loss.icl and settings.temperature.icl_learned:
+            self._icl_scale = LearnedScale(logit_factor(logit_scale, settings.temperature.icl), world.device)
+            self._optimizer.add_param_group({"params": [self._icl_scale.log], "weight_decay": 0.0})
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
         self.averaged = None if settings.ema is None else ModelEmaV3(self.model, settings.ema, use_warmup=True)
         if settings.compile:
@@ -78,6 +85,7 @@ class Learner:
         self.loss = torch.tensor(torch.nan)
         self.embeddings: Tensor | None = None
         self.gradient_norm: Tensor | None = None
+        self.icl_factor: Tensor | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -113,12 +121,19 @@ class Learner:
             set_lr(self._optimizer, lr)
             self._optimizer.zero_grad(set_to_none=True)
             self._add_gradients(images, inputs)
+            if self._icl_scale is not None and self._world.size > 1:
+                # It is nothing that DistributedDataParallel knows: the same mean over the processes, by hand.
+                gradient = self._icl_scale.log.grad
+                assert gradient is not None
+                self._icl_scale.log.grad = self._world.sum(gradient) / self._world.size
             if self._settings.clip_grad_norm is not None:
                 self._scaler.unscale_(self._optimizer)
                 limit = self._settings.clip_grad_norm
                 self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
             self._scaler.step(self._optimizer)
             self._scaler.update()
+            if self._icl_scale is not None:
+                self._icl_scale.keep_within_bounds()
             self.step += 1
             if self.averaged is not None:
                 self.averaged.update(self.model, self.step)
@@ -160,11 +175,13 @@ class Learner:
         """The loss as this process's backward pass wants it."""
         settings = self._settings
         held = inputs.against(embeddings, self._world)
-        self.terms = loss_terms(held, settings.loss, settings.temperature, self._logit_scale)
+        factor = None if self._icl_scale is None else self._icl_scale()
+        self.terms = loss_terms(held, settings.loss, settings.temperature, self._logit_scale, factor)
         weighted = [getattr(settings.loss, name) * term for name, term in self.terms.items()]
         loss = torch.stack(weighted).sum()
         self.terms = {name: term.detach() for name, term in self.terms.items()}
         self.loss = loss.detach()
+        self.icl_factor = None if factor is None else factor.detach()
         # DistributedDataParallel takes the mean of the processes' gradients; the shares of a loss add up.
         return self._scaler.scale(loss * self._world.size) if self._world.size > 1 else self._scaler.scale(loss)
 
@@ -176,8 +193,9 @@ class Learner:
         self._random = random_state(self._world.device)
 
     def is_finite(self) -> bool:
-        """Whether every weight is a number."""
-        return all(bool(value.isfinite().all()) for value in self.model.state_dict().values())
+        """Whether all that it has learned is numbers."""
+        learned = [*self.model.state_dict().values(), *(self._icl_scale.parameters() if self._icl_scale else ())]
+        return all(bool(value.isfinite().all()) for value in learned)
 
     def save(self, path: Path) -> None:
         """Write its state; all processes take part, the first one writes."""
@@ -190,6 +208,8 @@ class Learner:
         }
         if self.averaged is not None:
             state["ema"] = self.averaged.module.state_dict()
+        if self._icl_scale is not None:
+            state["icl_scale"] = self._icl_scale.state_dict()
         if self._world.is_first:
             save_checkpoint(path, state)
 
@@ -203,6 +223,8 @@ class Learner:
         load_weights(self.model, state, path)
         if self.averaged is not None:
             load_weights(self.averaged.module, {"model": state.get("ema", state["model"])}, path)
+        if self._icl_scale is not None:
+            load_weights(self._icl_scale, state, path, key="icl_scale")
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
@@ -230,6 +252,7 @@ class Targets:
             bank: (M, D) of its part of the bank, or None.
         """
         self.own, self.sentences = targets, sentences
+        self.first_image = world.rank * len(targets)  # every process has as many
         self.everybodys = world.gather(targets)
         self.all_sentences = None if sentences is None else world.gather(sentences)
         self.bank = None if bank is None else world.gather(bank)
@@ -244,4 +267,5 @@ class Targets:
             all_student_images=world.gather_with_gradient(embeddings),
             all_teacher_images=self.everybodys,
             all_sentences=self.all_sentences,
+            first_image=self.first_image,
         )

@@ -11,75 +11,14 @@ reaches a teacher embedding. However many sentences or bank images there are, me
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor
 
+from .feature_losses import icl_share, mse_share
+from .loss_inputs import LossInputs, logit_factor
 from .settings import LossSettings, TemperatureSettings
 from .similarity_blocks import Rows, dtype_of, no_autocast
 from .wide_kl import kl_both_ways, kl_rows, row_entropies
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """What the losses of one step are made from: this process's rows, and everybody's in the order of the processes.
-
-    Where there is one process only, the two are the same tensors: `LossInputs.of_one_process`.
-
-    Attributes:
-        student_images: (b, D) û of this process, any float dtype, any norm; may be the slice of `all_student_images`.
-        teacher_images: (b, D) u of the same images.
-        all_student_images: (B, D) û of all processes, gathered so that gradients flow back to where each row came from.
-        all_teacher_images: (B, D) u of the same images.
-        sentences: (n, D) v of this process; None where `vl` is off.
-        all_sentences: (N, D) v of all processes.
-        bank_images: (M, D) more teacher images for `pvl`, the same in every process, or None.
-    """
-
-    student_images: Tensor
-    teacher_images: Tensor
-    all_student_images: Tensor
-    all_teacher_images: Tensor
-    sentences: Tensor | None = None
-    all_sentences: Tensor | None = None
-    bank_images: Tensor | None = None
-
-    @classmethod
-    def of_one_process(
-        cls,
-        student_images: Tensor,
-        teacher_images: Tensor,
-        sentences: Tensor | None = None,
-        bank_images: Tensor | None = None,
-    ) -> LossInputs:
-        """A batch that is all there is."""
-        return cls(
-            student_images,
-            teacher_images,
-            all_student_images=student_images,
-            all_teacher_images=teacher_images,
-            sentences=sentences,
-            all_sentences=sentences,
-            bank_images=bank_images,
-        )
-
-    def check(self, *, same_width: bool) -> None:
-        """Refuse what would broadcast, or fail far from its cause; raises ValueError."""
-        _check_images(self.student_images, self.teacher_images, same_width=same_width)
-        width = self.teacher_images.shape[1]
-        if self.all_student_images is not self.student_images or self.all_teacher_images is not self.teacher_images:
-            _check_images(self.all_student_images, self.all_teacher_images, same_width=same_width)
-            _check_matrix("all_teacher_images", self.all_teacher_images, width)
-        if (self.sentences is None) != (self.all_sentences is None):
-            raise ValueError("sentences without all_sentences, or the other way round: wanted both or neither")
-        for name, matrix in (
-            ("teacher_sentences", self.sentences),
-            ("all_sentences", self.all_sentences),
-            ("bank_images", self.bank_images),
-        ):
-            if matrix is not None:
-                _check_matrix(name, matrix, width)
 
 
 def vl_loss(
@@ -105,7 +44,7 @@ def vl_loss(
         ValueError: if shapes or dtypes do not fit, or temperature or logit_scale is not positive.
     """
     inputs = LossInputs.of_one_process(student_images, teacher_images, sentences=teacher_sentences)
-    return _vl(inputs, _factor(logit_scale, temperature))
+    return _vl(inputs, logit_factor(logit_scale, temperature))
 
 
 def pvl_loss(
@@ -133,7 +72,7 @@ def pvl_loss(
         ValueError: if shapes or dtypes do not fit, or temperature or logit_scale is not positive.
     """
     inputs = LossInputs.of_one_process(student_images, teacher_images, bank_images=bank_images)
-    return _pvl(inputs, _factor(logit_scale, temperature))
+    return _pvl(inputs, logit_factor(logit_scale, temperature))
 
 
 def udist_loss(
@@ -155,7 +94,7 @@ def udist_loss(
     Raises:
         ValueError: if shapes or dtypes do not fit, or temperature or logit_scale is not positive.
     """
-    return _udist(LossInputs.of_one_process(student_images, teacher_images), _factor(logit_scale, temperature))
+    return _udist(LossInputs.of_one_process(student_images, teacher_images), logit_factor(logit_scale, temperature))
 
 
 def feature_loss(student_images: Tensor, teacher_images: Tensor) -> Tensor:
@@ -175,7 +114,11 @@ def feature_loss(student_images: Tensor, teacher_images: Tensor) -> Tensor:
 
 
 def loss_terms(
-    inputs: LossInputs, weights: LossSettings, temperature: TemperatureSettings, logit_scale: float
+    inputs: LossInputs,
+    weights: LossSettings,
+    temperature: TemperatureSettings,
+    logit_scale: float,
+    icl_factor: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """This process's share of each loss that has a weight above 0, by name, not yet weighted.
 
@@ -187,19 +130,25 @@ def loss_terms(
     Args:
         inputs: of one process; its sentences may be None where `vl` is off.
         logit_scale: number that replaces `weights.logit_scale`, which may be "teacher".
+        icl_factor: scalar that replaces logit scale / temperature in `icl` where that is learned; gets a gradient.
 
     Raises:
         ValueError: if shapes or dtypes do not fit.
     """
     terms = {}
     if weights.vl:
-        terms["vl"] = _vl(inputs, _factor(logit_scale, temperature.vl))
+        terms["vl"] = _vl(inputs, logit_factor(logit_scale, temperature.vl))
     if weights.pvl:
-        terms["pvl"] = _pvl(inputs, _factor(logit_scale, temperature.pvl))
+        terms["pvl"] = _pvl(inputs, logit_factor(logit_scale, temperature.pvl))
     if weights.udist:
-        terms["udist"] = _udist(inputs, _factor(logit_scale, temperature.udist))
+        terms["udist"] = _udist(inputs, logit_factor(logit_scale, temperature.udist))
     if weights.feature:
         terms["feature"] = _feature(inputs)
+    if weights.mse:
+        terms["mse"] = mse_share(inputs)
+    if weights.icl:
+        factor = logit_factor(logit_scale, temperature.icl) if icl_factor is None else icl_factor
+        terms["icl"] = icl_share(inputs, factor, weights.icl_threshold)
     return terms
 
 
@@ -217,7 +166,7 @@ def effective_candidates(rows: Rows, columns: Rows, temperature: float, logit_sc
     Returns:
         Scalar between 1 and N.
     """
-    factor = _factor(logit_scale, temperature)
+    factor = logit_factor(logit_scale, temperature)
     return row_entropies(rows, columns, factor).exp().mean()
 
 
@@ -266,25 +215,3 @@ def _targets(inputs: LossInputs) -> tuple[Tensor, Tensor]:
     """The teacher's images here and everywhere, cut off from gradients; one object where they are one."""
     here = inputs.teacher_images.detach()
     return here, here if inputs.all_teacher_images is inputs.teacher_images else inputs.all_teacher_images.detach()
-
-
-def _factor(logit_scale: float, temperature: float) -> float:
-    if not logit_scale > 0 or not temperature > 0:
-        raise ValueError(f"logit_scale {logit_scale} and temperature {temperature}: wanted both above 0")
-    return logit_scale / temperature
-
-
-def _check_images(student_images: Tensor, teacher_images: Tensor, *, same_width: bool) -> None:
-    _check_matrix("student_images", student_images)
-    _check_matrix("teacher_images", teacher_images)
-    if len(student_images) != len(teacher_images):
-        raise ValueError(f"{len(student_images)} student images against {len(teacher_images)} teacher images")
-    if same_width and student_images.shape[1] != teacher_images.shape[1]:
-        raise ValueError(f"student embeddings {student_images.shape[1]} wide, the teacher's {teacher_images.shape[1]}")
-
-
-def _check_matrix(name: str, matrix: Tensor, width: int | None = None) -> None:
-    if matrix.ndim != 2 or not matrix.numel() or not matrix.is_floating_point():
-        raise ValueError(f"{name}: {tuple(matrix.shape)} {matrix.dtype}; wanted a (rows, width) matrix of floats")
-    if width is not None and matrix.shape[1] != width:
-        raise ValueError(f"{name}: {matrix.shape[1]} wide, the teacher's images are {width}")

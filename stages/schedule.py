@@ -31,7 +31,7 @@ class Schedule:
         self.logit_scale = logit_scale_of(cache, settings)
         self.images = Stream(cache.images.usable, settings.batch_images, settings.seed, "images")
         self.sentences = _sentence_stream(cache, settings) if settings.loss.vl else None
-        wants_bank = settings.bank_images and settings.loss.pvl
+        wants_bank = settings.bank_images and (settings.loss.pvl or settings.loss.icl)
         self.bank = BankStream(self.images, settings.bank_images, settings.seed) if wants_bank else None
         self.total_steps = max(1, int(settings.epochs * len(self.images) / settings.batch_images + 1e-9))
         self._warmup_steps = round(settings.warmup * self.total_steps)

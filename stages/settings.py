@@ -13,6 +13,7 @@ PLAIN_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0)]
 Temperature = Annotated[float, Field(gt=0.0)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
 class TeacherSettings(Settings):
@@ -26,7 +27,7 @@ class TeacherSettings(Settings):
     """Number format of weights and activations."""
     batch_size: int = Field(default=256, ge=1)
     """Rows of one forward pass. Part of the cache's identity: the last bits of an embedding depend on it."""
-    device: str = "auto"
+    device: Device = "auto"
     """`auto` (every GPU there is, else the CPU), `cpu`, `cuda` or `cuda:N`."""
     workers: int = Field(default=0, ge=0)
     """Threads that read and decode images for one device; 0 takes one for each core."""
@@ -156,13 +157,19 @@ class LossSettings(Settings):
     """Uni-modal distance: student-student against teacher-teacher similarities."""
     feature: Weight = 0.0
     """1 - cosine between the student's embedding and the teacher's."""
+    mse: Weight = 0.0
+    """CLIP-KD's feature loss, the mean squared error between unit embeddings: `feature` at 2 / embed_dim its weight."""
+    icl: Weight = 0.0
+    """CLIP-KD's interactive contrastive loss, the teacher's image embeddings in the place of texts."""
+    icl_threshold: float | None = Field(default=None, gt=-1.0, le=1.0)
+    """Images whose teacher embeddings have at least this cosine are no negatives of each other in `icl`."""
     logit_scale: Literal["teacher"] | Annotated[float, Field(gt=0.0)] = "teacher"
     """Multiplies cosines before the softmax: the teacher's own, from the cache, or a number."""
 
     @model_validator(mode="after")
     def _something_is_on(self) -> "LossSettings":
-        if not any((self.vl, self.pvl, self.udist, self.feature)):
-            raise ValueError("every loss is off; give one of vl, pvl, udist, feature a weight above 0")
+        if not any((self.vl, self.pvl, self.udist, self.feature, self.mse, self.icl)):
+            raise ValueError("every loss is off; give one of vl, pvl, udist, feature, mse, icl a weight above 0")
         return self
 
 
@@ -172,6 +179,9 @@ class TemperatureSettings(Settings):
     vl: Temperature = 1.0
     pvl: Temperature = 3.0
     udist: Temperature = 7.0
+    icl: Temperature = 1.0
+    icl_learned: bool = False
+    """Whether `icl` only begins with its temperature and learns it, as CLIP-KD does."""
 
 
 class DistillSettings(Settings):
@@ -185,7 +195,7 @@ class DistillSettings(Settings):
     batch_sentences: int = Field(default=4096, ge=0)
     """Sentences of a step; its own number, since their embeddings come from the cache."""
     bank_images: int = Field(default=0, ge=0)
-    """More images of each step whose teacher embeddings alone are columns of `pvl`, beside the batch's own."""
+    """More images of each step whose teacher embeddings alone are columns of `pvl` and `icl`, beside the batch's."""
     accumulate: int = Field(default=1, ge=1)
     """Pieces in which a step's images go through the student, one after the other; the losses still see all of them."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -205,11 +215,11 @@ class DistillSettings(Settings):
     """Let torch compile the student: minutes at the start, faster steps after."""
     precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
     """Autocast format of the student; losses are in float32 whatever it is. `auto`: bf16 on a GPU, else fp32."""
-    device: str = "auto"
+    device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     workers: int = Field(default=0, ge=0)
     """How many read, decode and augment images: up to two are threads, more are processes; 0 takes one for each
-    core."""
+    core, divided among the processes of a run."""
     pixels: Literal["auto", "files", "kept"] = "auto"
     """Where the pictures come from: `files`, the originals; `kept`, those that stage one has kept (`cache.pixels`);
     `auto`: kept ones where the cache has them. A run stays with what it began with."""

@@ -65,14 +65,7 @@ def save_text_tower(teacher: Teacher, folder: Path) -> None:
     beside them, in the number format that the teacher was loaded in. The folder is open_clip's `local-dir:` for the
     tokenizer; as a whole model it lacks the image tower, and open_clip refuses it.
     """
-    text = getattr(teacher.model, "text", None)  # CLIP proper keeps its text tower's parts to itself
-    state = teacher.model.state_dict() if text is None else text.state_dict()
-    state |= {name: getattr(teacher.model, name) for name in _SCALARS}
-    tensors = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in state.items()
-        if tensor is not None and not name.startswith("visual.")
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _text_state(teacher).items()}
     unfinished = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(unfinished, ignore_errors=True)  # a killed run's
     make_folder(unfinished)
@@ -87,6 +80,18 @@ def save_text_tower(teacher: Teacher, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     sync_folder(folder.parent)
+
+
+def text_tower_bytes(teacher: Teacher) -> int:
+    """About what `save_text_tower` takes on disk."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _text_state(teacher).values())
+
+
+def _text_state(teacher: Teacher) -> dict[str, Tensor]:
+    text = getattr(teacher.model, "text", None)  # CLIP proper keeps its text tower's parts to itself
+    state = teacher.model.state_dict() if text is None else text.state_dict()
+    state |= {name: getattr(teacher.model, name) for name in _SCALARS}
+    return {name: tensor for name, tensor in state.items() if tensor is not None and not name.startswith("visual.")}
 
 
 def load_text_tower(folder: Path, device: torch.device) -> TextTower:

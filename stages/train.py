@@ -83,7 +83,7 @@ def _learn(
         view_key=key_of(settings.seed, "views"),
         sentences=None if sentences is None else (cache.sentences, sentences),
         bank=schedule.share("bank"),
-        workers=settings.workers,
+        workers=world.share_of_cores(settings.workers),
         pin_memory=world.device.type == "cuda",
     )
     first, end = min(one.learner.step for one in training), max(one.end_step for one in training)

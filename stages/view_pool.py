@@ -11,20 +11,20 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
+import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, context, resource_tracker
+from queue import SimpleQueue
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache.errors import InputError
+from ..cache.errors import DimefmError, InputError
 from .augment import NUM_UNIFORMS, ViewMaker, make_views
 from .counter_random import uniforms
 from .images import ImageError
@@ -35,6 +35,8 @@ MOST_THREADS = 2
 _IMAGES_A_TASK = 16, 64
 """At least and at most: telling a worker what to do costs about as much as one small image."""
 _ALIGN = 4096
+_PATIENCE_S = 10.0
+"""How long a worker process may take to end by itself."""
 
 Slots = list[list[NDArray[np.uint8]]]
 """For each batch in the making, for each kind of view, (B, S, S, 3)."""
@@ -131,42 +133,39 @@ class ViewPool:
         self._are_processes = self.num_workers > MOST_THREADS if processes is None else processes
         least, most = _IMAGES_A_TASK
         self._task_images = max(least, min(most, -(-batch // self.num_workers)))
-        self._processes: list[Any] = []
-        self._pool: Executor
+        self._pool: ThreadPoolExecutor
+        self._processes: SimpleQueue[_WorkerProcess] = SimpleQueue()
 
     def __enter__(self) -> "ViewPool":
         if self._are_processes:
             self._start_processes()
         else:
             self._stop, self.slots = self._work.slots(bytearray(self._work.num_bytes))
-            self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="views")
+        self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="views")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
         self._pool.shutdown(cancel_futures=True)
+        ending = [self._processes.get() for _ in range(self._processes.qsize())]
+        for process in ending:
+            process.end()
+        for process in ending:
+            process.join()
 
     def start(
         self, slot: int, rows: NDArray[np.int64], passes: NDArray[np.int64], tickets: Sequence[Any]
     ) -> list[Future[None]]:
-        """Start on the views of a batch; they are in the slot when `wait` comes back."""
+        """Start on the views of a batch; they are in the slot when all of these are done.
+
+        One that fails raises InputError: an image can no longer be read, or a worker process was killed.
+        """
+        fill = self._fill_elsewhere if self._are_processes else self._fill_here
         size = self._task_images
         return [
-            self._submit(_Task(slot, first, rows[first:last], passes[first:last], tickets[first:last]))
+            self._pool.submit(fill, _Task(slot, first, rows[first:last], passes[first:last], tickets[first:last]))
             for first, last in ((first, first + size) for first in range(0, len(rows), size))
         ]
-
-    def wait(self, tasks: Sequence[Future[None]]) -> None:
-        """Wait for what `start` started.
-
-        Raises:
-            InputError: if an image can no longer be read, or a worker process was killed.
-        """
-        try:
-            for task in tasks:
-                task.result()
-        except BrokenProcessPool as error:
-            raise self._died() from error
 
     def stop(self) -> None:
         """Make workers leave what they are doing: every task ends soon, its views unfinished, until `go_on`."""
@@ -181,34 +180,63 @@ class ViewPool:
         wait(tasks)
         self.go_on()
 
-    def _submit(self, task: _Task) -> Future[None]:
-        if not self._are_processes:
-            return self._pool.submit(self._work.fill, task, self._stop, self.slots)
+    def _fill_here(self, task: _Task) -> None:
+        self._work.fill(task, self._stop, self.slots)
+
+    def _fill_elsewhere(self, task: _Task) -> None:
+        """Each thread of the pool lends itself a process and waits for it."""
+        process = self._processes.get()
         try:
-            return self._pool.submit(_fill, task)
-        except BrokenProcessPool as error:
-            raise self._died() from error
+            process.fill(task)
+        finally:
+            self._processes.put(process)
 
     def _start_processes(self) -> None:
-        processes = _ForkServer()
-        processes.set_forkserver_preload([__name__])
-        memory = processes.RawArray(ctypes.c_uint8, self._work.num_bytes)
+        server = multiprocessing.get_context("forkserver")
+        server.set_forkserver_preload([__name__])
+        memory = server.RawArray(ctypes.c_uint8, self._work.num_bytes)  # a file that is unlinked as soon as it is open
         self._stop, self.slots = self._work.slots(memory)
-        self._pool = ProcessPoolExecutor(
-            self.num_workers, mp_context=processes, initializer=_begin, initargs=(self._work, memory)
-        )
-        before = set(multiprocessing.active_children())
         with _signals_blocked(), _main_hidden():
             for _ in range(self.num_workers):
-                self._pool.submit(_nothing)  # each starts a process
-        self._processes = [child for child in multiprocessing.active_children() if child not in before]
+                self._processes.put(_WorkerProcess(server, self._work, memory))
+
+
+class _WorkerProcess:
+    """A process that makes views when it is told to, and the line to it."""
+
+    def __init__(self, server: context.ForkServerContext, work: _Work, memory: Any) -> None:
+        self._line, other_end = server.Pipe()
+        self._process = server.Process(target=_serve, args=(other_end, work, memory), name="views", daemon=True)
+        self._process.start()
+        other_end.close()  # the process alone has it now: when it ends, so does the line
+
+    def fill(self, task: _Task) -> None:
+        """Have it make views.
+
+        Raises:
+            InputError: if an image can no longer be read, or the process is gone.
+        """
+        try:
+            self._line.send(task)
+            error = self._line.recv()
+        except (EOFError, OSError) as gone:
+            raise self._died() from gone
+        if error is not None:
+            raise error
+
+    def end(self) -> None:
+        """Ask it to end."""
+        self._line.close()
+
+    def join(self) -> None:
+        self._process.join(_PATIENCE_S)
+        self._process.kill()
+        self._process.join()
 
     def _died(self) -> InputError:
-        self._pool.shutdown()
-        codes = [process.exitcode for process in self._processes]
-        # All others are killed as soon as one is found dead.
-        code = next((code for code in codes if code not in (None, 0, -signal.SIGKILL)), -signal.SIGKILL)
-        if code > 0:
+        self._process.join(_PATIENCE_S)
+        code = self._process.exitcode
+        if code is None or code >= 0:
             return InputError(
                 f"a worker process that makes views ended with exit code {code}; what it wrote above says why, and "
                 "distill.workers = 1 does without processes"
@@ -220,15 +248,22 @@ class ViewPool:
         )
 
 
-class _WorkerProcess(context.ForkServerProcess):
-    """A process that does not listen to SIGTERM, and whose executor ends it some other way."""
-
-    def terminate(self) -> None:
-        self.kill()
-
-
-class _ForkServer(context.ForkServerContext):
-    Process = _WorkerProcess
+def _serve(line: connection.Connection, work: _Work, memory: Any) -> None:
+    """What a worker process does until nobody is left at the other end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    stop, slots = work.slots(memory)
+    with suppress(EOFError, OSError):
+        while True:
+            task = line.recv()
+            error = None
+            try:
+                work.fill(task, stop, slots)
+            except Exception as raised:
+                if not isinstance(raised, DimefmError):  # a fault of ours: its trace would be lost on the way
+                    raised.add_note("".join(traceback.format_exception(raised)))
+                error = raised
+            line.send(error)
 
 
 @contextmanager
@@ -251,31 +286,3 @@ def _main_hidden() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-_worker: tuple[_Work, NDArray[np.uint8], Slots]
-"""In a worker process: what it knows and where it writes."""
-
-
-def _begin(work: _Work, memory: Any) -> None:
-    global _worker
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = (work, *work.slots(memory))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def _nothing() -> None:
-    """Starts a process."""
-
-
-def _fill(task: _Task) -> None:
-    work, stop, slots = _worker
-    work.fill(task, stop, slots)

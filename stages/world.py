@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..cache.errors import InputError
 from .devices import resolve_device
+from .view_pool import usable_cores
 
 
 class World:
@@ -25,6 +26,11 @@ class World:
     def __init__(self, device: torch.device, rank: int = 0, size: int = 1, votes: Any = None) -> None:
         """Use `open_world`. `votes` is a group over the CPU: what it says costs a GPU nothing."""
         self.device, self.rank, self.size, self._votes = device, rank, size, votes
+
+    def share_of_cores(self, workers: int) -> int:
+        """Loader workers of this process: as the setting says, or its part of the cores of this machine."""
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
+        return workers or max(1, usable_cores() // on_this_machine)
 
     @property
     def is_first(self) -> bool:

@@ -17,7 +17,7 @@ from dimefm.cache.feature_cache import FeatureCache
 from dimefm.stages import learner
 from dimefm.stages.interrupt import Interrupted
 from dimefm.stages.settings import DistillSettings, StudentSettings
-from tests.training import train_one
+from tests.training import gradients_of, train_one
 
 
 def main(folder: Path, run: str, model: str, steps: int, settings: str, interrupt_at: int = 0) -> None:
@@ -29,7 +29,7 @@ def main(folder: Path, run: str, model: str, steps: int, settings: str, interrup
 
     def remember(self, *arguments):  # type: ignore[no-untyped-def]
         learn(self, *arguments)
-        gradients.append({name: parameter.grad.clone() for name, parameter in self.model.named_parameters()})
+        gradients.append(gradients_of(self))
         if rank == 1 and self.step == interrupt_at:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,51 @@ def test_a_reader_that_had_the_old_version_open_goes_on_undisturbed(config):
     assert np.array_equal(old.pairs("image_to_sentence").ids[:], kept.pairs("image_to_sentence").ids[:])
     assert old.images.rows.take([29], "source") == kept.images.rows.take([29], "source")
     assert old.version == kept.version != new.version and old.identity == kept.identity != new.identity
+
+
+def test_a_reader_has_its_pairs_even_when_two_more_versions_have_come(config):
+    """The files of the version before last are removed; a map that is open keeps what it maps."""
+    old, wanted = FeatureCache.open(config.parent / "cache"), {}
+    for direction in ("image_to_sentence", "sentence_to_image"):
+        wanted[direction] = FeatureCache.open(config.parent / "cache").pairs(direction).ids[:]
+    for line in ("a second version", "a third version"):
+        add_lines(config.parent, line)
+        grow(config)
+    assert not (config.parent / "cache/pairs.zarr").exists()
+    for direction, ids in wanted.items():
+        assert np.array_equal(old.pairs(direction).ids[:], ids) and np.isfinite(old.pairs(direction).scores[:]).all()
+
+
+READER = """
+import sys
+from pathlib import Path
+import numpy as np
+from dimefm.cache import FeatureCache
+root, stop, lengths = Path(sys.argv[1]), Path(sys.argv[2]), []
+while not stop.exists():
+    cache = FeatureCache.open(root)
+    embeddings, ids = cache.images.embeddings[:], cache.pairs("image_to_sentence").ids[:]
+    assert np.isfinite(embeddings).all() and len(embeddings) == len(ids) == len(cache.images.usable)
+    assert ids.max() < len(cache.sentences) and (ids >= 0).all()
+    lengths.append(len(embeddings))
+    if len(lengths) == 1:
+        print("reading", flush=True)
+print(*sorted(set(lengths)))
+"""
+
+
+def test_readers_that_come_at_any_moment_find_one_version_whole(config):
+    words = [sys.executable, "-c", READER, str(config.parent / "cache"), str(config.parent / "stop")]
+    readers = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [reader.stdout.readline() for reader in readers] == ["reading\n"] * 2
+    for i in range(2):
+        add_images(config.parent, [f"0/new{i}_{j}.png" for j in range(3)])
+        add_lines(config.parent, f"a new line {i}")
+        grow(config)
+    (config.parent / "stop").touch()
+    for reader in readers:
+        lengths = reader.communicate(timeout=60)[0].split()
+        assert reader.returncode == 0 and lengths[0] == "30" and set(lengths) <= {"30", "33", "36"}
 
 
 def test_what_the_version_before_last_left_behind_is_removed(config):
@@ -333,7 +380,7 @@ def test_an_interrupted_append_goes_on_with_the_list_it_began_with(interrupted):
 def test_an_interrupted_append_whose_sources_have_changed_is_refused(interrupted):
     path = interrupted.parent / "captions.txt"
     path.write_text(path.read_text().replace("new", "changed"))
-    with pytest.raises(CacheError, match=r"next: made with sentences\.source"):
+    with pytest.raises(CacheError, match=r"next: made from other lines: sentences\.source"):
         grow(interrupted)
 
 
@@ -454,6 +501,23 @@ def test_a_sibling_grows_after_the_cache_whose_rows_it_shares(config, sibling):
     assert len(cache.images) == 33 and len(cache.sentences) == 23
     assert np.isfinite(cache.images.embeddings[:]).all()
     assert verify_cache(config.parent / "second").findings == []
+
+
+def test_another_view_of_the_same_images_is_a_sibling_too(config, tiny_teacher):
+    """The same weights, but images squashed to the square instead of cropped: what open_clip calls a resize mode."""
+    model, views = config.with_name("squash.json"), config.with_name("views.toml")
+    document = {"model_cfg": json.loads(tiny_teacher[0].read_bytes()), "preprocess_cfg": {"resize_mode": "squash"}}
+    model.write_text(json.dumps(document))
+    text = config.read_text().replace(str(tiny_teacher[0]), str(model))
+    views.write_text(text.replace('dir = "cache"', 'dir = "views"\nrows = "cache"'))
+    picture(COLOURS["c_red"], 1).resize((96, 32)).save(config.parent / "images/9.png")
+    grow(config)
+    first, second = FeatureCache.open(config.parent / "cache"), stage_one(views)
+    assert second.plan["rows_of"] == "../cache" and (config.parent / "views/rows").is_symlink()
+    assert np.array_equal(second.images.embeddings[:30], first.images.embeddings[:30])  # square pictures
+    assert not np.array_equal(second.images.embeddings[[30]], first.images.embeddings[[30]])
+    assert np.array_equal(second.sentences.embeddings[:], first.sentences.embeddings[:])
+    assert verify_cache(config.parent / "views").findings == []
 
 
 def test_rows_that_fail_for_the_second_teacher_alone_are_kept_apart(config, sibling):

@@ -8,9 +8,18 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from dimefm.stages.augment import NUM_UNIFORMS, ViewMaker, crop_box, is_flipped, jpeg_reduction, resample_filter
+from dimefm.stages.augment import (
+    NUM_UNIFORMS,
+    ViewMaker,
+    crop_box,
+    is_flipped,
+    jpeg_reduction,
+    make_views,
+    resample_filter,
+)
 from dimefm.stages.counter_random import uniforms
-from dimefm.stages.images import ImageError
+from dimefm.stages.images import ImageError, decode_image
+from dimefm.stages.jpeg import OpenJpeg
 from dimefm.stages.settings import AugmentSettings
 
 RATIO = (0.75, 4 / 3)
@@ -109,6 +118,55 @@ def test_a_large_jpeg_decoded_small_shows_the_same_view(orientation):
     for one in numbers(3):
         difference = views(AugmentSettings()).view(large, one).astype(int) - views(AugmentSettings()).view(exact, one)
         assert np.abs(difference).max() <= 6  # of 255
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 2, 3, 4, 5, 6, 7, 8])
+def test_a_box_of_the_upright_picture_is_found_in_the_stored_one(orientation):
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    data = encoded(noise(41, 30), exif=exif)
+    jpeg = OpenJpeg.open(data)
+    upright = decode_image(data)
+    assert jpeg.size == upright.size
+    stored, factor = jpeg.decode(1)
+    part = stored.crop(jpeg.stored_box((3, 5, 20, 17)))
+    assert factor == 1
+    turned = part if jpeg.turn is None else part.transpose(jpeg.turn)
+    assert (np.asarray(turned) == np.asarray(upright.crop((3, 5, 20, 17)))).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_reduced_jpeg_is_cropped_where_the_crop_lies_to_a_part_of_a_pixel(orientation):
+    # 1,601 is no multiple of 8: the last reduced pixel covers one pixel of the photo and seven beyond its edge.
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    ramp = np.linspace(0, 255, 1601)[None, :, None].repeat(1201, axis=0).repeat(3, axis=2)
+    photo = Image.fromarray(ramp.astype(np.uint8))
+    small, exact = (
+        views(WHOLE).view(encoded(photo, kind, exif=exif, **options), numbers(1)[0]).astype(float)
+        for kind, options in (("JPEG", {"quality": 100}), ("PNG", {}))
+    )
+    # A crop that is off by 7/8 of a reduced pixel at one end shifts the ramp's mean by 0.5.
+    assert abs((small - exact).mean()) < 0.2
+
+
+def test_views_of_several_kinds_have_the_bytes_they_have_alone_whatever_they_share():
+    files = [encoded(noise(1600, 1200)), encoded(noise(300, 200)), encoded(noise(64, 48), "PNG")]
+    kinds = [views(AugmentSettings(), 16), views(AugmentSettings(), 60), views(AugmentSettings(flip=True), 16)]
+    kinds += [views(AugmentSettings(preset="paper"), 100)]
+    for data in files:
+        for one in numbers(4):
+            together = make_views(kinds, data, one)
+            assert all((view == kind.view(data, one)).all() for view, kind in zip(together, kinds))
+
+
+def test_an_image_is_decoded_once_for_each_size_that_its_views_can_do_with(monkeypatch):
+    decoded = []
+    decode = OpenJpeg.decode
+    monkeypatch.setattr(OpenJpeg, "decode", lambda jpeg, by: decoded.append(by) or decode(jpeg, by))
+    make_views([views(WHOLE, 16), views(WHOLE, 17), views(WHOLE, 100)], encoded(noise(800, 800)), numbers(1)[0])
+    assert decoded == [8, 4]  # 800 / (2 * 16) and / (2 * 17) allow 8, / (2 * 100) allows 4
 
 
 def test_a_view_follows_the_exif_orientation():

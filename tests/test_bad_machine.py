@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from dimefm.cache import FeatureCache
-from dimefm.cache.durable import write_json
+from dimefm.cache.durable import digest, write_json
 from dimefm.cache.errors import os_advice
+from dimefm.cache.manifest import digest_lines
 from dimefm.pipeline.cache_teacher import cache_teacher
 from dimefm.pipeline.config import load_config
 from dimefm.stages.teacher import Teacher
@@ -48,33 +49,57 @@ def copy(finished, tmp_path) -> Path:
 # The cache itself.
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["cache", "inspect", "cache"], ["cache-teacher", "run.toml"], ["distill", "run.toml"], ["plan", "run.toml"]],
-)
-@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
-def test_a_cache_of_a_newer_format_is_one_line_and_stays_as_it_is(copy, capfd, words, name):
-    path = copy.parent / "cache" / name
+COMMANDS = [
+    ["cache-teacher", "run.toml"],
+    ["distill", "run.toml"],
+    ["plan", "run.toml"],
+    ["cache", "inspect", "cache"],
+    ["cache", "verify", "cache"],
+    ["cache", "repair", "cache"],
+    ["cache", "append", "cache"],
+    ["cache", "duplicates", "cache", "--threshold", "0.9", "--mask", "clean"],
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words[:2]))
+@pytest.mark.parametrize("vouched", ["in this format's way", "in another way"])
+def test_a_cache_of_a_newer_format_is_one_line_and_stays_as_it_is(copy, capfd, words, vouched):
+    path = copy.parent / "cache/manifest.json"
     write_json(path, {**json.loads(path.read_bytes()), "format": 99})
-    for other in ("manifest.json", "manifest.xxh3") if name == "plan.json" else ():
-        (copy.parent / "cache" / other).unlink()
+    lines = digest_lines([digest(path.read_bytes())]) if vouched == "in this format's way" else b"sha256 of something\n"
+    path.with_suffix(".xxh3").write_bytes(lines)
     before = tree(copy.parent / "cache")
-    *command, target = words
-    line = refused(capfd, *command, copy.parent / target)
-    if name == "manifest.json" or words[0] in ("cache-teacher", "plan"):
-        assert "format 99" in line and "update dimefm" in line
-    else:
-        assert "unfinished" in line
+    line = refused(
+        capfd, *(copy.parent / word if word in ("cache", "run.toml") and i else word for i, word in enumerate(words))
+    )
+    assert "format 99" in line and "update dimefm" in line
     assert tree(copy.parent / "cache") == before
 
 
-def test_a_manifest_edited_by_hand_is_one_line_and_stays_as_it_is(copy, capfd):
+@pytest.mark.parametrize("words", COMMANDS[:3], ids=lambda words: words[0])
+def test_an_unfinished_cache_of_a_newer_format_is_one_line_and_stays_as_it_is(copy, capfd, words):
+    path = copy.parent / "cache/plan.json"
+    write_json(path, {**json.loads(path.read_bytes()), "format": 99})
+    for name in ("manifest.json", "manifest.xxh3"):
+        (copy.parent / "cache" / name).unlink()
+    before = tree(copy.parent / "cache")
+    line = refused(capfd, words[0], copy)
+    assert "unfinished" in line if words[0] == "distill" else "format 99" in line and "update dimefm" in line
+    assert tree(copy.parent / "cache") == before
+
+
+def test_a_manifest_edited_by_hand_is_one_line_and_stays_as_it_is_until_it_is_repaired(copy, capfd):
     path = copy.parent / "cache/manifest.json"
+    sound = tree(copy.parent / "cache")
     path.write_text(path.read_text().replace('"rows": 12', '"rows": 11'))
     before = tree(copy.parent / "cache")
     for words in (["cache", "inspect", copy.parent / "cache"], ["cache-teacher", copy], ["distill", copy]):
         assert "checksum differs" in refused(capfd, *words)
+    done = run_dimefm(capfd, "cache", "verify", copy.parent / "cache")
+    assert done.code == 1 and "manifest.json: its checksum differs: cut or edited" in done.out
     assert tree(copy.parent / "cache") == before
+    assert run_dimefm(capfd, "cache", "repair", copy.parent / "cache").code == 0
+    assert tree(copy.parent / "cache") == sound
 
 
 @contextmanager
@@ -108,6 +133,7 @@ def test_a_cache_that_may_only_be_read_is_read(read_only, capfd):
     with without_privileges():
         for words in (
             ["cache", "inspect", read_only.parent / "cache"],
+            ["cache", "verify", read_only.parent / "cache", "--sources", "--config", read_only],
             ["cache", "duplicates", read_only.parent / "cache", "--threshold", "0.9"],
             ["plan", read_only],
             ["cache-teacher", read_only],
@@ -232,7 +258,7 @@ def test_a_teacher_that_does_not_fit_into_memory_names_itself(fresh, capfd, monk
 def test_a_device_out_of_memory_in_stage_two_names_the_settings_and_keeps_the_checkpoint(copy, capfd, monkeypatch):
     assert run_dimefm(capfd, "distill", copy, "--student", "small", "--steps", "1").code == 0
     before = tree(copy.parent / "runs")
-    monkeypatch.setattr("dimefm.stages.train.loss_terms", no_memory)
+    monkeypatch.setattr("dimefm.stages.learner.loss_terms", no_memory)
     line = refused(capfd, "distill", copy, "--student", "small")
     assert "student.small" in line and "distill.batch_images = 8" in line and "lower" in line
     kept = {name: value for name, value in tree(copy.parent / "runs").items() if "tensorboard" not in name}

@@ -11,7 +11,7 @@ from dimefm.cache import InputError
 from dimefm.stages.augment import NUM_UNIFORMS, ViewMaker
 from dimefm.stages.batches import BatchLoader, normalise
 from dimefm.stages.counter_random import uniforms
-from dimefm.stages.order import Stream
+from dimefm.stages.order import BankStream, Stream
 from dimefm.stages.pixel_source import ImageFiles
 from dimefm.stages.settings import AugmentSettings
 
@@ -93,6 +93,23 @@ def test_an_image_has_another_view_in_each_pass(world):
 
 def test_sentences_are_not_read_where_no_loss_wants_them(world):
     assert batches(world, 0, 1, sentences=False)[0].sentences is None
+
+
+def test_views_of_several_sizes_from_one_reading_are_those_made_alone(world):
+    both = batches(world, 0, 4, sides=(SIDE, 20))
+    alone = [batches(world, 0, 4, sides=(side,)) for side in (SIDE, 20)]
+    for step, batch in enumerate(both):
+        assert all(torch.equal(views, one[step].images[0]) for views, one in zip(batch.images, alone))
+
+
+def test_a_bank_brings_the_targets_of_more_images(world):
+    cache, root = world
+    stream = Stream(cache.images.usable, 10, 0, "images")
+    bank = BankStream(stream, 6, 0)
+    with BatchLoader(cache.images, stream, ImageFiles(root, cache.images), [view(8)], 5, bank=bank, workers=1) as one:
+        (batch,) = one.batches(2, 3)
+    assert batch.sentences is None and batch.bank.dtype == torch.float16
+    assert (batch.bank.numpy() == cache.images.embeddings[bank.draw(2).rows]).all()
 
 
 def test_an_image_that_is_gone_stops_the_run_naming_file_and_row(tmp_path):

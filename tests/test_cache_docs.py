@@ -1,8 +1,10 @@
 """docs/cache.md holds: its program runs on a cache that has failed rows and has grown, and what it says is so."""
 
+import io
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import xxhash
+from PIL import Image
 
 from dimefm.cache import FeatureCache
 from dimefm.cache.masks import add_mask
@@ -31,7 +34,8 @@ def grown(tmp_path_factory, tiny_teacher) -> Path:
     (folder / "images/0/003.jpg").write_bytes(b"")
     with (folder / "captions.txt").open("a") as file:
         file.write("\n")
-    config.write_text(config.read_text().replace('source = "images/"', 'source = "images/"\nmax_failed = 0.2'))
+    text = config.read_text().replace('source = "images/"', 'source = "images/"\nmax_failed = 0.2')
+    config.write_text(text.replace("shard_rows = 4", 'shard_rows = 4\npixels = "jpeg-24"'))
     cache_teacher(load_config(config))
     add_mask(FeatureCache.open(folder / "cache").layout, "images", "half", np.arange(10) % 2 == 0)
     picture((200, 200, 10), 4242).save(folder / "images/0/zz.png")
@@ -73,6 +77,26 @@ def test_chunk_files_are_where_and_what_the_document_says(grown):
         assert data[start : start + width * 2] == cache.images.embeddings[[row]].tobytes()
     padding = np.frombuffer(data, "<f2").reshape(chunk_rows, width)[11 % chunk_rows :]
     assert np.isnan(padding).all() and len(padding) == 1
+
+
+def test_packs_are_where_and_what_the_document_says(grown):
+    manifest = json.loads((grown / "manifest.json").read_bytes())
+    assert manifest["pixels"] == {"setting": "jpeg-24", "folder": "pixels/jpeg-24", "shard_rows": 4} | {
+        "quality": 90,
+        "subsampling": "4:2:0",
+    }
+    cache = FeatureCache.open(grown)
+    good = set(cache.images.usable.tolist())
+    for row in range(11):
+        pack = (grown / "pixels/jpeg-24" / f"{row // 4:06d}.pack").read_bytes()
+        table = struct.unpack("<5Q", pack[-40:])
+        assert table[0] == 0 and sorted(table) == list(table) and table[-1] == len(pack) - 40
+        jpeg = pack[table[row % 4] : table[row % 4 + 1]]
+        assert jpeg == (cache.pixels.read(row) if row in good else b"")
+        if jpeg:
+            with Image.open(io.BytesIO(jpeg)) as image:
+                assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (24, 24))
+    assert len(good) == 10 and table[3:] == (table[3], table[3])
 
 
 def test_every_file_is_listed_with_the_checksum_that_is_described(grown):

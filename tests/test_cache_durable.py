@@ -1,5 +1,6 @@
 """Files that are either old or new, a journal that survives a torn line, one writer, plans that say what differs."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -92,6 +93,15 @@ def test_a_second_writer_is_refused_by_name_and_a_dead_one_does_not_block(tmp_pa
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
     with writer_lock(Layout(tmp_path)):
+        pass
+
+
+def test_a_disk_without_locks_is_not_taken_for_another_writer(tmp_path, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(CacheError, match="gives no locks"), writer_lock(Layout(tmp_path)):
         pass
 
 

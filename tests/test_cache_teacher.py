@@ -1,6 +1,7 @@
 """Stage one, whole: what is on disk at its end, what a second run does, what is refused, what failures cost."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import xxhash
 import zarr
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import dimefm.stages.teacher
 from dimefm.cache import CacheError, FeatureCache, InputError
@@ -275,11 +277,42 @@ def test_prompts_follow_the_lines_and_make_the_run_transductive(fresh):
     assert cache.transductive == ["dev"]
 
 
+def test_where_the_time_went_is_said_at_the_end(fresh, capsys):
+    run(fresh)
+    said = capsys.readouterr().err
+    assert re.search(r"embedded 68 rows in [\d.]+ s, [\d,]+ rows/s", said)  # 30 images, 22 sentences, 12 + 4 of dev
+    seconds = r"([\d.]+) s"
+    assert re.search(f"where the time went: read {seconds}, decode {seconds}, infer {seconds}, .*write {seconds}", said)
+
+
+@pytest.mark.parametrize(("what", "says"), [("NaN", "NaN or infinite"), ("constant", "the same for all")])
+def test_a_teacher_that_cannot_be_one_stops_before_anything_is_planned(fresh, tiny_teacher, what, says):
+    tensors = load_file(tiny_teacher[1])
+    tensors["visual.proj"][:] = float("nan") if what == "NaN" else 0.0
+    if what == "constant":  # what remains of an image is the bias of the last norm
+        tensors["visual.ln_post.weight"][:] = 0.0
+        tensors["visual.ln_post.bias"][:] = 1.0
+        tensors["visual.proj"][:] = 0.1
+    save_file(tensors, fresh.parent / "broken.safetensors")
+    with pytest.raises(InputError, match=f"embeddings of images: {says}"):
+        run(fresh, (str(tiny_teacher[1]), str(fresh.parent / "broken.safetensors")))
+    assert not (fresh.parent / "cache/plan.json").exists()
+
+
 def test_a_full_disk_is_seen_before_the_start(fresh, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 100))
     with pytest.raises(InputError, match="GB free"):
         run(fresh)
     assert not (fresh.parent / "cache/plan.json").exists()
+
+
+def test_room_for_the_text_tower_is_looked_for_too(fresh, finished, monkeypatch):
+    """The tower takes 6.5 MB here, everything else a tenth of a megabyte: two are not enough."""
+    tower = (finished.parent / "cache/text_tower/open_clip_text.safetensors").stat().st_size
+    assert tower > 6_000_000
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 2_000_000))
+    with pytest.raises(InputError, match=r"takes 0\.01 GB and the disk has 0\.00 GB free"):
+        run(fresh)
 
 
 def test_a_folder_with_other_things_in_it_is_not_written_to(fresh):

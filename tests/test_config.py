@@ -81,6 +81,8 @@ def test_a_tag_is_not_taken_for_a_path(tmp_path):
         (("[cache]", "[distill.loss]\nlogit_scale = 0.0\n[cache]"), "distill.loss.logit_scale: "),
         (("[cache]", "[distill.loss]\nfeature = 0.0\n[cache]"), "distill.loss: every loss is off"),
         (("[cache]", "[distill.augment]\nscale = [0.9, 0.1]\n[cache]"), "distill.augment: scale = [0.9, 0.1]"),
+        (('pretrained = "openai"', 'device = "gpu"'), "teacher.device: "),
+        (("[cache]", '[distill]\ndevice = "cuda:"\n[cache]'), "distill.device: "),
         (("[cache]", '[student.a]\nmodel = "resnet"\n[cache]'), "student.a.model: "),
         (("[cache]", '[student.a]\nmodel = "open_clip:ViT-B-33"\n[cache]'), "student.a.model: open_clip has no"),
         (("[cache]", '[student."../up"]\nmodel = "timm:x"\n[cache]'), "student: the name '../up' becomes a folder"),

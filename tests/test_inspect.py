@@ -123,14 +123,3 @@ def test_an_unfinished_cache_is_refused(cache):
     (cache / "manifest.json").unlink()
     with pytest.raises(CacheError, match="unfinished"):
         inspect(cache)
-
-
-def test_help_of_the_cache_commands_loads_nothing_heavy():
-    program = (
-        "import sys\nfrom dimefm.cli import app\n"
-        "for name in ('inspect', 'duplicates', 'leakage'):\n"
-        "    try: app(['cache', name, '--help'])\n"
-        "    except SystemExit as leaving: assert not leaving.code\n"
-        "assert not {'torch', 'zarr', 'faiss', 'pyarrow'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from dimefm.stages.feature_losses import icl_loss
+from dimefm.stages.learned_scale import LearnedScale
 from dimefm.stages.learner import Learner, Targets
-from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
+from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings, TemperatureSettings
 from dimefm.stages.world import World
 
 WORLD = World(torch.device("cpu"))
@@ -14,7 +16,7 @@ LOSS = LossSettings(vl=0.7, pvl=0.3, udist=0.2, feature=1.0)
 
 def make_learner(world, model="plain", **settings):
     student = StudentSettings(model=f"own_students:{model}", image_size=8)
-    return Learner(student, DistillSettings(loss=LOSS, **settings), 16, WORLD, "fp32", 20.0, fresh=True)
+    return Learner(student, DistillSettings(**{"loss": LOSS, **settings}), 16, WORLD, "fp32", 20.0, fresh=True)
 
 
 def some_targets(num_images=12, num_sentences=20):
@@ -86,6 +88,42 @@ def test_a_gradient_that_is_too_long_is_scaled_to_the_limit(world):
     learner.learn(images, targets, 0.0)
     clipped = torch.stack([p.grad.norm() for p in learner.model.parameters()]).norm()
     assert learner.gradient_norm > 0.25 and clipped == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_a_learned_scale_takes_the_step_that_its_gradient_asks_for(world, pieces):
+    images, targets = some_targets()
+    loss = LossSettings(feature=1.0, icl=0.3, icl_threshold=0.5)
+    temperature = TemperatureSettings(icl=2.0, icl_learned=True)
+    learner = make_learner(world, loss=loss, temperature=temperature, accumulate=pieces, weight_decay=0.5)
+    log = torch.tensor(10.0).log().requires_grad_()  # the learner's logit scale is 20
+    optimizer = torch.optim.AdamW([log], weight_decay=0.0)
+    for lr in (0.01, 0.2):
+        learner.learn(images, targets, lr)
+        assert learner.icl_factor == pytest.approx(log.exp().item(), rel=1e-5)
+        optimizer.zero_grad()
+        (0.3 * icl_loss(learner.embeddings, targets.own, 1 / log.exp(), 1.0, threshold=0.5)).backward()
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        assert learner._icl_scale.log.item() == pytest.approx(log.item(), rel=1e-5)
+    assert not any("log" in name for name in learner.model.state_dict())
+
+
+@pytest.mark.parametrize(("start", "largest"), [(20.0, 100.0), (250.0, 250.0)])
+def test_a_learned_scale_stays_within_clips_bound_or_where_it_began(start, largest):
+    scale = LearnedScale(start, WORLD.device)
+    scale.keep_within_bounds()
+    assert scale().item() == pytest.approx(start, rel=1e-6)
+    with torch.no_grad():
+        scale.log.add_(10.0)
+    scale.keep_within_bounds()
+    assert scale().item() == pytest.approx(largest, rel=1e-6)
+
+
+def test_nothing_is_learned_of_a_loss_that_is_off(world):
+    learner = make_learner(world, temperature=TemperatureSettings(icl_learned=True))
+    learner.learn(*some_targets(), 0.01)
+    assert learner.icl_factor is None and len(learner._optimizer.param_groups) == 2
 
 
 def test_a_step_leaves_the_process_own_random_numbers_to_the_student(world):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from dimefm.stages.loss_inputs import LossInputs
 from dimefm.stages.losses import (
-    LossInputs,
     effective_candidates,
     feature_loss,
     loss_terms,

@@ -1,11 +1,13 @@
 """Orders: every pass covers each row once, differently, and any step is known without those before it."""
 
+import json
+
 import numpy as np
 import pytest
 
 from dimefm.cache import InputError
 from dimefm.stages.counter_random import uniforms
-from dimefm.stages.order import KeyedPermutation, Stream
+from dimefm.stages.order import BankStream, KeyedPermutation, Share, Stream
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 65_537])
@@ -63,6 +65,55 @@ def test_a_far_step_of_a_huge_stream_costs_no_more():
 def test_a_batch_larger_than_the_cache_is_refused_naming_the_setting():
     with pytest.raises(InputError, match=r"distill\.batch_sentences = 9: .* only 8 usable sentences"):
         Stream(np.arange(8), 9, seed=0, name="sentences")
+
+
+def test_a_bank_has_distinct_usable_rows_and_none_of_its_steps_own():
+    rows = np.arange(100, 150)
+    images = Stream(rows, batch=20, seed=0, name="images")
+    bank = BankStream(images, 30, seed=0)  # exactly what is left beside a batch
+    for step in range(12):  # 50 rows in batches of 20: some steps straddle the end of a pass
+        drawn = bank.draw(step).rows
+        assert len(drawn) == len(set(drawn)) == 30 and set(drawn) <= set(rows)
+        assert not set(drawn) & set(images.draw(step).rows)
+
+
+def test_a_bank_is_a_function_of_seed_and_step_and_uses_all_rows_equally():
+    images = Stream(np.arange(40), batch=4, seed=0, name="images")
+    drawn = [BankStream(images, 8, seed=0).draw(step).rows for step in range(2000)]
+    assert (BankStream(images, 8, seed=0).draw(7).rows == drawn[7]).all()
+    assert not (BankStream(images, 8, seed=1).draw(7).rows == drawn[7]).all()
+    # Each count is binomial(2000, 8/40): mean 400, standard deviation 18.
+    assert np.abs(np.bincount(np.concatenate(drawn), minlength=40) - 400).max() < 5 * 18
+
+
+def test_a_bank_larger_than_what_a_batch_leaves_is_refused_naming_the_setting():
+    images = Stream(np.arange(8), 5, seed=0, name="images")
+    with pytest.raises(InputError, match=r"distill\.bank_images = 4: beside the 5 images of a batch .* only 3 usable"):
+        BankStream(images, 4, seed=0)
+
+
+def test_shares_put_in_order_are_the_whole_step():
+    whole = Stream(np.arange(50), 12, seed=0, name="images")
+    for stream in (whole, BankStream(whole, 12, seed=0)):
+        shares = [Share(stream, rank, 3).draw(4) for rank in range(3)]
+        assert (np.concatenate([share.rows for share in shares]) == stream.draw(4).rows).all()
+        assert (np.concatenate([share.passes for share in shares]) == stream.draw(4).passes).all()
+
+
+def test_a_step_that_does_not_divide_among_processes_is_refused_naming_the_setting():
+    images = Stream(np.arange(50), 12, seed=0, name="images")
+    with pytest.raises(InputError, match=r"distill\.batch_images = 12: does not divide evenly among 5 processes"):
+        Share(images, 0, 5)
+    with pytest.raises(InputError, match=r"distill\.bank_images = 7: does not divide evenly among 2 processes"):
+        Share(BankStream(images, 7, seed=0), 0, 2)
+
+
+def test_an_order_describes_itself_for_the_record():
+    images = Stream(np.arange(50), 12, seed=3, name="images")
+    for stream in (images, BankStream(images, 6, seed=3)):
+        found = json.loads(json.dumps(stream.describe()))
+        assert (found["seed"], found["rounds"], found["rows"]) == (3, 8, 50) and "Feistel" in found["permutation"]
+    assert Share(images, 1, 2).describe() == images.describe()
 
 
 def test_uniforms_belong_to_their_row_and_pass_and_are_uniform():

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dimefm.stages.checkpoint import load_checkpoint
-from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
+from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings, TemperatureSettings
 
-from .training import TIMES, train_one, weights_of
+from .training import TIMES, gradients_of, train_one, weights_of
 
 SETTINGS = DistillSettings(
     epochs=3,
@@ -23,8 +23,9 @@ SETTINGS = DistillSettings(
     checkpoint_every=2,
     device="cpu",
     workers=1,
-    loss=LossSettings(vl=0.7, pvl=0.3, udist=0.2, feature=1.0),
+    loss=LossSettings(vl=0.7, pvl=0.3, udist=0.2, feature=1.0, mse=1.0, icl=0.1, icl_threshold=0.9),
 )
+LEARNED = TemperatureSettings(icl_learned=True)
 WORKER = Path(__file__).with_name("one_of_several.py")
 
 
@@ -53,7 +54,7 @@ def notes_of(folder, run, rank=0):
     return json.loads((folder / f"{run}-notes-{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("more", [{}, {"accumulate": 2, "clip_grad_norm": 0.5, "ema": 0.9}])
+@pytest.mark.parametrize("more", [{}, {"accumulate": 2, "clip_grad_norm": 0.5, "ema": 0.9, "temperature": LEARNED}])
 def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more):
     settings = SETTINGS.model_copy(update=more)
     folder = world[1]
@@ -61,7 +62,7 @@ def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more
 
     def remember(self, *arguments):
         learn(self, *arguments)
-        alone.append({name: parameter.grad.clone() for name, parameter in self.model.named_parameters()})
+        alone.append(gradients_of(self))
 
     from dimefm.stages.learner import Learner
 
@@ -79,14 +80,6 @@ def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 
 
-def test_batch_norms_of_processes_on_cpus_are_their_own_and_that_is_said(world):
-    one_process(world, "one", "with_dropout", 1)
-    two_processes(world[1], "two", "with_dropout", 1)
-    assert any("statistics are those of 2 parts of the batch" in note for note in notes_of(world[1], "two"))
-    assert notes_of(world[1], "two", 1) == []
-    assert lines(world[1], "two")[0]["loss"] != lines(world[1], "one")[0]["loss"]
-
-
 def test_a_run_goes_on_with_another_number_of_processes_and_says_so(world):
     folder = world[1]
     one_process(world, "one", "plain")
@@ -101,6 +94,8 @@ def test_a_run_goes_on_with_another_number_of_processes_and_says_so(world):
 def test_processes_go_on_bit_for_bit_and_a_signal_to_one_stops_all_after_the_same_step(world):
     folder = world[1]
     two_processes(folder, "whole", "with_dropout", 100)
+    assert any("statistics are those of 2 parts of the batch" in note for note in notes_of(folder, "whole"))
+    assert notes_of(folder, "whole", 1) == []  # the first process talks for all
     two_processes(folder, "run", "with_dropout", 100, interrupt_at=3)
     said = notes_of(folder, "run")[-1]
     stopped_at = load_checkpoint(folder / "run/checkpoint.pt")["step"]
@@ -109,8 +104,3 @@ def test_processes_go_on_bit_for_bit_and_a_signal_to_one_stops_all_after_the_sam
     assert lines(folder, "run") == lines(folder, "whole")
     first, second = weights_of(folder / "run"), weights_of(folder / "whole")
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_a_batch_that_cannot_be_divided_is_refused(world):
-    two_processes(world[1], "run", "plain", 1, SETTINGS.model_copy(update={"batch_images": 9}))
-    assert "distill.batch_images = 9" in notes_of(world[1], "run")[0]

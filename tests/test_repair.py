@@ -226,6 +226,37 @@ def test_without_sources_rows_are_marked_as_lost_and_nothing_else_is(root):
     assert verify(root)["sound"]
 
 
+@pytest.mark.parametrize("what", ["padding", "cut padding", "longer", "longer class vectors", "failed row"])
+def test_damage_to_what_is_known_anyway_costs_no_row_even_without_sources(root, what):
+    """The last of 30 rows in chunks of 4 are 28 and 29: half of chunk 7 is padding. A row is 64 bytes."""
+    path = root / "teacher.zarr/images/embedding/c/7/0"
+    if what == "failed row":
+        config = root.parent / "run.toml"
+        config.write_text(config.read_text().replace("[images]", "[images]\nmax_failed = 0.5"))
+        shutil.rmtree(root)
+        (root.parent / "images/2/029.jpg").write_bytes(b"")
+        cache_teacher(load_config(config))
+        assert np.isnan(FeatureCache.open(root).images.embeddings[[29]]).all()
+    whole = tree(root)
+    lose_sources(root)
+    if what == "padding":
+        flip(path, 2 * 64 + 5)
+    elif what == "failed row":
+        flip(path, 64 + 5)
+    elif what == "cut padding":
+        path.write_bytes(path.read_bytes()[: 2 * 64 + 7])
+    else:
+        path = path if what == "longer" else root / "teacher.zarr/evaluate/dev/head/c/0/0"
+        path.write_bytes(path.read_bytes() + b"more")
+    found = repair(root)
+    assert (
+        found["lost"] == {}
+        and found["left"] == []
+        and "the same bytes" in found["mended"][path.relative_to(root).as_posix()]
+    )
+    assert tree(root) == whole
+
+
 def test_lost_rows_come_back_when_their_sources_do(root):
     whole = tree(root)
     flip(root / CHUNK)

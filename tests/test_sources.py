@@ -14,6 +14,7 @@ from dimefm.pipeline.cache_teacher import cache_teacher
 from dimefm.pipeline.config import load_config
 from dimefm.pipeline.plan import describe_plan
 from dimefm.pipeline.sources import compare_images
+from dimefm.pipeline.verify import verify
 
 from .worlds import make_world, picture
 
@@ -66,6 +67,33 @@ def test_plan_says_which_images_are_new_gone_and_changed(world):
     assert "images.source: 1 images have appeared since; this cache does not hold them: '0/new.png'" in notes
     assert "images.source: 1 images of this cache are gone: '0/003.jpg'" in notes
     assert "images.source: 1 images have changed; this cache holds the old ones: '1/004.jpg'" in notes
+
+
+def test_plan_says_which_lines_have_changed_are_gone_and_are_new(world):
+    captions = world.parent / "captions.txt"
+    lines = captions.read_text().splitlines()
+    captions.write_text("\n".join([lines[0], "another", *lines[2:]]) + "\nmore\n")
+    (note,) = describe_plan(load_config(world))["notes"]
+    assert note == f"sentences.source: {captions}: 1 lines have changed (row 1), 1 lines are new"
+    captions.write_text(f"{lines[0]}\n")
+    (note,) = describe_plan(load_config(world))["notes"]
+    assert note == f"sentences.source: {captions}: 3 lines are gone (rows 1-3)"
+    with pytest.raises(CacheError, match=r"made from other lines: .*3 lines are gone"):
+        cache_teacher(load_config(world))
+
+
+def test_files_of_one_name_are_told_apart(world):
+    shutil.rmtree(world.parent / "cache")
+    (world.parent / "b").mkdir()
+    (world.parent / "b/captions.txt").write_text("one\ntwo\nthree\n")
+    world.write_text(world.read_text().replace('["captions.txt"]', '["captions.txt", "b/captions.txt"]'))
+    cache_teacher(load_config(world))
+    assert describe_plan(load_config(world))["notes"] == []
+    (world.parent / "b/captions.txt").write_text("one\n2\n")
+    wanted = {"counts": {"changed": 1, "gone": 1, "new": 0}, "rows": {"changed": [[5, 5]], "gone": [[6, 6]]}}
+    found = verify(world.parent / "cache", world, sources=True)["sources"]["sentences"]
+    assert {key: found[key] for key in wanted} == wanted
+    assert describe_plan(load_config(world))["notes"] == [f"sentences.source: {note}" for note in found["notes"]]
 
 
 def test_a_copied_image_is_no_change_where_a_checksum_can_tell(world):

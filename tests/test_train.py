@@ -13,10 +13,12 @@ import torch
 from dimefm.cache import InputError
 from dimefm.cache.durable import append_line
 from dimefm.stages.checkpoint import load_checkpoint, save_checkpoint
+from dimefm.stages.feature_losses import icl_loss, mse_loss
+from dimefm.stages.info_nce import masked_share
 from dimefm.stages.interrupt import Interrupted, StopSignals
 from dimefm.stages.losses import feature_loss, loss_terms, pvl_loss, vl_loss
 from dimefm.stages.order import Stream
-from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
+from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings, TemperatureSettings
 
 from .small_cache import make_cache
 from .training import TIMES, train_one, weights_of
@@ -276,8 +278,9 @@ def test_low_precision_trains_and_goes_on_bit_for_bit(world, precision):
 
 
 def test_the_logged_losses_are_those_of_the_pure_functions(world, monkeypatch):
+    loss = LossSettings(vl=1.0, pvl=1.0, feature=1.0, mse=1.0, icl=1.0, icl_threshold=0.5, logit_scale=5.0)
     settings = SETTINGS.model_copy(
-        update={"bank_images": 11, "loss": LossSettings(vl=1.0, pvl=1.0, feature=1.0, logit_scale=5.0)}
+        update={"bank_images": 11, "loss": loss, "temperature": TemperatureSettings(icl=2.0)}
     )
     seen = []
 
@@ -295,10 +298,15 @@ def test_the_logged_losses_are_those_of_the_pure_functions(world, monkeypatch):
     assert line["vl"] == pytest.approx(vl_loss(student, teacher, sentences, logit_scale=5.0).item(), rel=1e-6)
     assert line["pvl"] == pytest.approx(pvl_loss(student, teacher, 3.0, 5.0, bank_images=bank).item(), rel=1e-6)
     assert line["feature"] == pytest.approx(feature_loss(student, teacher).item(), rel=1e-6)
+    assert line["mse"] == pytest.approx(mse_loss(student, teacher).item(), rel=1e-6)
+    assert line["icl"] == pytest.approx(icl_loss(student, teacher, 2.0, 5.0, bank, 0.5).item(), rel=1e-6)
+    assert line["icl_masked"] == pytest.approx(masked_share(teacher, (teacher, bank), 0, 0.5).item(), rel=1e-6)
+    assert 0 < line["icl_masked"] < 1
 
 
 def test_all_that_a_step_can_do_goes_on_bit_for_bit(world):
     more = {"ema": 0.9, "clip_grad_norm": 0.05, "accumulate": 2, "bank_images": 6, "precision": "bf16"}
+    more |= {"loss": LossSettings(vl=0.7, pvl=0.3, icl=1.0), "temperature": TemperatureSettings(icl_learned=True)}
     settings = SETTINGS.model_copy(update=more)
     train(world, "whole", settings)
     train(world, settings=settings, stop_after=5)
@@ -307,6 +315,10 @@ def test_all_that_a_step_can_do_goes_on_bit_for_bit(world):
     first, second = (load_checkpoint(world[1] / run / "checkpoint.pt")["ema"] for run in ("run", "whole"))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert lines(world)[0]["gradient_norm"] > 0.05
+    scales = [line["icl_scale"] for line in lines(world)]
+    assert scales[0] == pytest.approx(20.0) and len(set(scales)) == len(scales)
+    with pytest.raises(InputError, match=r"distill\.temperature\.icl_learned = True, but this run asks for False"):
+        train(world, settings=settings.model_copy(update={"temperature": TemperatureSettings()}))
 
 
 def test_a_run_of_before_a_key_came_goes_on_with_its_default(world):

@@ -7,6 +7,7 @@ import torch
 
 from dimefm.cache.feature_cache import FeatureCache
 from dimefm.stages.checkpoint import load_checkpoint
+from dimefm.stages.learner import Learner
 from dimefm.stages.pixel_source import ImageFiles
 from dimefm.stages.run_record import CHECKPOINT
 from dimefm.stages.settings import DistillSettings, StudentSettings
@@ -31,6 +32,14 @@ def train_one(
         source = ImageFiles(images, cache.images)
         (result,) = train(cache, source, [Run("own", student, run_dir)], settings, world, **options)
     return result
+
+
+def gradients_of(learner: Learner) -> dict[str, torch.Tensor]:
+    """The last step's, of everything that a learner learns."""
+    learned = dict(learner.model.named_parameters())
+    if learner._icl_scale is not None:
+        learned["icl_scale"] = learner._icl_scale.log
+    return {name: parameter.grad.clone() for name, parameter in learned.items()}
 
 
 def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:

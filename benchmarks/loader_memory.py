@@ -1,0 +1,124 @@
+"""Memory of the loader's worker processes against the number of rows: it must not grow.
+
+A synthetic row table names as many images as wanted. Every name leads to one of a few real files: each folder that the
+table names is a link to the one that holds them. The loader runs some steps with worker processes, and then each
+worker's private memory is read: what the machine would have back if that process ended (USS: Private_Clean and
+Private_Dirty of /proc/PID/smaps_rollup). Pages that workers share, as they do the slots for views, are not in it; they
+are part of what is shown for the loader's own process (PSS), as is the one column that has the names.
+
+    python benchmarks/loader_memory.py [--rows 10000,1000000,10000000] [--workers 4] [--check]
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from loader import PHOTOS, picture
+from PIL import Image
+
+from dimefm.cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
+from dimefm.cache.feature_cache import EmbeddingSet
+from dimefm.cache.rows import RowTable
+from dimefm.stages.augment import ViewMaker
+from dimefm.stages.batches import BatchLoader
+from dimefm.stages.order import Stream
+from dimefm.stages.pixel_source import ImageFiles
+from dimefm.stages.settings import AugmentSettings
+
+FILES = 1000
+CHUNK_ROWS = 65_536
+LIMIT = 1.1
+"""How much a worker may hold with the most rows against the fewest."""
+
+
+def make_table(path: Path, num_rows: int) -> None:
+    """A row table as stage one writes it, in pieces; only what the loader reads."""
+    schema = pa.schema([("row", pa.int64()), ("source", pa.string()), ("status", pa.string()), ("reason", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in range(0, num_rows, CHUNK_ROWS):
+            rows = range(first, min(first + CHUNK_ROWS, num_rows))
+            names = [f"{row // FILES:08d}/{row % FILES:06d}.jpg" for row in rows]
+            writer.write_table(pa.table([list(rows), names, ["ok"] * len(rows), [None] * len(rows)], schema=schema))
+
+
+def make_images(root: Path, num_rows: int) -> None:
+    """The real files, and a link for each folder that the table names."""
+    (root / "files").mkdir(parents=True)
+    pictures = [picture(*PHOTOS["imagenet"], seed) for seed in range(8)]
+    for i in range(FILES):
+        (root / "files" / f"{i:06d}.jpg").write_bytes(pictures[i % len(pictures)])
+    for folder in range(-(-num_rows // FILES)):
+        (root / f"{folder:08d}").symlink_to("files")
+
+
+def rollup(pid: int) -> dict[str, int]:
+    """The sums of /proc/PID/smaps_rollup, bytes."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+
+
+def unique(pid: int) -> int:
+    sums = rollup(pid)
+    return sums["Private_Clean"] + sums["Private_Dirty"]
+
+
+def measure(folder: Path, num_rows: int, options: argparse.Namespace) -> Iterator[int]:
+    """Private bytes of each worker after some steps."""
+    make_table(folder / "images.parquet", num_rows)
+    make_images(folder / "photos", num_rows)
+    spec = ArraySpec((num_rows, 8), "float16", CHUNK_ROWS)
+    declare_arrays(folder / "teacher.zarr", {"images": spec})
+    for chunk in range(spec.num_chunks):
+        write_chunk(folder / "teacher.zarr", "images", spec, chunk, np.zeros((spec.rows_of(chunk), 8)))
+    images = EmbeddingSet(MappedArray.open(folder / "teacher.zarr", "images"), RowTable(folder / "images.parquet"))
+    loader = BatchLoader(
+        images,
+        Stream(images.usable, options.batch, 0, "images"),
+        ImageFiles(folder / "photos", images),
+        [ViewMaker(AugmentSettings(), 224, Image.Resampling.BICUBIC)],
+        view_key=5,
+        workers=options.workers,
+        processes=True,
+    )
+    with loader:
+        for _ in loader.batches(0, options.steps):
+            pass
+        yield from (unique(child.pid) for child in multiprocessing.active_children() if child.pid)
+
+
+def main() -> int:
+    """Parse and measure; 1 with `--check` where memory grows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="10000,1000000,10000000", help="numbers of rows, with commas, upward")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument(
+        "--dir", type=Path, default=None, help="disk for the files; a temporary folder in it is removed"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help=f"exit with 1 where the most rows take {LIMIT} x the fewest"
+    )
+    options = parser.parse_args()
+    medians = []
+    print(f"{options.workers} workers, {options.steps} steps of {options.batch} images; private memory of each worker")
+    for num_rows in map(int, options.rows.split(",")):
+        with tempfile.TemporaryDirectory(dir=options.dir, prefix="loader-memory-") as name:
+            sizes = sorted(measure(Path(name), num_rows, options))
+        medians.append(statistics.median(sizes))
+        shown = ", ".join(f"{size / 2**20:.1f}" for size in sizes)
+        own = rollup(multiprocessing.current_process().pid or 0)["Pss"]
+        print(f"  {num_rows:>12,} rows: {shown} MiB   (the loader's own process: {own / 2**20:,.0f} MiB)", flush=True)
+    print(f"  most rows / fewest: {medians[-1] / medians[0]:.2f} (wanted: at most {LIMIT})")
+    return int(options.check and medians[-1] / medians[0] > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
