@@ -110,7 +110,7 @@ def distill(
 def evaluate(runs: RunsArgument, as_json: JsonOption = False) -> None:
     """Score finished runs on every [evaluate.*] set; writes evaluation.json into each."""
     from .pipeline.evaluate import evaluate as run
-    from .pipeline.evaluate import score_table
+    from .pipeline.score_table import score_table
 
     scores = run(runs)
     typer.echo(json.dumps(scores, indent=1) if as_json else score_table(scores))

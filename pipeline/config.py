@@ -52,6 +52,16 @@ class Config(Settings):
                 raise ValueError(f"the name {name!r} becomes a folder; wanted letters, digits, '_', '.' and '-'")
         return tables
 
+    @field_validator("evaluate")
+    @classmethod
+    def _probes_name_other_sets(cls, sets: dict[str, EvaluateSettings]) -> dict[str, EvaluateSettings]:
+        for name, item in sets.items():
+            if item.probe is not None and item.probe not in sets:
+                raise ValueError(f"{name}.probe = {item.probe!r}: no such set; there is {', '.join(sorted(sets))}")
+            if item.probe == name:
+                raise ValueError(f"{name}.probe = {name!r}: wanted another set than the one that is scored")
+        return sets
+
 
 def load_config(path: Path) -> Config:
     """Read and check a config file.
@@ -140,6 +150,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
                 "images": under(item.images),
                 "classes": under(item.classes),
                 "templates": templates(item.templates),
+                "captions": item.captions and under(item.captions),
             }
         )
         for name, item in config.evaluate.items()

@@ -141,4 +141,6 @@ def source_document(config: Config) -> dict[str, object]:
     return {
         "cache": str(config.cache.dir),
         "evaluate": {name: str(settings.images) for name, settings in config.evaluate.items()},
+        "probes": {name: settings.probe for name, settings in config.evaluate.items() if settings.probe},
+        "captions": {name: str(settings.captions) for name, settings in config.evaluate.items() if settings.captions},
     }

@@ -4,78 +4,113 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
 from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from ..stages.captions import Captions, embed_captions, read_captions
 from ..stages.devices import memory_errors_as
-from ..stages.zero_shot import evaluate_student, load_student
+from ..stages.predictions import versus, write_predictions, zero_shot_predictions
+from ..stages.probe import FittedProbes
+from ..stages.recall import recall_scores
+from ..stages.scores import EmbeddedSet, probe_scores, require_same_classes, zero_shot_scores
+from ..stages.zero_shot import embed_set, load_student
 from .config import load_config
 from .distill import SOURCE, source_document
 from .progress import say
+from .score_table import Scores
 
-COLUMNS = (
-    ("student top-1", "student_top1"),
-    ("top-5", "student_top5"),
-    ("teacher top-1", "teacher_top1"),
-    ("top-5", "teacher_top5"),
-    ("agreement", "agreement"),
-    ("cosine", "cosine"),
-)
+Predictions = dict[str, pa.Table]
 
 
-def evaluate(runs: list[Path]) -> dict[str, dict[str, Any]]:
-    """Score runs and write `evaluation.json` into each.
+def evaluate(runs: list[Path]) -> Scores:
+    """Score runs and write `evaluation.json`, and `predictions/` of each image, into each.
 
     Args:
         runs: folders of runs; a config file (.toml) stands for the runs of all its students, scored on the sets, and
-            from the cache, that it names now.
+            from the cache, that it names now. All but the first are also held against the first.
 
     Returns:
-        For each run's folder, for each set: the scores, shares between 0 and 1.
+        For each run's folder, for each set: the scores, shares between 0 and 1. docs/scores.md says what each means.
 
     Raises:
         InputError: if a folder is no run, or its run has no checkpoint.
         CacheError: if the cache it was trained from is gone or damaged.
     """
-    scores: dict[str, dict[str, Any]] = {}
+    scores: Scores = {}
+    texts, probes = _EmbeddedTexts(), FittedProbes()
+    baseline: tuple[Path, Predictions] | None = None
     for run, source in _runs(runs):
         cache = FeatureCache.open(source["cache"])
+        _require_probes(cache, source["probes"])
+        read = _captions(cache, source["captions"])
         student, record = load_student(run)
         if record["step"] < record["total_steps"]:
             say(f"{run}: not finished, at step {record['step']:,} of {record['total_steps']:,}")
-        scores[str(run)] = {}
+        embedded: dict[str, EmbeddedSet] = {}
         for name, folder in source["evaluate"].items():
-            say(f"scoring {run} on {name}")
+            say(f"embedding {name} with {run}")
             with memory_errors_as(f"{run}: scoring does not fit into memory; end what else uses it and run this again"):
-                scores[str(run)][name] = evaluate_student(student, record, cache, name, Path(folder))
-        write_json(run / "evaluation.json", scores[str(run)])
+                embedded[name] = embed_set(student, record, cache, name, Path(folder))
+        of_run = {name: {**zero_shot_scores(item), "weights": record["weights"]} for name, item in embedded.items()}
+        for name, fit_name in source["probes"].items():
+            say(f"fitting probes on {fit_name}, for {name}")
+            of_run[name]["probe"] = probe_scores(embedded[name], embedded[fit_name], name, fit_name, probes)
+            _tell_of_duplicates(name, of_run[name]["probe"])
+        for name, item in read.items():
+            of_run[name]["retrieval"] = recall_scores(embedded[name], texts.embed(cache, name, item), item.image_of)
+        predictions = {name: zero_shot_predictions(item) for name, item in embedded.items()}
+        for name, table in predictions.items():
+            write_predictions(run / "predictions" / f"{name}.parquet", table)
+            compared = versus(table, baseline[1][name]) if baseline and name in baseline[1] else None
+            if baseline and compared:
+                of_run[name]["versus"] = {"run": str(baseline[0]), **compared}
+        baseline = baseline or (run, predictions)
+        scores[str(run)] = of_run
+        write_json(run / "evaluation.json", of_run)
     return scores
 
 
-def score_table(scores: dict[str, dict[str, Any]]) -> str:
-    """The scores as a plain table, one line for each run and set; shares in per cent."""
-    header = ["run", "set", "images", "unreadable", *(title for title, _ in COLUMNS)]
-    rows = [
-        [
-            Path(run).name,
-            name,
-            f"{item['n']:,}",
-            f"{item['unreadable']:,}",
-            *(_shown(key, item[key]) for _, key in COLUMNS),
-        ]
-        for run, sets in scores.items()
-        for name, item in sets.items()
-    ]
-    if not rows:
-        return "no [evaluate.*] set in the config of these runs: nothing to score"
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows])
+def _require_probes(cache: FeatureCache, probes: dict[str, str]) -> None:
+    """Refuse probes that cannot be fitted before anything is embedded; a set that is not there has an error later."""
+    for name, fit_name in probes.items():
+        if name in cache.evaluate and fit_name in cache.evaluate:
+            sets = cache.evaluate[name], cache.evaluate[fit_name]
+            require_same_classes(sets[0].class_ids, sets[1].class_ids, name, fit_name)
 
 
-def _shown(key: str, value: float | None) -> str:
-    if value is None:  # no image could be read
-        return "-"
-    return f"{value:.3f}" if key == "cosine" else f"{100 * value:.1f}"
+def _captions(cache: FeatureCache, files: dict[str, str]) -> dict[str, Captions]:
+    """Captions of each set that has some, refused before anything is embedded."""
+    there = {name: cache.evaluate[name].images for name in files if name in cache.evaluate}
+    return {
+        name: read_captions(Path(files[name]), images.rows.column("source").slice(0, len(images)).to_pylist(), name)
+        for name, images in there.items()
+    }
+
+
+class _EmbeddedTexts:
+    """Embeddings of captions, once for all runs of a cache."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path, str, tuple[str, ...]], NDArray[np.float32]] = {}
+
+    def embed(self, cache: FeatureCache, name: str, captions: Captions) -> NDArray[np.float32]:
+        key = (cache.text_tower.resolve(), name, tuple(captions.texts))
+        if key not in self._known:
+            say(f"embedding {len(captions.texts):,} captions of {name}")
+            self._known[key] = embed_captions(cache.text_tower, captions)
+        return self._known[key]
+
+
+def _tell_of_duplicates(name: str, probe: dict[str, Any]) -> None:
+    if probe["near_duplicates"]:
+        say(
+            f"evaluate.{name}.probe: {probe['near_duplicates']:,} of its images are nearly in {probe['fitted_on']} too "
+            "(teacher's cosine of 0.999 or more): neighbours and probe know their answers"
+        )
 
 
 def _runs(runs: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
@@ -102,7 +137,8 @@ def _runs(runs: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
 def _source(run: Path) -> dict[str, Any]:
     try:
         source = dict(json.loads((run / SOURCE).read_bytes()))
-        return {"cache": Path(source["cache"]), "evaluate": dict(source["evaluate"])}
+        optional = {key: dict(source.get(key, {})) for key in ("probes", "captions")}  # older runs do not say
+        return {"cache": Path(source["cache"]), "evaluate": dict(source["evaluate"]), **optional}
     except FileNotFoundError as error:
         raise InputError(
             f"{run}: not a run of dimefm (no {SOURCE}); wanted a folder that `dimefm distill` made"

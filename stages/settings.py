@@ -79,6 +79,12 @@ class EvaluateSettings(Settings):
     """`openai` or the path of a text file, one template a line, {} for the name."""
     names: Literal["first", "all"] = "first"
     """Which of a class's names make its prompts."""
+    probe: str | None = None
+    """Name of another `[evaluate.*]` set, of the same classes: neighbours and a linear probe learn its labels and are
+    scored on this one. No part of the cache: it may be added at any time."""
+    captions: FilePath | None = None
+    """JSON, path of an image below `images` -> list of its captions: retrieval is scored both ways. No part of the
+    cache either."""
 
 
 class StudentSettings(Settings):

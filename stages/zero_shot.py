@@ -1,6 +1,5 @@
-"""Zero-shot scores of a student on a labelled set, beside its teacher's, from cached class vectors."""
+"""A trained student on a labelled set: embedded by it, and held against its teacher and the cached class vectors."""
 
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,58 +19,8 @@ from .checkpoint import load_checkpoint, load_weights, weights_to_use
 from .devices import resolve_device
 from .images import ImageError, read_image
 from .run_record import CHECKPOINT, read_run_record
+from .scores import EmbeddedSet, zero_shot_scores
 from .students import build_student
-
-Matrix = NDArray[np.floating[Any]]
-
-
-def unit_rows(embeddings: Matrix) -> NDArray[np.float32]:
-    """Rows of length 1, in float32; rows of zeros stay, rows with NaN stay NaN."""
-    rows = embeddings.astype(np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def top_k_accuracy(logits: Matrix, labels: NDArray[np.int64], k: int) -> float:
-    """Share of images whose label is among the k classes of highest logit.
-
-    Args:
-        logits: (N, C). Of equal logits the class that comes first wins; a row of NaN is wrong for every k.
-        labels: (N,) classes.
-
-    >>> top_k_accuracy(np.array([[3.0, 1.0], [2.0, 5.0], [4.0, 0.0]]), np.array([0, 0, 1]), k=1)
-    0.3333333333333333
-    """
-    of_label = np.take_along_axis(logits, labels[:, None], axis=1)
-    before = np.arange(logits.shape[1]) < labels[:, None]
-    rank = ((logits > of_label) | ((logits == of_label) & before)).sum(axis=1)
-    return float(np.mean((rank < k) & np.isfinite(logits).all(axis=1)))
-
-
-def agreement(first: Matrix, second: Matrix) -> float:
-    """Share of images for which two models choose the same class, right or wrong; NaN where there is no image.
-
-    Args:
-        first, second: (N, C) logits; images that one of them could not read are left out.
-
-    >>> agreement(np.array([[3.0, 1.0], [2.0, 5.0]]), np.array([[0.2, 0.1], [0.9, 0.3]]))
-    0.5
-    """
-    both = np.isfinite(first).all(axis=1) & np.isfinite(second).all(axis=1)
-    return float(np.mean(first[both].argmax(axis=1) == second[both].argmax(axis=1))) if both.any() else float("nan")
-
-
-def mean_cosine(first: Matrix, second: Matrix) -> float:
-    """Mean cosine between rows of two models, over the images that both could read; NaN where there is none.
-
-    Args:
-        first, second: (N, D) embeddings of any norm.
-
-    >>> mean_cosine(np.array([[2.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 0.0], [3.0, 0.0]]))
-    0.5
-    """
-    cosines = (unit_rows(first) * unit_rows(second)).sum(axis=1)
-    cosines = cosines[np.isfinite(cosines)]
-    return float(cosines.mean()) if len(cosines) else float("nan")
 
 
 def load_student(run_dir: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -103,8 +52,32 @@ def evaluate_student(
     batch_size: int = 256,
     device: str = "auto",
     workers: int = 0,
-) -> dict[str, float | int | str | None]:
-    """Score a student and, from the cache, its teacher on one labelled set. Computed in float32, without the teacher.
+) -> dict[str, Any]:
+    """Zero-shot scores of a student and, from the cache, its teacher on one labelled set.
+
+    Arguments and errors are those of `embed_set`.
+
+    Returns:
+        As `zero_shot_scores`; and `weights`, `ema` where they are averages, else `model`.
+    """
+    embedded = embed_set(
+        student, record, cache, name, images_root, batch_size=batch_size, device=device, workers=workers
+    )
+    return {**zero_shot_scores(embedded), "weights": record.get("weights", "model")}
+
+
+def embed_set(
+    student: nn.Module,
+    record: dict[str, Any],
+    cache: FeatureCache,
+    name: str,
+    images_root: Path,
+    *,
+    batch_size: int = 256,
+    device: str = "auto",
+    workers: int = 0,
+) -> EmbeddedSet:
+    """A labelled set's images as a student sees them and, from the cache, as its teacher did. No teacher is loaded.
 
     The student sees images as the teacher does (resize mode, filter, mean and std), at its own size. An image that
     stage one or the student cannot read counts as wrong for both.
@@ -115,37 +88,14 @@ def evaluate_student(
         images_root: folder that the set's rows are relative to.
         workers: threads that decode; 0 takes one for each core.
 
-    Returns:
-        `n`, `unreadable`, `student_top1`, `student_top5`, `teacher_top1`, `teacher_top5`, `agreement` and `cosine`,
-        these two None if no image could be read; and `weights`, `ema` where they are averages, else `model`.
-
     Raises:
         InputError: if the cache has no such set or another teacher's embeddings, or the folder is missing.
     """
     labelled = _evaluate_set(record, cache, name)
     if not images_root.is_dir():
         raise InputError(f"{images_root}: no such folder; wanted the images of evaluate.{name}")
-    student_embeddings = _embed(student, record, labelled, images_root, batch_size, resolve_device(device), workers)
-    teacher_embeddings = labelled.images.embeddings[:].astype(np.float32)
-    unreadable = np.isnan(student_embeddings).any(axis=1) | np.isnan(teacher_embeddings).any(axis=1)
-    student_embeddings[unreadable] = teacher_embeddings[unreadable] = np.nan
-
-    student_logits = unit_rows(student_embeddings) @ labelled.head.T
-    teacher_logits = unit_rows(teacher_embeddings) @ labelled.head.T
-    shared = {
-        "agreement": agreement(student_logits, teacher_logits),
-        "cosine": mean_cosine(student_embeddings, teacher_embeddings),
-    }
-    return {
-        "n": len(labelled.labels),
-        "unreadable": int(unreadable.sum()),
-        "student_top1": top_k_accuracy(student_logits, labelled.labels, 1),
-        "student_top5": top_k_accuracy(student_logits, labelled.labels, 5),
-        "teacher_top1": top_k_accuracy(teacher_logits, labelled.labels, 1),
-        "teacher_top5": top_k_accuracy(teacher_logits, labelled.labels, 5),
-        **{key: None if math.isnan(value) else value for key, value in shared.items()},
-        "weights": record.get("weights", "model"),
-    }
+    embeddings = _embed(student, record, labelled, images_root, batch_size, resolve_device(device), workers)
+    return EmbeddedSet.of(embeddings, labelled)
 
 
 def _evaluate_set(record: dict[str, Any], cache: FeatureCache, name: str) -> EvaluateSet:
