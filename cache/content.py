@@ -3,7 +3,7 @@
 Each check looks at files whose bytes are right; what is damaged is reported as such, once.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,24 @@ SIDES = {"images": IMAGES, "sentences": SENTENCES}
 DIRECTIONS = {"image_to_sentence": ("images", "sentences"), "sentence_to_image": ("sentences", "images")}
 
 
-def check_content(layout: Layout, manifest: Mapping[str, Any], scanned: Mapping[str, Scanned]) -> Iterator[Finding]:
+States = Callable[[], pa.Table]
+"""Reads, or waits for, what `read_states` returns."""
+
+
+def read_states(layout: Layout, manifest: Mapping[str, Any], array: str) -> pa.Table:
+    """Columns `row`, `status` and `reason` of an array's table."""
+    return RowTable(table_of(layout, array), manifest["arrays"][array]["rows"]).columns("row", "status", "reason")
+
+
+def check_content(
+    layout: Layout, manifest: Mapping[str, Any], scanned: Mapping[str, Scanned], states: Mapping[str, States]
+) -> Iterator[Finding]:
     """Hold tables, arrays, pairs and indexes against each other.
 
     Args:
         layout: of the cache, or of a version of it that was decided.
         scanned: every file of the manifest, by name.
+        states: arrays whose tables are being read already.
     """
     damaged = {name for name, found in scanned.items() if not found.sound}
     shared = layout.shares_rows
@@ -61,7 +73,7 @@ def check_content(layout: Layout, manifest: Mapping[str, Any], scanned: Mapping[
         if layout.name_of(path) in damaged:
             continue
         try:
-            table = RowTable(path, entry["rows"]).columns("row", "status", "reason")
+            table = states[array]() if array in states else read_states(layout, manifest, array)
         except (CacheError, pa.ArrowException, OSError) as error:
             message = str(error).removeprefix(f"{path}: ").split(";")[0]
             yield Finding("table", layout.name_of(path), message, array=array, rows=((0, entry["rows"] - 1),))

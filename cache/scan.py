@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from .inventory import Piece
 
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**19
 """What is read at a time: it stays in a core's cache while it is hashed and looked through."""
 
 MAX_THREADS = 16
@@ -132,14 +132,15 @@ class _Looker:
         """Floats as whole numbers: but for the sign, NaN and infinity, their exponents all ones, are the largest."""
         sign = 1 << (8 * numbers.itemsize - 1)
         limit = 0x7C00 if numbers.itemsize == 2 else 0x7F800000
-        by_row = numbers.reshape(rows, -1)
+        by_row, first = numbers.reshape(rows, -1), self._piece.first + self._done
         # Two passes over the block tell that it is good, as nearly all are; rows are looked at where it is not.
-        suspicious = numbers.max() >= sign | limit or numbers.view(numbers.dtype.str.replace("u", "i")).max() >= limit
-        if suspicious or not (by_row[:, :8] & (sign - 1)).any(axis=1).all():
+        if numbers.max() >= sign | limit or numbers.view(numbers.dtype.str.replace("u", "i")).max() >= limit:
             largest = (by_row & (sign - 1)).max(axis=1)
-            first = self._piece.first + self._done
             self._not_finite.append(first + np.flatnonzero(largest >= limit))
-            self._zero.append(first + np.flatnonzero(largest == 0))
+        starts_with_zero = np.flatnonzero(by_row[:, 0] & (sign - 1) == 0)
+        if starts_with_zero.size:
+            largest = (by_row[starts_with_zero] & (sign - 1)).max(axis=1)
+            self._zero.append(first + starts_with_zero[largest == 0])
 
     def found(self) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[int, int]]:
         ids = (min(self._ids), max(self._ids)) if self._ids else (-1, -1)

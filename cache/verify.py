@@ -1,12 +1,13 @@
 """Is a cache sound? Every byte against its checksum, then what the files say about each other. Reads only."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .arrays import read_spec
-from .content import check_content
+from .content import check_content, read_states, table_of
 from .durable import PARTIAL, digest
 from .errors import CacheError
 from .findings import MOVE, Finding, Report
@@ -49,20 +50,35 @@ def verify_cache(folder: Path, started: Callable[[int], Callable[[int], None]] |
     """
     report = Report()
     trusted = read_trusted(Layout(folder), report)
-    wanted = pieces(trusted.manifest, trusted.shard_rows)
-    _find_strangers(trusted, {piece.name for piece in wanted}, report)
-    files = [(piece, trusted.layout.find(trusted.layout.root / piece.name)) for piece in wanted]
+    layout, manifest = trusted.layout, trusted.manifest
+    wanted = pieces(manifest, trusted.shard_rows)
+    # Tables come first: once their bytes are known to be right, what they say is read while the other files are.
+    in_turn = sorted(wanted, key=lambda piece: not piece.name.startswith("rows/"))
+    files = [(piece, layout.find(layout.root / piece.name)) for piece in in_turn]
     progress = started(sum(piece.num_bytes for piece in wanted)) if started else None
-    scanned = {found.piece.name: found for found in scan(files, progress)}
+    arrays = {layout.name_of(table_of(layout, array)): array for array in manifest["arrays"]}
+    scanned, states = {}, {}
+    with ThreadPoolExecutor(1, thread_name_prefix="tables") as pool:
+        strangers = Report()
+        looking = pool.submit(_find_strangers, trusted, {piece.name for piece in wanted}, strangers)
+        for found in scan(files, progress):
+            name = found.piece.name
+            scanned[name] = found
+            if name in arrays and found.sound:
+                states[arrays[name]] = pool.submit(read_states, layout, manifest, arrays[name]).result
+        looking.result()
+    report.findings += strangers.findings
+    report.notes += strangers.notes
+    scanned = dict(sorted(scanned.items()))
     for found in scanned.values():
         report.num_files += found.num_bytes >= 0
         report.num_bytes += max(0, found.num_bytes)
         if not found.sound:
             report.findings.append(_file_finding(found))
-    for piece in unlisted_packs(trusted.manifest, trusted.shard_rows):
+    for piece in unlisted_packs(manifest, trusted.shard_rows):
         missing = "not in the manifest, though the cache has pixels"
         report.findings.append(Finding("pixels", piece.name, missing, array=piece.array, rows=piece.runs))
-    report.findings += check_content(trusted.layout, trusted.manifest, scanned)
+    report.findings += check_content(layout, manifest, scanned, states)
     report.findings += _check_journal(trusted, wanted)
     return report
 
