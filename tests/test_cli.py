@@ -149,7 +149,7 @@ def test_what_make_distill_runs_does_nothing_the_second_time(copy, capfd, monkey
         raise AssertionError("a teacher was loaded")
 
     table = everything()
-    assert {line.split()[0] for line in table.splitlines()[1:]} == {"small", "vit"}
+    assert {"small", "vit"} <= {word for line in table.splitlines() for word in line.split()[:1]}
     cache, runs = copy.parent / "cache", copy.parent / "runs"
     files = [*cache.rglob("*"), *runs.rglob("checkpoint.pt"), *runs.rglob("metrics.jsonl")]
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files}
