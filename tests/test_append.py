@@ -166,12 +166,13 @@ def test_a_reader_has_its_pairs_even_when_two_more_versions_have_come(config):
 
 
 READER = """
+import os
 import sys
 from pathlib import Path
 import numpy as np
 from dimefm.cache import FeatureCache
-root, stop, lengths = Path(sys.argv[1]), Path(sys.argv[2]), []
-while not stop.exists():
+root, stop, lengths, parent = Path(sys.argv[1]), Path(sys.argv[2]), [], os.getppid()
+while not stop.exists() and os.getppid() == parent:
     cache = FeatureCache.open(root)
     embeddings, ids = cache.images.embeddings[:], cache.pairs("image_to_sentence").ids[:]
     assert np.isfinite(embeddings).all() and len(embeddings) == len(ids) == len(cache.images.usable)
