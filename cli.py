@@ -4,7 +4,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,7 +64,7 @@ def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
     from .pipeline.plan import describe_plan, plan_lines
 
     found = describe_plan(load_config(config))
-    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(plan_lines(found)))
+    typer.echo(_document(found) if as_json else "\n".join(plan_lines(found)))
 
 
 @app.command("cache-teacher")
@@ -113,7 +113,7 @@ def evaluate(runs: RunsArgument, as_json: JsonOption = False) -> None:
     from .pipeline.score_table import score_table
 
     scores = run(runs)
-    typer.echo(json.dumps(scores, indent=1) if as_json else score_table(scores))
+    typer.echo(_document(scores) if as_json else score_table(scores))
 
 
 @cache_app.command("inspect")
@@ -122,7 +122,7 @@ def cache_inspect(folder: CacheArgument, as_json: JsonOption = False) -> None:
     from .pipeline.inspect import inspect, inspect_lines
 
     found = inspect(folder)
-    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(inspect_lines(found)))
+    typer.echo(_document(found) if as_json else "\n".join(inspect_lines(found)))
 
 
 @cache_app.command("duplicates")
@@ -138,7 +138,7 @@ def cache_duplicates(
     from .pipeline.duplicates import duplicate_lines, duplicates
 
     found = duplicates(folder, threshold, side, mask, within)
-    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(duplicate_lines(found)))
+    typer.echo(_document(found) if as_json else "\n".join(duplicate_lines(found)))
 
 
 @cache_app.command("leakage")
@@ -153,7 +153,7 @@ def cache_leakage(
     from .pipeline.duplicates import leakage, leakage_lines
 
     found = leakage(folder, threshold, mask, within)
-    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(leakage_lines(found)))
+    typer.echo(_document(found) if as_json else "\n".join(leakage_lines(found)))
 
 
 @cache_app.command("verify")
@@ -173,7 +173,7 @@ def cache_verify(
     from .pipeline.verify import verify as run
 
     found = run(folder, config, teacher=teacher, sources=sources)
-    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(report_lines(found)))
+    typer.echo(_document(found) if as_json else "\n".join(report_lines(found)))
     require_sound(found)
 
 
@@ -184,7 +184,7 @@ def cache_repair(folder: CacheArgument, config: ConfigOption = None, as_json: Js
     from .pipeline.repair import repair as run
 
     found = run(folder, config)
-    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(outcome_lines(found)))
+    typer.echo(_document(found) if as_json else "\n".join(outcome_lines(found)))
     require_mended(found)
 
 
@@ -213,6 +213,10 @@ def cache_mask(
     from .pipeline.mask import mask_from_file
 
     typer.echo(mask_from_file(folder, name, side, keep))
+
+
+def _document(found: Any) -> str:
+    return json.dumps(found, indent=1, allow_nan=False)  # strict readers (jq) refuse NaN
 
 
 def main() -> None:

@@ -5,8 +5,9 @@
 Both sides train the same image tower, in the same precision, on the same batch of images, which is in the device's
 memory already (decoding is another benchmark's):
 
-- `stage two`: the student's image tower, `vl` and `pvl` as the trainer calls them, the trainer's optimiser. Its targets
-  and sentences are gathered in every step, at random rows, from memory-mapped arrays of a cache on disk.
+- `stage two`: the step of the trainer itself, `stages.learner.Learner.learn`, with the default losses (`vl` and `pvl`).
+  Its targets and sentences are gathered in every step, at random rows, from memory-mapped arrays of a cache on disk.
+  Logging, checks and checkpoints are left out on both sides.
 - `online`: open_clip's own training loop, `open_clip_train.train.train_one_epoch`, on a batch of pairs in memory, with
   `open_clip.DistillClipLoss` and models and optimiser as `open_clip_train.main` makes them: every step runs the teacher
   over images and texts without gradient, then the student over both, with its text tower trained; and `frozen`, locked
@@ -17,7 +18,7 @@ it does for ViT-L/14 -> ViT-B/32, in proportion; that pair itself is measured on
 side keeps its habits: stage two has channels-last images and a fused AdamW, open_clip has neither.
 
 Repeats are interleaved in one process. Beside the ratio of samples/s stands the ratio of floating-point operations,
-counted with torch's FlopCounterMode, optimisers aside.
+counted with torch's FlopCounterMode: products and convolutions, the losses' among them, optimisers aside.
 """
 
 import argparse
@@ -44,10 +45,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dimefm.cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
 from dimefm.cache.layout import IMAGES, SENTENCES
 from dimefm.stages.devices import resolve_device
-from dimefm.stages.losses import pvl_loss, vl_loss
-from dimefm.stages.optim import build_optimizer
-from dimefm.stages.settings import DistillSettings
-from dimefm.stages.students import build_student
+from dimefm.stages.learner import Learner, Targets
+from dimefm.stages.settings import DistillSettings, StudentSettings
+from dimefm.stages.world import World
 
 SIDES = ("stage two", "online, text frozen", "online, text trained")
 TEXT = {"context_length": 77, "vocab_size": 49408}
@@ -55,6 +55,8 @@ CACHE_ROWS, CHUNK_ROWS = 16_384, 8_192
 LOOP = {"distill": True, "accum_freq": 1, "skip_scheduler": True, "grad_clip_norm": None, "horovod": False, "rank": 0}
 LOOP |= {"world_size": 1, "log_every_n_steps": 10**9, "wandb": False}
 """Arguments of open_clip's loop: one process, no log inside of a repeat."""
+LOGIT_SCALE = 100.0
+"""Of a trained CLIP."""
 OURS_PER_ONLINE = 4
 """Steps of stage two for each of the other: it is the faster, and would be timed over moments otherwise."""
 
@@ -92,30 +94,29 @@ def large_pair() -> Pair:
 
 
 class StageTwo:
-    """Steps as `stages.train` makes them."""
+    """Steps of the trainer's own `Learner`, with what it is given in a run; nothing is logged or saved."""
 
     def __init__(self, pair: Pair, images: Tensor, folder: Path, options: argparse.Namespace) -> None:
         config, width = folder / "student.json", pair.teacher["embed_dim"]
         config.write_text(json.dumps(pair.student))
-        student = build_student(f"open_clip:{config}", width, pair.image_size).to(images.device).train()
-        self.model = student.to(memory_format=torch.channels_last)
+        student = StudentSettings(model=f"open_clip:{config}", image_size=pair.image_size)
+        self._world, self._settings = World(images.device), DistillSettings()
+        self._learner = Learner(student, self._settings, width, self._world, options.precision, LOGIT_SCALE, fresh=True)
         self._images = images.contiguous(memory_format=torch.channels_last)
-        self._optimizer = build_optimizer(self.model, DistillSettings())
         self._targets, self._sentences = (write_array(folder, name, width) for name in (IMAGES, SENTENCES))
         self._num_sentences, self._rng = options.sentences, np.random.default_rng(0)
-        self._autocast = torch.autocast(images.device.type, torch.bfloat16, enabled=options.precision == "bf16")
+
+    @property
+    def model(self) -> nn.Module:
+        """The student."""
+        return self._learner.model
 
     def run(self, num_steps: int) -> None:
         """Train for some steps."""
         for _ in range(num_steps):
             targets = self._gather(self._targets, len(self._images))
             sentences = self._gather(self._sentences, self._num_sentences)
-            with self._autocast:
-                embeddings = self.model(self._images)
-            loss = 0.7 * vl_loss(embeddings, targets, sentences) + 0.3 * pvl_loss(embeddings, targets)
-            self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self._optimizer.step()
+            self._learner.learn(self._images, Targets(targets, sentences, None, self._world), self._settings.lr)
 
     def _gather(self, array: MappedArray, num_rows: int) -> Tensor:
         rows = torch.from_numpy(array[self._rng.integers(len(array), size=num_rows)])
@@ -192,12 +193,20 @@ def seconds(work: Callable[[int], None], num_steps: int) -> float:
     return time.perf_counter() - start
 
 
+def addmm_flops(total: tuple[int, int], left: tuple[int, int], right: tuple[int, int], **_: Any) -> int:
+    """Of `addmm_`, from shapes: torch's counter has none for it, and the losses add up their gradients with it."""
+    return 2 * left[0] * left[1] * right[1]
+
+
 def count_flops(work: Callable[[int], None]) -> int:
     """Floating-point operations of one step. Fused attention is taken apart: the counter does not know all of it."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter,
+        ):
             work(1)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -6,13 +6,16 @@ Memory: each number comes from a process of its own, which makes its inputs (flo
 warms up on a few rows, and then computes one loss with its gradient. On the CPU it is the kernel's peak of resident
 memory less what was resident with the inputs in place (VmHWM, reset by way of /proc/self/clear_refs; Linux with glibc,
 told to hand every piece back at once); on a GPU `torch.cuda.max_memory_allocated` less what was allocated. The plain
-formula keeps whole matrices of logits; it is run where it should fit into half of the free memory.
+formula keeps whole matrices of logits; it is run where it should fit into half of the free memory. Up to some columns
+all is one block, which may take more than the smaller blocks of a wide matrix: memory is held against that of the
+fewest columns from 65,536 on. The effective candidates of a logged step are one number for each sentence as well.
 
 Time: loss and gradient at the first number of columns, both formulas in this process, in turn; ratios of each pair.
 
-Share of a training step, on a GPU only: vl and pvl with their gradients at 256 images and 12,288 sentences against
-forward, backward and AdamW of a ViT-B/32 in bf16 at 256 images. With --check, exits with 1 where memory grows with the
-columns or the share is over 5 %.
+Share of a training step, on a GPU only: vl and pvl with their gradients at 256 images and 12,288 sentences, 768 wide as
+ViT-L/14's embeddings are, against forward, backward and AdamW of a ViT-B/32 that ends in the same width, in bf16 at 256
+images. With --check, exits with 1 where the most columns take more than 1.1 times the memory (candidates: and 8 bytes
+a sentence, two float32) or the share is over 5 %.
 """
 
 import argparse
@@ -32,10 +35,17 @@ from torch import Tensor
 
 from dimefm.stages.feature_losses import icl_loss
 from dimefm.stages.losses import effective_candidates, pvl_loss, vl_loss
+from dimefm.stages.students import build_student
 
 MIB = 2**20
 SHARE_LIMIT = 0.05
+TEACHER_WIDTH = 768
+"""Of ViT-L/14's embeddings."""
 GROWTH_LIMIT = 1.1
+WIDE_COLUMNS = 65_536
+"""From here on 256 images and more are no single block, however narrow embeddings are."""
+BYTES_PER_COLUMN = {"candidates": 8}
+"""What may come on top of blocks: the entropies of all sentences, in pieces and put together."""
 
 
 def plain_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
@@ -142,8 +152,12 @@ def report_memory(options: argparse.Namespace, device: torch.device) -> bool:
         cells = ("not run" if value is None else f"{value / MIB:.1f}" for value in taken)
         print(f"{case:<24}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
         if "plain" not in case:
-            sizes = [value for value in taken if value is not None]
-            level &= sizes[-1] <= GROWTH_LIMIT * max(sizes[:-1], default=sizes[-1])
+            wide = [
+                (n, size) for n, size in sorted(zip(options.columns, taken)) if n >= WIDE_COLUMNS and size is not None
+            ]
+            if len(wide) > 1:
+                (fewest, base), (most, size) = wide[0], wide[-1]
+                level &= size <= GROWTH_LIMIT * base + BYTES_PER_COLUMN.get(case, 0) * (most - fewest)
     print(f"inputs{'':<18}" + "".join(f"{2 * n * options.width / MIB:>12.1f}" for n in options.columns))
     return level
 
@@ -175,12 +189,10 @@ def report_time(options: argparse.Namespace, device: torch.device) -> None:
 
 def step_share(device: torch.device, repeats: int) -> list[float]:
     """Time of vl and pvl with gradients / that of a ViT-B/32 bf16 step at 256 images, for each repeat. GPU only."""
-    import open_clip
-
-    model = open_clip.create_model("ViT-B-32").visual.to(device).train()
+    model = build_student("open_clip:ViT-B-32", TEACHER_WIDTH, 224).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     images = torch.randn(256, 3, 224, 224, device=device)
-    student, teacher, sentences = make_inputs(256, 12_288, 512, device)
+    student, teacher, sentences = make_inputs(256, 12_288, TEACHER_WIDTH, device)
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):
@@ -202,7 +214,7 @@ def step_share(device: torch.device, repeats: int) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--width", type=int, default=TEACHER_WIDTH)
     parser.add_argument("--columns", type=int, nargs="+", default=[4096, 65_536, 1_000_000])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--only", choices=["memory", "time", "share"])
@@ -225,7 +237,7 @@ def main() -> None:
         if options.only in (None, "time"):
             report_time(options, device)
     if options.only in (None, "share"):
-        print("losses / ViT-B/32 bf16 training step, 256 images, 12,288 sentences: ", end="")
+        print(f"losses / ViT-B/32 bf16 training step, 256 images, 12,288 sentences, {TEACHER_WIDTH} wide: ", end="")
         if gpu:
             shares = step_share(torch.device("cuda"), options.repeats)
             low, middle, high = statistics.quantiles(shares, n=4)

@@ -88,22 +88,36 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
 
 
 def to_json(value: Any) -> bytes:
-    """JSON with sorted keys, so that equal values are equal bytes."""
-    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    """JSON with sorted keys, so that equal values are equal bytes.
+
+    Raises:
+        ValueError: for NaN and infinities: they are no JSON, and strict readers refuse the whole file.
+    """
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON document durably."""
+    """Write a JSON document durably.
+
+    Raises:
+        ValueError: as `to_json`; nothing is written then.
+        CacheError: if the system refuses.
+    """
     write_bytes(path, to_json(value))
 
 
 def to_json_line(value: Any) -> bytes:
-    """One line of a file that `append_line` writes."""
-    return (json.dumps(value, sort_keys=True) + "\n").encode()
+    """One line of a file that `append_line` writes. NaN and infinities raise ValueError, as in `to_json`."""
+    return (json.dumps(value, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Add one JSON line and fsync it. A kill in the middle leaves a torn last line, which `read_lines` drops."""
+    """Add one JSON line and fsync it. A kill in the middle leaves a torn last line, which `read_lines` drops.
+
+    Raises:
+        ValueError: as `to_json_line`; nothing is written then.
+        CacheError: if the system refuses.
+    """
     line = to_json_line(value)
     try:
         with path.open("ab+") as file:

@@ -22,9 +22,14 @@ def kept_side(setting: str) -> int | None:
 
 
 class Settings(BaseModel):
-    """Base of every settings table: unknown keys are refused, types are not coerced, values do not change later."""
+    """Base of every settings table: unknown keys are refused, types are not coerced, values do not change later.
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    TOML's `nan` and `inf` are refused too: nothing that is set can be either, and a run's record is JSON.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class CacheSettings(Settings):

@@ -1,6 +1,7 @@
 """The teacher: a frozen open_clip model that is asked once for each image and each sentence."""
 
 import importlib.metadata
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -169,6 +170,8 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
         tokenizer = load_tokenizer(source.tokenizer)
     check_vocabulary(tokenizer, getattr(model, "text", model).vocab_size, settings.model)
     teacher = Teacher(settings, model, source.model_cfg, tokenizer)
+    if not math.isfinite(teacher.logit_scale):
+        raise InputError(f"{source.weights}: their logit scale is {teacher.logit_scale}; fetch the weights again")
     _try_out(teacher)
     return teacher
 

@@ -136,7 +136,7 @@ def _from_folder(model: str) -> TeacherSource:
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Model and preprocessing of a config file: open_clip's bare model config, or an `open_clip_config.json`."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}; wanted an open_clip model config") from error
     except ValueError as error:
@@ -146,6 +146,10 @@ def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError(f"{path}: no open_clip model config; wanted the keys embed_dim, vision_cfg and text_cfg")
     preprocess = document.get("preprocess_cfg", {})
     return model_cfg, {key: value for key, value in preprocess.items() if key in _PREPROCESS_KEYS}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _register(model_cfg: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from sys import modules
 from types import SimpleNamespace
@@ -67,7 +68,8 @@ def warm_start(student: nn.Module, spec: str, init: str, image_size: int) -> War
             parameters, its projection aside.
     """
     with quiet_open_clip():
-        state, said = _read(spec, init)
+        read, said = _read(spec, init)
+        state = {name: _widened(tensor) for name, tensor in read.items()}
         own = student.state_dict()
         fits = [_fit(own, named) for named in _namings(student, state)]
     taken = max(fits, key=lambda fit: sum(tensor.numel() for tensor in fit.values()))
@@ -82,7 +84,7 @@ def warm_start(student: nn.Module, spec: str, init: str, image_size: int) -> War
         line += f"; adapted: {_some(adapted)}"
     if fresh:
         line += f"; fresh: {_some(fresh)}"
-    return WarmStart(len(taken), fresh, line, weights_digest(state))
+    return WarmStart(len(taken), fresh, line, weights_digest(read))
 
 
 def _read(spec: str, init: str) -> tuple[dict[str, Tensor], str]:
@@ -124,6 +126,11 @@ def _of_timm(spec: str) -> tuple[dict[str, Tensor], str]:
     return model.state_dict(), f"timm's {name}.{cfg.tag}" if cfg.tag and "." not in name else f"timm's {name}"
 
 
+def _widened(tensor: Tensor) -> Tensor:
+    """Half precision as float32: a CPU cannot interpolate fp16, and the student gets its own format either way."""
+    return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+
+
 def _namings(student: nn.Module, state: State) -> Iterator[State]:
     """The ways in which a checkpoint's names may be meant, each with positions in the student's number."""
     for named in (state, _below("visual.", state)):
@@ -161,14 +168,17 @@ def _resized_by_open_clip(student: nn.Module, state: State) -> State:
         old, own = state.get(name), student.state_dict().get(name)
         if old is None or own is None or old.ndim != 2 or own.ndim != 2 or len(old) == len(own):
             continue
-        side = round((len(own) - 1) ** 0.5)
+        if not (old.is_floating_point() and _is_square(len(old) - 1) and _is_square(len(own) - 1)):
+            continue  # it stays as it is and will not fit
+        side = isqrt(len(own) - 1)
         wrapped = {"visual.positional_embedding": old}
-        try:
-            resize_pos_embed(wrapped, SimpleNamespace(visual=SimpleNamespace(grid_size=(side, side))))
-        except RuntimeError:  # no square grid: it stays as it is and will not fit
-            continue
+        resize_pos_embed(wrapped, SimpleNamespace(visual=SimpleNamespace(grid_size=(side, side))))
         state[name] = wrapped["visual.positional_embedding"]
     return state
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and isqrt(number) ** 2 == number
 
 
 def _fit(own: State, named: State) -> dict[str, Tensor]:

@@ -57,6 +57,18 @@ def test_equal_documents_are_equal_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_json_number_is_refused_and_nothing_is_written(tmp_path, number):
+    write_json(tmp_path / "document", {"loss": 1.0})
+    append_line(tmp_path / "lines", {"loss": 1.0})
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "document", {"a": [{"loss": number}]})
+    with pytest.raises(ValueError, match="JSON"):
+        append_line(tmp_path / "lines", {"loss": number})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_torn_line_is_dropped_and_does_not_swallow_the_next(tmp_path):
     path = tmp_path / "journal"
     append_line(path, {"shard": 0})

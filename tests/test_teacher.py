@@ -291,6 +291,7 @@ def test_a_folder_without_one_clear_weights_file_is_refused(tiny_teacher: tuple[
     [
         ("{", "not JSON"),
         ("[]", "no open_clip model config"),
+        ('{"embed_dim": 8, "vision_cfg": {"mlp_ratio": NaN}, "text_cfg": {}}', "NaN is no JSON number"),
         ('{"embed_dim": 8}', "no open_clip model config"),
         (
             '{"embed_dim": 8, "vision_cfg": {"layerz": 2}, "text_cfg": {}}',
@@ -305,6 +306,13 @@ def test_a_wrong_model_config_is_refused(
     path = tmp_path / "wrong.json"
     path.write_text(text)
     assert words in refusal(path, tiny_teacher[1])
+
+
+def test_weights_whose_logit_scale_is_no_number_are_refused(tiny_teacher: tuple[Path, Path], tmp_path: Path) -> None:
+    state = load_file(tiny_teacher[1])
+    state["logit_scale"] = torch.tensor(float("nan"))
+    save_file(state, tmp_path / "bad.safetensors")
+    assert "their logit scale is nan" in refusal(tiny_teacher[0], tmp_path / "bad.safetensors")
 
 
 def test_a_missing_file_is_refused(tiny_teacher: tuple[Path, Path], tmp_path: Path) -> None:

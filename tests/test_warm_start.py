@@ -151,6 +151,29 @@ def test_a_clip_checkpoint_at_another_size_is_what_open_clip_makes_of_it(tiny_js
     assert "; adapted: positional_embedding" in warm.line
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_positions_at_another_size_are_resized_as_in_float32(tmp_path, dtype):
+    config = tmp_path / "vit.json"
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16}
+    config.write_text(json.dumps({"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": {}}))
+    tower = build_student(f"open_clip:{config}", WIDTH, 32).to(dtype)
+    half, full = (
+        start(f"open_clip:{config}", save(tmp_path / f"{name}.safetensors", module), image_size=48)
+        for name, module in (("half", tower), ("full", tower.float()))
+    )
+    assert half[1].fresh == [] and half[1].line.endswith("; adapted: positional_embedding")
+    assert half[0].positional_embedding.shape == (1 + 6 * 6, 32)
+    assert same(half[0], full[0])
+
+
+def test_positions_that_are_no_square_grid_stay_fresh(tmp_path, tiny_json):
+    config, _ = tiny_json
+    state = build_student(f"open_clip:{config}", WIDTH, IMAGE_SIZE).state_dict()
+    state["positional_embedding"] = torch.zeros(1 + 7, state["positional_embedding"].shape[1])
+    _, warm = start(f"open_clip:{config}", save(tmp_path / "odd.safetensors", state))
+    assert warm.fresh == ["positional_embedding"]
+
+
 def test_a_clip_checkpoint_for_another_width_gives_all_but_the_projection(tiny_json):
     config, weights = tiny_json
     _, warm = start(f"open_clip:{config}", weights)
