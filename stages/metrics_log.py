@@ -1,11 +1,11 @@
 """`metrics.jsonl` and TensorBoard of one run, kept in step with its checkpoint."""
 
-import json
+import math
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from ..cache.durable import append_line, read_lines, sync_file, write_bytes
+from ..cache.durable import append_line, read_lines, sync_file, to_json_line, write_bytes
 
 METRICS = "metrics.jsonl"
 
@@ -21,7 +21,7 @@ class MetricsLog:
         """
         self._path = run_dir / METRICS
         lines = [line for line in read_lines(self._path) if line["step"] <= step]
-        write_bytes(self._path, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode())
+        write_bytes(self._path, b"".join(to_json_line(_finite(line)) for line in lines))
         self._board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
 
     def close(self) -> None:
@@ -40,3 +40,8 @@ class MetricsLog:
         """Make what was written last; before a checkpoint, since lines after it are written again anyway."""
         sync_file(self._path)
         self._board.flush()
+
+
+def _finite(line: dict[str, float]) -> dict[str, float]:
+    """A line without what no JSON parser takes; older runs wrote such numbers."""
+    return {name: value for name, value in line.items() if math.isfinite(value)}

@@ -7,8 +7,9 @@ from torch import nn
 
 from dimefm.stages.feature_losses import icl_loss
 from dimefm.stages.learned_scale import LearnedScale
-from dimefm.stages.learner import Learner, Targets, share_batch_statistics
+from dimefm.stages.learner import Learner, share_batch_statistics
 from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings, TemperatureSettings
+from dimefm.stages.targets import Targets
 from dimefm.stages.world import World
 
 WORLD = World(torch.device("cpu"))
