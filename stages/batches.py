@@ -119,7 +119,8 @@ class BatchLoader:
                 yield replace(batch, wait_s=time.perf_counter() - began)
         finally:
             self._pool.stop()  # an iteration that is left early waits for no view that nobody wants
-            coming.exception()
+            if not coming.cancelled():  # as it is where the loader was closed before this iteration
+                coming.exception()
             making.close()
             self._pool.go_on()
 

@@ -141,3 +141,11 @@ def test_normalising_is_torchvisions():
     wanted = (pixels.transpose(0, 3, 1, 2) / 255 - mean.numpy()[:, None, None]) / std.numpy()[:, None, None]
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loader_that_is_closed_before_its_iteration_ends_it_in_silence(world, capfd):
+    with loader(world) as one:
+        coming = one.batches(0, 50)
+        next(coming)
+    coming.close()
+    assert capfd.readouterr().err == ""
