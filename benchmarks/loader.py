@@ -2,7 +2,8 @@
 
 Both read the same JPEG files and make random resized crops of the same scale, ratio, size and filter, as batches of
 uint8, with the same number of worker processes, which are started and warm before anything is timed. The loader also
-gathers a 768-wide target for each image. A third line has the loader's views in torch's DataLoader: what is left
+gathers a 768-wide target for each image. Another line has the same loader read what stage one keeps of these files with
+`cache.pixels = "jpeg-256"`. A last one has the loader's views in torch's DataLoader: what is left
 between it and the first is the machinery, what is between it and the second is the decoding. The three take turns, pass
 by pass, in one process, so that a busy machine slows all of them: trust the ratios.
 
@@ -37,10 +38,14 @@ from torchvision.transforms import Compose, InterpolationMode, PILToTensor, Rand
 
 from dimefm.cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
 from dimefm.cache.feature_cache import EmbeddingSet
+from dimefm.cache.pixels import PixelPacks, pack_path, writing_pack
 from dimefm.cache.rows import IMAGE_COLUMNS, RowTable, write_rows
 from dimefm.stages.augment import NUM_UNIFORMS, ViewMaker
 from dimefm.stages.batches import BatchLoader
 from dimefm.stages.counter_random import uniforms
+from dimefm.stages.images import decode_image
+from dimefm.stages.keep_pixels import make_small
+from dimefm.stages.kept_pixels import KeptPixels
 from dimefm.stages.order import Stream
 from dimefm.stages.pixel_source import ImageFiles
 from dimefm.stages.settings import AugmentSettings
@@ -52,6 +57,7 @@ LIMIT = 2.0
 BATCHES_PER_WORKER = 4
 """In one pass, at least."""
 OURS, THEIRS, MIXED = "BatchLoader", "ImageFolder + DataLoader", "our views in DataLoader"
+KEPT, KEPT_SIDE = "BatchLoader, kept pixels", 256
 
 
 def picture(width: int, height: int, seed: int) -> bytes:
@@ -93,6 +99,15 @@ def cached_images(folder: Path, count: int) -> EmbeddingSet:
     return EmbeddingSet(MappedArray.open(folder / "teacher.zarr", "images"), RowTable(folder / "images.parquet"))
 
 
+def kept_pixels(folder: Path, count: int) -> KeptPixels:
+    """The same files as stage one keeps them, in one pack."""
+    with writing_pack(pack_path(folder / "pixels", 0), count) as writer:
+        for i in range(count):
+            data = (folder / "photos" / "class" / f"{i:06d}.jpg").read_bytes()
+            writer.add(make_small(data, decode_image(data), KEPT_SIDE))
+    return KeptPixels(PixelPacks(folder / "pixels", f"jpeg-{KEPT_SIDE}", count, count))
+
+
 class Views(Dataset[torch.Tensor]):
     """The loader's views as a dataset that DataLoader takes."""
 
@@ -128,15 +143,19 @@ def measure(folder: Path, options: argparse.Namespace, settings: AugmentSettings
     folders = ImageFolder(folder / "photos", Compose([crop, PILToTensor()]))
     folder_loader: DataLoader[Any] = DataLoader(ConcatDataset([folders] * rounds), **torchs)
     view_loader: DataLoader[Any] = DataLoader(ConcatDataset([Views(files, options.count, maker)] * rounds), **torchs)
-    seconds: dict[str, list[float]] = {OURS: [], THEIRS: [], MIXED: []}
+    seconds: dict[str, list[float]] = {OURS: [], KEPT: [], THEIRS: [], MIXED: []}
     with ExitStack() as stack:
         stream = Stream(np.arange(options.count), options.batch, 0, "images")
-        loader = stack.enter_context(
-            BatchLoader(images, stream, files, [maker], 5, workers=options.workers, processes=not options.threads)
+        loader, kept_loader = (
+            stack.enter_context(
+                BatchLoader(images, stream, pixels, [maker], 5, workers=options.workers, processes=not options.threads)
+            )
+            for pixels in (files, kept_pixels(folder, options.count))
         )
         for turn in range(options.repeats + 1):
             runs: dict[str, Callable[[], None]] = {
                 OURS: partial(drain, loader.batches(turn * steps, (turn + 1) * steps)),
+                KEPT: partial(drain, kept_loader.batches(turn * steps, (turn + 1) * steps)),
                 THEIRS: partial(drain, folder_loader),
                 MIXED: partial(drain, view_loader),
             }
@@ -154,6 +173,8 @@ def report(rates: dict[str, list[float]]) -> float:
         print(
             f"  {name:<26} median {statistics.median(values):9,.0f} images/s   {min(values):,.0f} to {max(values):,.0f}"
         )
+    gains = [kept / ours for kept, ours in zip(rates[KEPT], rates[OURS])]
+    print(f"  {KEPT} / {OURS}: median {statistics.median(gains):.2f}   {min(gains):.2f} to {max(gains):.2f}")
     median = 0.0
     for base in (MIXED, THEIRS):
         ratios = [ours / other for ours, other in zip(rates[OURS], rates[base])]
