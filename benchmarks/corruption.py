@@ -22,7 +22,7 @@ import numpy as np
 from dimefm.cache.durable import digest
 from dimefm.cache.layout import Layout
 from dimefm.cache.manifest import read_manifest
-from dimefm.cache.masks import add_mask
+from dimefm.cache.masks import Side, add_mask
 from dimefm.pipeline.append import append_to
 from dimefm.pipeline.cache_teacher import cache_teacher
 from dimefm.pipeline.config import load_config
@@ -138,7 +138,8 @@ def small_world(folder: Path) -> Path:
     config.write_text(config.read_text().replace("shard_rows = 4", 'shard_rows = 4\npixels = "jpeg-24"'))
     cache_teacher(load_config(config))
     layout = Layout(load_config(config).cache.dir)
-    for side, num_rows in (("images", 60), ("sentences", 40)):
+    sides: tuple[tuple[Side, int], ...] = (("images", 60), ("sentences", 40))
+    for side, num_rows in sides:
         add_mask(layout, side, "some", np.arange(num_rows) % 3 > 0)
     for i in range(10):
         picture((20 * i, 90, 40), 100 + i).save(folder / "images" / f"new{i}.png")

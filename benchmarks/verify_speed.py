@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -41,7 +42,7 @@ SHARD_ROWS = 8192
 def make_cache(layout: Layout, num_rows: int, width: int) -> None:
     """A finished cache of random embeddings, half of them images, without pairs."""
     rng = np.random.default_rng(0)
-    sides = {
+    sides: dict[str, tuple[Path, Any, Callable[[int], dict[str, Any]]]] = {
         IMAGES: (layout.image_rows, IMAGE_COLUMNS, lambda i: {"source": f"{i:08d}.jpg", "bytes": 1, "modified_ns": 0}),
         SENTENCES: (layout.sentence_rows, SENTENCE_COLUMNS, lambda i: {"text": f"sentence {i}", "origin": "random"}),
     }
