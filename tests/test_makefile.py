@@ -1,5 +1,6 @@
 """`make` on a fresh clone: every target of the contract sets up what it needs by itself. What it would run, not run."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import dimefm
 
 ROOT = Path(dimefm.__file__).parent
+FROM_OUTSIDE = {"MAKELEVEL", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "CONFIG", "VENV", "PYTHON3"}
 SETUP = ["-m venv .venv", "pip install", "touch .venv/.installed"]
 DEMO, STAGE_ONE = "dimefm demo data/demo", "dimefm cache-teacher data/demo/demo.toml"
 STAGE_TWO = ["dimefm distill data/demo/demo.toml", "dimefm evaluate data/demo/demo.toml"]
@@ -24,7 +26,9 @@ def clone(tmp_path) -> Path:
 
 
 def would_run(clone: Path, *words: str) -> list[str]:
-    done = subprocess.run(["make", "-n", *words], cwd=clone, capture_output=True, text=True, check=True)
+    # `make test` runs this very file: what it tells its children is not a fresh shell's.
+    env = {name: value for name, value in os.environ.items() if name not in FROM_OUTSIDE}
+    done = subprocess.run(["make", "-n", *words], cwd=clone, env=env, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
 
