@@ -37,11 +37,12 @@ from dimefm.cache.feature_cache import FeatureCache
 from dimefm.stages import batches, train
 from dimefm.stages.augment import ViewMaker
 from dimefm.stages.counter_random import key_of
+from dimefm.stages.distill_settings import DistillSettings
 from dimefm.stages.losses import pvl_loss, vl_loss
 from dimefm.stages.optim import build_optimizer
 from dimefm.stages.pixel_source import ImageFiles
 from dimefm.stages.schedule import Schedule
-from dimefm.stages.settings import DistillSettings, StudentSettings
+from dimefm.stages.settings import StudentSettings
 from dimefm.stages.student_run import Run
 from dimefm.stages.students import build_student
 from dimefm.stages.view_pool import ViewPool

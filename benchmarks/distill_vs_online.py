@@ -45,8 +45,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dimefm.cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
 from dimefm.cache.layout import IMAGES, SENTENCES
 from dimefm.stages.devices import resolve_device
+from dimefm.stages.distill_settings import DistillSettings
 from dimefm.stages.learner import Learner
-from dimefm.stages.settings import DistillSettings, StudentSettings
+from dimefm.stages.settings import StudentSettings
 from dimefm.stages.targets import Targets
 from dimefm.stages.world import World
 

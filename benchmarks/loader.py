@@ -43,12 +43,12 @@ from dimefm.cache.rows import IMAGE_COLUMNS, RowTable, write_rows
 from dimefm.stages.augment import NUM_UNIFORMS, ViewMaker
 from dimefm.stages.batches import BatchLoader
 from dimefm.stages.counter_random import uniforms
+from dimefm.stages.distill_settings import AugmentSettings
 from dimefm.stages.images import decode_image
 from dimefm.stages.keep_pixels import make_small
 from dimefm.stages.kept_pixels import KeptPixels
 from dimefm.stages.order import Stream
 from dimefm.stages.pixel_source import ImageFiles
-from dimefm.stages.settings import AugmentSettings
 
 PHOTOS = {"large": (2048, 1536), "medium": (1024, 768), "imagenet": (500, 375), "small": (320, 240)}
 NUM_PICTURES = 12

@@ -32,12 +32,12 @@ from dimefm.cache.pixels import PixelPacks, pack_path, writing_pack
 from dimefm.cache.rows import RowTable
 from dimefm.stages.augment import ViewMaker
 from dimefm.stages.batches import BatchLoader
+from dimefm.stages.distill_settings import AugmentSettings
 from dimefm.stages.images import decode_image
 from dimefm.stages.keep_pixels import make_small
 from dimefm.stages.kept_pixels import KeptPixels
 from dimefm.stages.order import Stream
 from dimefm.stages.pixel_source import ImageFiles, PixelSource
-from dimefm.stages.settings import AugmentSettings
 
 FILES = 1000
 CHUNK_ROWS = 65_536

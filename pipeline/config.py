@@ -13,14 +13,8 @@ from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
 from ..cache.errors import InputError
 from ..cache.settings import CacheSettings, PairsSettings, Settings
-from ..stages.settings import (
-    DistillSettings,
-    EvaluateSettings,
-    ImagesSettings,
-    SentencesSettings,
-    StudentSettings,
-    TeacherSettings,
-)
+from ..stages.distill_settings import DistillSettings
+from ..stages.settings import EvaluateSettings, ImagesSettings, SentencesSettings, StudentSettings, TeacherSettings
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .distill_settings import AugmentSettings
 from .images import ImageError, decode_image
 from .jpeg import OpenJpeg
-from .settings import AugmentSettings
 
 _TRIES = 10
 NUM_UNIFORMS = 2 * _TRIES + 3

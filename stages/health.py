@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from .distill_settings import DistillSettings
 from .learner import Learner
 from .losses import feature_loss
-from .settings import DistillSettings
 from .targets import Targets
 from .world import World
 

@@ -12,11 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import load_checkpoint, load_weights, random_state, restore_random_state, save_checkpoint
 from .counter_random import key_of
+from .distill_settings import DistillSettings
 from .learned_scale import LearnedScale
 from .loss_inputs import logit_factor
 from .losses import loss_terms
 from .optim import build_optimizer, set_lr
-from .settings import DistillSettings, StudentSettings
+from .settings import StudentSettings
 from .students import build_student
 from .targets import Targets
 from .warm_start import WarmStart, warm_start

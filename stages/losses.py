@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .distill_settings import LossSettings, TemperatureSettings
 from .feature_losses import icl_share, mse_share
 from .loss_inputs import LossInputs, logit_factor
-from .settings import LossSettings, TemperatureSettings
 from .similarity_blocks import Rows, dtype_of, no_autocast
 from .wide_kl import kl_both_ways, kl_rows, row_entropies
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .settings import DistillSettings
+from .distill_settings import DistillSettings
 
 _NOT_DECAYED = (
     "pos_embed",

@@ -13,8 +13,9 @@ from .. import __version__
 from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from .distill_settings import DistillSettings
 from .kept_pixels import FILES
-from .settings import DistillSettings, StudentSettings
+from .settings import StudentSettings
 
 RECORD = "run.json"
 CHECKPOINT = "checkpoint.pt"

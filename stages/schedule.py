@@ -5,10 +5,10 @@ import torch
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
 from .augment import resample_filter
+from .distill_settings import DistillSettings
 from .optim import lr_at
 from .order import BankStream, Drawn, Share, Stream
 from .run_record import logit_scale_of
-from .settings import DistillSettings
 from .world import World
 
 

@@ -1,4 +1,4 @@
-"""What a user sets about the stages. No heavy import here: a config is refused before anything else loads."""
+"""What a user sets about inputs, teacher and students. No heavy import: a config is refused before anything loads."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,8 +11,6 @@ FilePath = Annotated[Path, Field(strict=False)]
 PLAIN_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 """Ends of the names of files that tensors are read from without anything else."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Weight = Annotated[float, Field(ge=0.0)]
-Temperature = Annotated[float, Field(gt=0.0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
@@ -115,118 +113,3 @@ class StudentSettings(Settings):
                 f"init = {init!r}: wanted run:FOLDER, pretrained, open_clip:TAG or a file ({', '.join(PLAIN_WEIGHTS)})"
             )
         return self
-
-
-class AugmentSettings(Settings):
-    """`[distill.augment]`: the views that a student sees."""
-
-    preset: Literal["light", "paper"] | None = None
-    """`paper` is scale 0.08-1 with flips; `light` is the default. Keys beside it win over it."""
-    scale: tuple[Fraction, Fraction] = (0.65, 1.0)
-    """Range of the crop's share of the image's area."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Range of the crop's width / height."""
-    flip: bool = False
-    """Mirror half of the views. A flipped photo is another view than the one that was cached."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_preset(cls, keys: object) -> object:
-        if isinstance(keys, dict) and keys.get("preset") == "paper":
-            keys = {"scale": [0.08, 1.0], "flip": True, **keys}
-        if isinstance(keys, dict):  # TOML has lists, strict tuples want tuples
-            keys = {name: tuple(value) if isinstance(value, list) else value for name, value in keys.items()}
-        return keys
-
-    @model_validator(mode="after")
-    def _ranges_run_upward(self) -> "AugmentSettings":
-        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
-            if not 0 < low <= high:
-                raise ValueError(f"{name} = [{low}, {high}]: wanted 0 < low <= high")
-        return self
-
-
-class LossSettings(Settings):
-    """`[distill.loss]`: weights; a loss that is not named is off."""
-
-    vl: Weight = 0.0
-    """Vision-language: images over sentences and sentences over images."""
-    pvl: Weight = 0.0
-    """Pseudo vision-language: the batch's teacher image embeddings stand in for sentences."""
-    udist: Weight = 0.0
-    """Uni-modal distance: student-student against teacher-teacher similarities."""
-    feature: Weight = 0.0
-    """1 - cosine between the student's embedding and the teacher's."""
-    mse: Weight = 0.0
-    """CLIP-KD's feature loss, the mean squared error between unit embeddings: `feature` at 2 / embed_dim its weight."""
-    icl: Weight = 0.0
-    """CLIP-KD's interactive contrastive loss, the teacher's image embeddings in the place of texts."""
-    icl_threshold: float | None = Field(default=None, gt=-1.0, le=1.0)
-    """Images whose teacher embeddings have at least this cosine are no negatives of each other in `icl`."""
-    logit_scale: Literal["teacher"] | Annotated[float, Field(gt=0.0)] = "teacher"
-    """Multiplies cosines before the softmax: the teacher's own, from the cache, or a number."""
-
-    @model_validator(mode="after")
-    def _something_is_on(self) -> "LossSettings":
-        if not any((self.vl, self.pvl, self.udist, self.feature, self.mse, self.icl)):
-            raise ValueError("every loss is off; give one of vl, pvl, udist, feature, mse, icl a weight above 0")
-        return self
-
-
-class TemperatureSettings(Settings):
-    """`[distill.temperature]`: softmax temperatures, the same for teacher and student."""
-
-    vl: Temperature = 1.0
-    pvl: Temperature = 3.0
-    udist: Temperature = 7.0
-    icl: Temperature = 1.0
-    icl_learned: bool = False
-    """Whether `icl` only begins with its temperature and learns it, as CLIP-KD does."""
-
-
-class DistillSettings(Settings):
-    """`[distill]`: stage two."""
-
-    output: FilePath = Path("runs")
-    """Folder of the runs: one folder per student in it."""
-    epochs: float = Field(default=10, gt=0.0, strict=False)
-    """Passes over the images."""
-    batch_images: int = Field(default=256, ge=1)
-    batch_sentences: int = Field(default=4096, ge=0)
-    """Sentences of a step; its own number, since their embeddings come from the cache."""
-    bank_images: int = Field(default=0, ge=0)
-    """More images of each step whose teacher embeddings alone are columns of `pvl` and `icl`, beside the batch's."""
-    accumulate: int = Field(default=1, ge=1)
-    """Pieces in which a step's images go through the student, one after the other; the losses still see all of them."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    lr: float = Field(default=1e-3, gt=0.0)
-    """Peak learning rate of AdamW."""
-    lr_min: float = Field(default=1e-5, ge=0.0)
-    """Learning rate that the cosine ends at."""
-    warmup: Fraction = 0.05
-    """Share of all steps over which the learning rate rises linearly."""
-    weight_decay: float = Field(default=0.05, ge=0.0)
-    """On matrices and filters only; norms, biases and positional embeddings have none."""
-    clip_grad_norm: float | None = Field(default=None, gt=0.0)
-    """Largest norm of a step's gradient; a longer one is scaled down to it."""
-    ema: float | None = Field(default=None, gt=0.0, lt=1.0)
-    """Decay of a running average of the weights, which is then what is scored; lower in the first steps."""
-    compile: bool = False
-    """Let torch compile the student: minutes at the start, faster steps after."""
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    """Autocast format of the student; losses are in float32 whatever it is. `auto`: bf16 on a GPU, else fp32."""
-    device: Device = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:N`."""
-    workers: int = Field(default=0, ge=0)
-    """How many read, decode and augment images: up to two are threads, more are processes; 0 takes one for each
-    core, divided among the processes of a run."""
-    pixels: Literal["auto", "files", "kept"] = "auto"
-    """Where the pictures come from: `files`, the originals; `kept`, those that stage one has kept (`cache.pixels`);
-    `auto`: kept ones where the cache has them. A run stays with what it began with."""
-    log_every: int = Field(default=10, ge=1)
-    """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = Field(default=200, ge=1)
-    """Steps between checkpoints."""
-    augment: AugmentSettings = AugmentSettings()
-    loss: LossSettings = LossSettings(vl=0.7, pvl=0.3)
-    temperature: TemperatureSettings = TemperatureSettings()

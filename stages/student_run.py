@@ -11,6 +11,7 @@ from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
 from .checkpoint import load_checkpoint
+from .distill_settings import DistillSettings
 from .health import FirstBad, read_metrics
 from .learner import Learner
 from .meter import Speed
@@ -18,7 +19,7 @@ from .metrics_log import MetricsLog
 from .pixel_source import PixelSource
 from .run_record import CHECKPOINT, check_same_training, describe_run, read_run_record, write_run_record
 from .schedule import Schedule
-from .settings import DistillSettings, StudentSettings
+from .settings import StudentSettings
 from .targets import Targets
 from .world import World
 

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
+from .distill_settings import DistillSettings
 from .info_nce import masked_share
 from .loss_inputs import LossInputs
 from .losses import effective_candidates
-from .settings import DistillSettings
 from .similarity_blocks import Rows
 from .world import World
 

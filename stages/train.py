@@ -9,12 +9,12 @@ from .augment import ViewMaker
 from .batches import Batch, BatchLoader, normalise
 from .counter_random import key_of
 from .device_feed import on_device
+from .distill_settings import DistillSettings
 from .interrupt import Interrupted, StopSignals
 from .kept_pixels import FILES
 from .meter import Meter, Speed
 from .pixel_source import PixelSource
 from .schedule import Schedule
-from .settings import DistillSettings
 from .student_run import Note, Run, StudentRun, TrainResult
 from .targets import Targets
 from .world import World

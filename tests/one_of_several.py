@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from dimefm.cache.errors import InputError
 from dimefm.cache.feature_cache import FeatureCache
 from dimefm.stages import learner
+from dimefm.stages.distill_settings import DistillSettings
 from dimefm.stages.interrupt import Interrupted
-from dimefm.stages.settings import DistillSettings, StudentSettings
+from dimefm.stages.settings import StudentSettings
 from tests.training import gradients_of, train_one
 
 

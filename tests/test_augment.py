@@ -18,9 +18,9 @@ from dimefm.stages.augment import (
     resample_filter,
 )
 from dimefm.stages.counter_random import uniforms
+from dimefm.stages.distill_settings import AugmentSettings
 from dimefm.stages.images import ImageError, decode_image
 from dimefm.stages.jpeg import OpenJpeg
-from dimefm.stages.settings import AugmentSettings
 
 RATIO = (0.75, 4 / 3)
 WHOLE = AugmentSettings(scale=(1.0, 1.0), ratio=(1.0, 1.0))

@@ -11,9 +11,9 @@ from dimefm.cache import InputError
 from dimefm.stages.augment import NUM_UNIFORMS, ViewMaker
 from dimefm.stages.batches import BatchLoader, normalise
 from dimefm.stages.counter_random import uniforms
+from dimefm.stages.distill_settings import AugmentSettings
 from dimefm.stages.order import BankStream, Stream
 from dimefm.stages.pixel_source import ImageFiles
-from dimefm.stages.settings import AugmentSettings
 
 from .small_cache import make_cache
 

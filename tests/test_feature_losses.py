@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from open_clip.loss import ClipLoss
 
+from dimefm.stages.distill_settings import LossSettings, TemperatureSettings
 from dimefm.stages.feature_losses import icl_loss, mse_loss
 from dimefm.stages.info_nce import info_nce_rows, masked_share
 from dimefm.stages.loss_inputs import LossInputs
 from dimefm.stages.losses import feature_loss, loss_terms, pvl_loss, vl_loss
-from dimefm.stages.settings import LossSettings, TemperatureSettings
 
 
 def embeddings(*shape, seed=0, dtype=torch.float64):

@@ -23,9 +23,9 @@ from dimefm.pipeline.inspect import inspect, inspect_lines
 from dimefm.pipeline.plan import describe_plan, plan_lines
 from dimefm.pipeline.repair import repair
 from dimefm.pipeline.verify import verify
+from dimefm.stages.distill_settings import DistillSettings
 from dimefm.stages.kept_pixels import choose_pixels
 from dimefm.stages.run_record import check_same_training
-from dimefm.stages.settings import DistillSettings
 
 from .commands import tree
 from .worlds import make_world, picture

@@ -5,10 +5,11 @@ import timm
 import torch
 from torch import nn
 
+from dimefm.stages.distill_settings import DistillSettings, LossSettings, TemperatureSettings
 from dimefm.stages.feature_losses import icl_loss
 from dimefm.stages.learned_scale import LearnedScale
 from dimefm.stages.learner import Learner, share_batch_statistics
-from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings, TemperatureSettings
+from dimefm.stages.settings import StudentSettings
 from dimefm.stages.targets import Targets
 from dimefm.stages.world import World
 

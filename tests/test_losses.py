@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dimefm.stages.distill_settings import LossSettings, TemperatureSettings
 from dimefm.stages.loss_inputs import LossInputs
 from dimefm.stages.losses import (
     effective_candidates,
@@ -17,7 +18,6 @@ from dimefm.stages.losses import (
     udist_loss,
     vl_loss,
 )
-from dimefm.stages.settings import LossSettings, TemperatureSettings
 
 # Made with another implementation, checked against the authors' code; see "about" in the file.
 VECTORS = json.loads((Path(__file__).parent / "data/loss_vectors.json").read_text())["cases"]

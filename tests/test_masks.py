@@ -10,7 +10,8 @@ from dimefm.cache import CacheError, FeatureCache, InputError
 from dimefm.cache.manifest import read_manifest
 from dimefm.cache.masks import add_mask, mask_names, read_mask
 from dimefm.pipeline.mask import mask_from_file
-from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
+from dimefm.stages.distill_settings import DistillSettings, LossSettings
+from dimefm.stages.settings import StudentSettings
 
 from .small_cache import make_cache
 from .training import train_one

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 
 from dimefm.stages import optim
+from dimefm.stages.distill_settings import DistillSettings
 from dimefm.stages.optim import build_optimizer, lr_at, set_lr
-from dimefm.stages.settings import DistillSettings
 from dimefm.stages.students import build_student
 
 

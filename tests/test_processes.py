@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dimefm.stages.checkpoint import load_checkpoint
-from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings, TemperatureSettings
+from dimefm.stages.distill_settings import DistillSettings, LossSettings, TemperatureSettings
+from dimefm.stages.settings import StudentSettings
 
 from .training import TIMES, gradients_of, train_one, weights_of
 

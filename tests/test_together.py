@@ -8,8 +8,9 @@ import torch
 from dimefm.cache import InputError
 from dimefm.stages import augment
 from dimefm.stages.batches import BatchLoader
+from dimefm.stages.distill_settings import DistillSettings, LossSettings
 from dimefm.stages.pixel_source import ImageFiles
-from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings
+from dimefm.stages.settings import StudentSettings
 from dimefm.stages.student_run import Run
 from dimefm.stages.train import train
 from dimefm.stages.world import open_world

@@ -13,12 +13,13 @@ import torch
 from dimefm.cache import InputError
 from dimefm.cache.durable import append_line
 from dimefm.stages.checkpoint import load_checkpoint, save_checkpoint
+from dimefm.stages.distill_settings import DistillSettings, LossSettings, TemperatureSettings
 from dimefm.stages.feature_losses import icl_loss, mse_loss
 from dimefm.stages.info_nce import masked_share
 from dimefm.stages.interrupt import Interrupted, StopSignals
 from dimefm.stages.losses import feature_loss, loss_terms, pvl_loss, vl_loss
 from dimefm.stages.order import Stream
-from dimefm.stages.settings import DistillSettings, LossSettings, StudentSettings, TemperatureSettings
+from dimefm.stages.settings import StudentSettings
 
 from .small_cache import make_cache
 from .training import TIMES, train_one, weights_of
@@ -43,7 +44,8 @@ import torch
 torch.set_num_threads({threads})
 sys.path[:0] = [{folder!r}, {repository!r}]
 from dimefm.cache.feature_cache import FeatureCache
-from dimefm.stages.settings import DistillSettings, StudentSettings
+from dimefm.stages.distill_settings import DistillSettings
+from dimefm.stages.settings import StudentSettings
 from tests.training import train_one
 folder = Path({folder!r})
 student, settings = StudentSettings.model_validate_json({student!r}), DistillSettings.model_validate_json({settings!r})

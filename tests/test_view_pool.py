@@ -29,7 +29,7 @@ from dimefm.stages.batches import BatchLoader
 from dimefm.stages.interrupt import StopSignals
 from dimefm.stages.order import Stream
 from dimefm.stages.pixel_source import ImageFiles
-from dimefm.stages.settings import AugmentSettings
+from dimefm.stages.distill_settings import AugmentSettings
 
 folder = Path(sys.argv[1])
 images = FeatureCache.open(folder / "cache").images

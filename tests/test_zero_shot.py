@@ -10,8 +10,9 @@ from PIL import Image
 
 from dimefm.cache import InputError
 from dimefm.stages.checkpoint import save_checkpoint
+from dimefm.stages.distill_settings import DistillSettings
 from dimefm.stages.run_record import write_run_record
-from dimefm.stages.settings import DistillSettings, StudentSettings
+from dimefm.stages.settings import StudentSettings
 from dimefm.stages.students import build_student
 from dimefm.stages.zero_shot import evaluate_student, load_student
 

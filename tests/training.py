@@ -7,10 +7,11 @@ import torch
 
 from dimefm.cache.feature_cache import FeatureCache
 from dimefm.stages.checkpoint import load_checkpoint
+from dimefm.stages.distill_settings import DistillSettings
 from dimefm.stages.learner import Learner
 from dimefm.stages.pixel_source import ImageFiles
 from dimefm.stages.run_record import CHECKPOINT
-from dimefm.stages.settings import DistillSettings, StudentSettings
+from dimefm.stages.settings import StudentSettings
 from dimefm.stages.student_run import Run, TrainResult
 from dimefm.stages.train import train
 from dimefm.stages.world import open_world
