@@ -122,12 +122,9 @@ def test_it_learns_the_teachers_embeddings_of_sentences(world):
     texts = [f"s{i}" for i in range(30)]
     found = F.normalize(torch.from_numpy(tower.encode_sentences(texts)), dim=1)
     wanted = F.normalize(torch.from_numpy(world[0].sentences.embeddings[:]).float(), dim=1)
-    cosines = found @ wanted.T
-    assert (
-        cosines.argmax(dim=1) == torch.arange(30)
-    ).float().mean() > 0.8  # row i of the cache is sentence i, not another one
     same_for_all = (wanted @ F.normalize(wanted.mean(dim=0), dim=0)).mean()
-    assert cosines.diagonal().mean() > 0.9 > same_for_all + 0.1
+    # Row i of the cache is sentence i: of rows in another order it would know no more than their mean.
+    assert (found * wanted).sum(dim=1).mean() > 0.9 > same_for_all + 0.1
 
 
 def test_losses_are_summed_and_logged_by_name(world):
