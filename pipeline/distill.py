@@ -27,7 +27,7 @@ SOURCE = "source.json"
 
 
 def distill(config: Config, names: list[str], stop_after: int | None = None, *, together: bool = False) -> None:
-    """Train students from a finished cache; neither the teacher nor the sentences are opened.
+    """Train students from a finished cache; neither the teacher nor files of sentences are opened.
 
     Under torchrun every process calls this; the first one talks and writes.
 
@@ -72,7 +72,8 @@ def _train(
     tell = say if world.is_first else _keep_quiet
     settings = config.distill
     for run in runs:
-        tell(f"student {run.name}: {run.student.model} at {run.student.image_size} px -> {run.folder}")
+        text = "" if run.student.own_text is None else f", text tower of {run.student.own_text}"
+        tell(f"student {run.name}: {run.student.model} at {run.student.image_size} px{text} -> {run.folder}")
         if world.is_first and not (run.folder / CHECKPOINT).exists():  # a run that is refused keeps what it had
             write_json(run.folder / SOURCE, source_document(config))
     names = ", ".join(run.name for run in runs)
@@ -141,6 +142,7 @@ def source_document(config: Config) -> dict[str, object]:
     return {
         "cache": str(config.cache.dir),
         "evaluate": {name: str(settings.images) for name, settings in config.evaluate.items()},
+        "templates": {name: settings.templates for name, settings in config.evaluate.items()},
         "probes": {name: settings.probe for name, settings in config.evaluate.items() if settings.probe},
         "captions": {name: str(settings.captions) for name, settings in config.evaluate.items() if settings.captions},
     }

@@ -1,5 +1,6 @@
 """A trained student on a labelled set: embedded by it, and held against its teacher and the cached class vectors."""
 
+import dataclasses
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,9 @@ from .devices import resolve_device
 from .images import ImageError, read_image
 from .run_record import CHECKPOINT, read_run_record
 from .scores import EmbeddedSet, zero_shot_scores
+from .settings import StudentSettings
 from .students import build_student
+from .text_student import TextStudent, build_text_student, text_tokenizer
 
 
 def load_student(run_dir: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -42,6 +45,21 @@ def load_student(run_dir: Path) -> tuple[nn.Module, dict[str, Any]]:
     return student.eval(), {**record, "step": state["step"], "weights": weights}
 
 
+def load_text_student(run_dir: Path, device: str = "auto") -> TextStudent | None:
+    """Rebuild a student's own text tower from its run; None for a student that uses the teacher's.
+
+    The weights are averaged ones where `load_student` takes averaged ones. Errors are those of `load_student`.
+    """
+    record = read_run_record(run_dir)
+    spec = StudentSettings.model_validate(record["student"][record["name"]]).own_text
+    if spec is None:
+        return None
+    tower = build_text_student(spec, record["embed_dim"])
+    state = load_checkpoint(run_dir / CHECKPOINT)
+    load_weights(tower, state, run_dir / CHECKPOINT, f"text_{weights_to_use(state)}")
+    return TextStudent(tower, text_tokenizer(spec), resolve_device(device))
+
+
 def evaluate_student(
     student: nn.Module,
     record: dict[str, Any],
@@ -52,10 +70,14 @@ def evaluate_student(
     batch_size: int = 256,
     device: str = "auto",
     workers: int = 0,
+    student_head: NDArray[np.float32] | None = None,
 ) -> dict[str, Any]:
     """Zero-shot scores of a student and, from the cache, its teacher on one labelled set.
 
-    Arguments and errors are those of `embed_set`.
+    Other arguments and errors are those of `embed_set`.
+
+    Args:
+        student_head: (classes, D) class vectors of the student's own text tower, unit rows; None: the teacher's.
 
     Returns:
         As `zero_shot_scores`; and `weights`, `ema` where they are averages, else `model`.
@@ -63,6 +85,7 @@ def evaluate_student(
     embedded = embed_set(
         student, record, cache, name, images_root, batch_size=batch_size, device=device, workers=workers
     )
+    embedded = dataclasses.replace(embedded, student_head=student_head)
     return {**zero_shot_scores(embedded), "weights": record.get("weights", "model")}
 
 

@@ -40,9 +40,13 @@ def gradients_of(learner: Learner) -> dict[str, torch.Tensor]:
     learned = dict(learner.model.named_parameters())
     if learner._icl_scale is not None:
         learned["icl_scale"] = learner._icl_scale.log
+    if learner.text is not None:
+        learned |= {f"text.{name}": parameter for name, parameter in learner.text.model.named_parameters()}
+        if learner.text._icl_scale is not None:
+            learned["text.icl_scale"] = learner.text._icl_scale.log
     return {name: parameter.grad.clone() for name, parameter in learned.items()}
 
 
-def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
-    """The student's weights in its checkpoint."""
-    return load_checkpoint(run_dir / CHECKPOINT)["model"]
+def weights_of(run_dir: Path, key: str = "model") -> dict[str, torch.Tensor]:
+    """The student's weights in its checkpoint: its image tower's, or what else has a key there."""
+    return load_checkpoint(run_dir / CHECKPOINT)[key]
