@@ -6,6 +6,7 @@ from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
 from .augment import resample_filter
 from .distill_settings import DistillSettings
+from .mixture import row_stream
 from .optim import lr_at
 from .order import BankStream, Drawn, Share, Stream
 from .run_record import logit_scale_of
@@ -29,7 +30,7 @@ class Schedule:
         self._settings, self._world = settings, world
         self.precision = _resolve_precision(settings.precision, world.device)
         self.logit_scale = logit_scale_of(cache, settings)
-        self.images = Stream(cache.images.usable, settings.batch_images, settings.seed, "images")
+        self.images = row_stream(cache.images, settings.batch_images, settings.seed, "images")
         self.sentences = _sentence_stream(cache, settings) if settings.loss.vl else None
         wants_bank = settings.bank_images and (settings.loss.pvl or settings.loss.icl)
         self.bank = BankStream(self.images, settings.bank_images, settings.seed) if wants_bank else None
@@ -71,7 +72,7 @@ class Schedule:
 def _sentence_stream(cache: FeatureCache, settings: DistillSettings) -> Stream:
     if not settings.batch_sentences:
         raise InputError("distill.batch_sentences = 0, but distill.loss.vl is on; raise the one or set the other to 0")
-    return Stream(cache.sentences.usable, settings.batch_sentences, settings.seed, "sentences")
+    return row_stream(cache.sentences, settings.batch_sentences, settings.seed, "sentences")
 
 
 def _resolve_precision(setting: str, device: torch.device) -> str:
