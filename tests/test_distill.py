@@ -167,7 +167,9 @@ def test_plan_counts_what_is_done_without_loading_a_model(copy):
 
 
 def test_weights_of_sources_are_part_of_the_config_and_reach_the_run(copy):
-    copy.write_text(copy.read_text() + '\n[images.weights]\n0 = 0.5\n"1" = 0\n\n[sentences.weights]\n"captions.txt" = 2\n')
+    copy.write_text(
+        copy.read_text() + '\n[images.weights]\n0 = 0.5\n"1" = 0\n\n[sentences.weights]\n"captions.txt" = 2\n'
+    )
     distill(load_config(copy), ["small"], stop_after=1)
     record = json.loads((copy.parent / "runs/small/run.json").read_bytes())
     wanted = {"images": {"0": 0.5, "1": 0.0}, "sentences": {"captions.txt": 2.0}}
