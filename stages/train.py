@@ -5,9 +5,7 @@ from contextlib import closing
 
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
-from .augment import ViewMaker
 from .batches import Batch, BatchLoader, normalise
-from .counter_random import key_of
 from .device_feed import on_device
 from .distill_settings import DistillSettings
 from .interrupt import Interrupted, StopSignals
@@ -85,8 +83,8 @@ def _learn(
         cache.images,
         images,
         pixels,
-        [ViewMaker(settings.augment, size, schedule.resample) for size in sizes],
-        view_key=key_of(settings.seed, "views"),
+        schedule.view_makers(sizes),
+        view_key=schedule.view_key,
         sentences=None if sentences is None else (cache.sentences, sentences),
         bank=schedule.share("bank"),
         workers=world.share_of_cores(settings.workers),

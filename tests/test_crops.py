@@ -272,7 +272,7 @@ def test_other_views_are_another_cache(copy, capsys, old, new, key):
 def test_a_cache_without_crops_is_not_given_some(center, tmp_path):
     shutil.copytree(center.parent, tmp_path / "world", copy_function=shutil.copy2)
     config = with_views(tmp_path / "world/run.toml")
-    with pytest.raises(CacheError, match="made with cache.views = center, but this run asks for 2"):
+    with pytest.raises(CacheError, match=r"made with cache\.views = center, but this run asks for 2"):
         cache_teacher(load_config(config))
 
 
