@@ -38,12 +38,14 @@ class Batch:
         step: from 0.
         rows: (B,) int64 image rows.
         images: for each view maker (B, S, S, 3) uint8 views.
-        targets: (B, D) float16 teacher embeddings of the images, as emitted.
+        targets: (B, D) float16 teacher embeddings of the images, as emitted: of the very view, where it is one of the
+            cache's, else of the centre.
         sentences: (N, D) float16 teacher embeddings of the step's sentences; None where no loss wants any.
         bank: (M, D) float16 teacher embeddings of further images; None where no loss wants any.
         tokens: for each text tower that is trained, by what it is built from, (n, its context length) int64 token ids
             of the step's texts.
         wait_s: seconds that the training loop waited for this batch.
+        views: (B,) int64, which of the cache's views each image is; None where views are made here.
     """
 
     step: int
@@ -54,6 +56,7 @@ class Batch:
     bank: Tensor | None
     tokens: Mapping[str, Tensor]
     wait_s: float
+    views: NDArray[np.int64] | None = None
 
 
 class BatchLoader:
@@ -81,7 +84,8 @@ class BatchLoader:
             image_stream: the order in which they are drawn; every draw has as many rows as that of step 0.
             pixels: where their files' bytes come from.
             views: makers of one or several kinds of views, which all come from one reading of each image.
-            view_key: key that all views of the run derive from.
+            view_key: key that all views derive from: the run's, or that of the cache's crops where `image_stream` says
+                which of them are taken.
             sentences: the cached sentences and the order in which they are drawn, or None.
             bank: the order in which further image rows are drawn, whose targets alone are wanted, or None.
             texts: what makes token ids of sentence rows, and the order in which these are drawn, or None.
@@ -149,7 +153,8 @@ class BatchLoader:
 
     def _start(self, step: int, slot: int) -> "_Started":
         draw = self._image_stream.draw(step)
-        tasks = self._pool.start(slot, draw.rows, draw.passes, self._pixels.tickets(draw.rows))
+        numbers = draw.passes if draw.views is None else draw.views
+        tasks = self._pool.start(slot, draw.rows, numbers, self._pixels.tickets(draw.rows))
         return _Started(step, slot, draw, tasks)
 
     def _finish(self, one: "_Started") -> Batch:
@@ -164,10 +169,14 @@ class BatchLoader:
         for task in one.tasks:
             task.result()
         images = tuple(self._tensor(views) for views in self._pool.slots[one.slot])
-        return Batch(one.step, one.draw.rows, images, targets, sentences, bank, tokens, wait_s=0.0)
+        views = one.draw.views
+        return Batch(one.step, one.draw.rows, images, targets, sentences, bank, tokens, wait_s=0.0, views=views)
 
     def _gather(self, embeddings: EmbeddingSet, draw: Draw) -> Tensor:
-        return self._tensor(embeddings.embeddings[draw.rows])
+        if draw.views is None:
+            return self._tensor(embeddings.embeddings[draw.rows])
+        assert embeddings.views is not None
+        return self._tensor(embeddings.views.at(draw.rows, draw.views))
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         """A copy of its own, so that a batch lives as long as its user wants."""

@@ -5,39 +5,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..cache.settings import Settings
+from ..cache.settings import RandomCrop, Settings
 from .settings import Device, FilePath, Fraction, Weight
 
 Temperature = Annotated[float, Field(gt=0.0)]
 
 
-class AugmentSettings(Settings):
-    """`[distill.augment]`: the views that a student sees."""
+class AugmentSettings(RandomCrop):
+    """`[distill.augment]`: crops of the student's own. A flipped photo is another view than the one that was cached."""
 
     preset: Literal["light", "paper"] | None = None
     """`paper` is scale 0.08-1 with flips; `light` is the default. Keys beside it win over it."""
-    scale: tuple[Fraction, Fraction] = (0.65, 1.0)
-    """Range of the crop's share of the image's area."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Range of the crop's width / height."""
-    flip: bool = False
-    """Mirror half of the views. A flipped photo is another view than the one that was cached."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, keys: object) -> object:
         if isinstance(keys, dict) and keys.get("preset") == "paper":
-            keys = {"scale": [0.08, 1.0], "flip": True, **keys}
-        if isinstance(keys, dict):  # TOML has lists, strict tuples want tuples
-            keys = {name: tuple(value) if isinstance(value, list) else value for name, value in keys.items()}
+            keys = {"scale": (0.08, 1.0), "flip": True, **keys}
         return keys
-
-    @model_validator(mode="after")
-    def _ranges_run_upward(self) -> "AugmentSettings":
-        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
-            if not 0 < low <= high:
-                raise ValueError(f"{name} = [{low}, {high}]: wanted 0 < low <= high")
-        return self
 
 
 class LossSettings(Settings):
@@ -119,6 +104,9 @@ class DistillSettings(Settings):
     pixels: Literal["auto", "files", "kept"] = "auto"
     """Where the pictures come from: `files`, the originals; `kept`, those that stage one has kept (`cache.pixels`);
     `auto`: kept ones where the cache has them. A run stays with what it began with."""
+    views: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """What a student sees: 0, crops of its own (`augment`) against the embedding of the centre; n, the first n crops
+    that the cache holds (`cache.views`), each against its own embedding; `auto`: all that it holds, or else 0."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = Field(default=200, ge=1)

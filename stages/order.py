@@ -59,10 +59,12 @@ class Draw:
     Attributes:
         rows: (batch,) int64 row numbers. Distinct, unless the batch straddles the end of a pass.
         passes: (batch,) int64, how many whole passes came before each row: a row's view changes with it.
+        views: (batch,) int64, which of the cache's views of each row is taken; None where views are made here.
     """
 
     rows: NDArray[np.int64]
     passes: NDArray[np.int64]
+    views: NDArray[np.int64] | None = None
 
 
 class Drawn(Protocol):

@@ -13,16 +13,18 @@ from .. import __version__
 from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from .crops import decoder
 from .distill_settings import DistillSettings
 from .kept_pixels import FILES
+from .replay import OWN
 from .settings import TEACHER, StudentSettings
 
 RECORD = "run.json"
 CHECKPOINT = "checkpoint.pt"
 
-_FREE_TO_CHANGE = {"output", "log_every", "checkpoint_every", "workers", "device", "pixels"}
-"""Of `pixels`, what it came to counts, and is recorded beside the settings."""
-_FIXED = ("student", "distill", "cache", "rows", "masks", "row_weights", "pixels")
+_FREE_TO_CHANGE = {"output", "log_every", "checkpoint_every", "workers", "device", "pixels", "views"}
+"""Of `pixels` and `views`, what they came to counts, and is recorded beside the settings."""
+_FIXED = ("student", "distill", "cache", "rows", "masks", "row_weights", "pixels", "views")
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
 
 
@@ -38,17 +40,19 @@ def describe_run(
     num_processes: int,
     pixels: str,
     order: dict[str, dict[str, object]],
+    views: dict[str, object],
     warm_start: dict[str, Any] | None,
     parameters: dict[str, int],
 ) -> dict[str, Any]:
     """Everything that a reader, a resumed run or an evaluation needs to know about a run, as JSON values.
 
-    `student`, `distill`, `cache`, `rows`, `masks`, `row_weights` and `pixels` must not change while a run lasts; the
-    rest says where and with what it was made.
+    `student`, `distill`, `cache`, `rows`, `masks`, `row_weights`, `pixels` and `views` must not change while a run
+    lasts; the rest says where and with what it was made.
 
     Args:
         pixels: where the pictures come from: `files`, or the setting of those that were kept (`jpeg-256`).
         order: how rows are drawn.
+        views: crops of the cache, replayed, or crops that it does not hold.
         warm_start: what the student's weights began with.
         parameters: how many each tower of the student's own has.
     """
@@ -62,6 +66,7 @@ def describe_run(
         "row_weights": cache.row_weights,
         "pixels": pixels,
         "order": order,
+        "views": views,
         "warm_start": warm_start,
         "parameters": parameters,
         "embed_dim": cache.images.embeddings.shape[-1],
@@ -74,7 +79,7 @@ def describe_run(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "processes": num_processes,
-        "versions": {"dimefm": __version__, **{library: version(library) for library in _LIBRARIES}},
+        "versions": {"dimefm": __version__, **{library: version(library) for library in _LIBRARIES}, **decoder()},
     }
 
 
@@ -135,7 +140,8 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
 def _what_older_runs_do_not_say(student: str) -> dict[str, Any]:
     """Keys that came after a run was begun stand for what it did without them: their defaults."""
     defaults = DistillSettings().model_dump(mode="json", exclude=_FREE_TO_CHANGE)
-    return {**dict(_flat({"distill": defaults})), "pixels": FILES, f"student.{student}.text": TEACHER}
+    since = {"pixels": FILES, "views.policy": OWN, f"student.{student}.text": TEACHER}
+    return {**dict(_flat({"distill": defaults})), **since}
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

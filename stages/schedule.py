@@ -1,14 +1,19 @@
 """What all students of one call to train have in common: the order of rows, the number of steps, the learning rate."""
 
+from collections.abc import Sequence
+
 import torch
 
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from .augment import ViewMaker
+from .counter_random import key_of
 from .crops import resample_filter
 from .distill_settings import DistillSettings
 from .mixture import row_stream
 from .optim import lr_at
 from .order import BankStream, Beginning, Drawn, Share, Stream
+from .replay import OWN, Replayed, choose_replay
 from .run_record import logit_scale_of
 from .world import World
 
@@ -23,6 +28,7 @@ class Schedule:
         precision: `fp32`, `fp16` or `bf16`.
         logit_scale: number that multiplies cosines.
         resample: filter that makes views.
+        replay: which of the cache's crops are seen; None for crops of the student's own.
         mean, std: (3,) float32 on the device, of pixels between 0 and 1.
     """
 
@@ -40,6 +46,7 @@ class Schedule:
         self._settings, self._world = settings, world
         self.precision = _resolve_precision(settings.precision, world.device)
         self.logit_scale = logit_scale_of(cache, settings)
+        self.replay = choose_replay(settings, cache)
         self.images = row_stream(cache.images, settings.batch_images, settings.seed, "images")
         self.sentences = _sentence_stream(cache, settings) if settings.loss.vl or trains_text else None
         self.texts = _texts(self.sentences, settings) if trains_text and self.sentences is not None else None
@@ -60,6 +67,21 @@ class Schedule:
         drawn = {"images": self.images, "sentences": self.sentences, "texts": self.texts, "bank": self.bank}
         return {name: stream.describe() for name, stream in drawn.items() if stream is not None}
 
+    @property
+    def views(self) -> dict[str, object]:
+        """What views the images are seen in, for the run's record."""
+        return self.replay.document() if self.replay else {"policy": OWN}
+
+    def view_makers(self, sizes: Sequence[int]) -> list[ViewMaker]:
+        """What makes the views of students with inputs of these sizes."""
+        crops = self.replay.crops.settings if self.replay else self._settings.augment
+        return [ViewMaker(crops, size, self.resample, replays=self.replay is not None) for size in sizes]
+
+    @property
+    def view_key(self) -> int:
+        """The key of their random numbers."""
+        return self.replay.crops.key if self.replay else key_of(self._settings.seed, "views")
+
     def lr(self, step: int) -> float:
         """Learning rate of a step."""
         settings = self._settings
@@ -76,9 +98,10 @@ class Schedule:
             InputError: if it cannot be divided equally.
         """
         stream: Stream | BankStream | Beginning | None = getattr(self, name)
-        if stream is None or self._world.size == 1:
-            return stream
-        return Share(stream, self._world.rank, self._world.size)
+        if stream is None:
+            return None
+        drawn: Drawn = stream if self._world.size == 1 else Share(stream, self._world.rank, self._world.size)
+        return Replayed(drawn, self.replay) if self.replay and name == "images" else drawn
 
 
 def _sentence_stream(cache: FeatureCache, settings: DistillSettings) -> Stream:

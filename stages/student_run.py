@@ -124,6 +124,7 @@ class StudentRun:
             num_processes=world.size,
             pixels=pixels.name,
             order=schedule.order,
+            views=schedule.views,
             warm_start=None if self.learner.warm is None else self.learner.warm.record,
             parameters=self._num_parameters(),
         )

@@ -6,9 +6,7 @@ from contextlib import closing
 
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
-from .augment import ViewMaker
 from .batches import Batch, BatchLoader, normalise
-from .counter_random import key_of
 from .device_feed import on_device
 from .distill_settings import DistillSettings
 from .interrupt import Interrupted, StopSignals
@@ -89,8 +87,8 @@ def _learn(
         cache.images,
         images,
         pixels,
-        [ViewMaker(settings.augment, size, schedule.resample) for size in sizes],
-        view_key=key_of(settings.seed, "views"),
+        schedule.view_makers(sizes),
+        view_key=schedule.view_key,
         sentences=None if sentences is None else (cache.sentences, sentences),
         bank=schedule.share("bank"),
         texts=(SentenceTokens(cache.sentences, own_texts), texts) if texts is not None and own_texts else None,
