@@ -38,10 +38,11 @@ def distill(config: Config, names: list[str], stop_after: int | None = None, *, 
 
     Raises:
         CacheError: if the cache is unfinished or of another teacher than the config's.
-        InputError: if a name is not in the config, a mask not in the cache, or an image is gone.
+        InputError: if a name is not in the config, a mask or a source of weights not in the cache, or an image is gone.
     """
     students = _chosen(config, names)
     cache = FeatureCache.open(config.cache.dir).masked(config.images.mask, config.sentences.mask)
+    cache = cache.weighted(config.images.weights, config.sentences.weights)
     _require_configured_teacher(config, cache)
     runs = [Run(name, student, config.distill.output / name) for name, student in students.items()]
     with open_world(config.distill.device) as world:
