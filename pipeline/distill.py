@@ -8,6 +8,7 @@ from ..cache.errors import CacheError, InputError
 from ..cache.feature_cache import FeatureCache
 from ..cache.lock import held
 from ..cache.plan import first_difference
+from ..stages.dev_scores import DevScores
 from ..stages.devices import memory_errors_as
 from ..stages.kept_pixels import FILES, choose_pixels
 from ..stages.pixel_source import ImageFiles, PixelSource
@@ -45,8 +46,9 @@ def distill(config: Config, names: list[str], stop_after: int | None = None, *, 
     _require_configured_teacher(config, cache)
     runs = [Run(name, student, config.distill.output / name) for name, student in students.items()]
     with open_world(config.distill.device) as world:
+        dev = _dev_scores(config, cache, world)
         for group in _groups(runs, together):
-            _train(config, cache, _pixels(config, cache, group), group, world, stop_after)
+            _train(config, cache, _pixels(config, cache, group), dev, group, world, stop_after)
 
 
 def _groups(runs: list[Run], together: bool) -> list[list[Run]]:
@@ -66,8 +68,23 @@ def _pixels(config: Config, cache: FeatureCache, runs: Sequence[Run]) -> PixelSo
     return kept or ImageFiles(config.images.source, cache.images)
 
 
+def _dev_scores(config: Config, cache: FeatureCache, world: World) -> DevScores | None:
+    settings = config.distill
+    if not settings.evaluate_every:
+        return None
+    images = config.evaluate[settings.evaluate_on].images
+    workers = world.share_of_cores(settings.workers)
+    return DevScores(cache, settings.evaluate_on, images, world.device, workers=workers)
+
+
 def _train(
-    config: Config, cache: FeatureCache, pixels: PixelSource, runs: Sequence[Run], world: World, stop_after: int | None
+    config: Config,
+    cache: FeatureCache,
+    pixels: PixelSource,
+    dev: DevScores | None,
+    runs: Sequence[Run],
+    world: World,
+    stop_after: int | None,
 ) -> None:
     tell = say if world.is_first else _keep_quiet
     settings = config.distill
@@ -89,7 +106,9 @@ def _train(
         shown = stack.enter_context(bar(f"stage two, {names}", 1, "images", RESUMED, shown=world.is_first))
         stack.enter_context(memory_errors_as(too_large))
         stack.enter_context(_lost_peers_as_one_line(world))
-        results = train(cache, pixels, runs, settings, world, stop_after=stop_after, progress=shown.update, note=tell)
+        results = train(
+            cache, pixels, runs, settings, world, dev=dev, stop_after=stop_after, progress=shown.update, note=tell
+        )
     for run, result in zip(runs, results):
         if world.is_first:
             write_json(run.folder / SOURCE, source_document(config))

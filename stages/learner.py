@@ -99,6 +99,12 @@ class Learner:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    def weights_to_use(self) -> tuple[str, dict[str, Tensor]]:
+        """What counts outside of training, as `checkpoint.weights_to_use` has it: `ema` or `model`, and the weights."""
+        if self.averaged is not None:
+            return "ema", self.averaged.module.state_dict()
+        return "model", self.model.state_dict()
+
     def notes(self) -> Iterator[str]:
         """What the person should know before it learns."""
         if self.warm is not None:

@@ -20,7 +20,16 @@ from .settings import StudentSettings
 RECORD = "run.json"
 CHECKPOINT = "checkpoint.pt"
 
-_FREE_TO_CHANGE = {"output", "log_every", "checkpoint_every", "workers", "device", "pixels"}
+_FREE_TO_CHANGE = {
+    "output",
+    "log_every",
+    "checkpoint_every",
+    "evaluate_every",
+    "evaluate_on",
+    "workers",
+    "device",
+    "pixels",
+}
 """Of `pixels`, what it came to counts, and is recorded beside the settings."""
 _FIXED = ("student", "distill", "cache", "rows", "masks", "pixels")
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")

@@ -7,6 +7,7 @@ import torch
 
 from dimefm.cache.feature_cache import FeatureCache
 from dimefm.stages.checkpoint import load_checkpoint
+from dimefm.stages.dev_scores import DevScores
 from dimefm.stages.distill_settings import DistillSettings
 from dimefm.stages.learner import Learner
 from dimefm.stages.pixel_source import ImageFiles
@@ -28,9 +29,11 @@ def train_one(
     run_dir: Path,
     **options: Any,
 ) -> TrainResult:
-    """Train the student `own`."""
+    """Train the student `own`; where it is to be scored, on the images of `dev/` beside the others."""
     with open_world(settings.device) as world:
         source = ImageFiles(images, cache.images)
+        if settings.evaluate_every:
+            options["dev"] = DevScores(cache, settings.evaluate_on, images.parent / "dev", world.device, workers=1)
         (result,) = train(cache, source, [Run("own", student, run_dir)], settings, world, **options)
     return result
 
