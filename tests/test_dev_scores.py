@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -32,12 +33,12 @@ from dimefm.stages.zero_shot import evaluate_student, load_student
 
 from .commands import refused, run_dimefm
 from .small_cache import TEACHER
-from .test_processes import two_processes
 from .training import TIMES, train_one, weights_of
 from .worlds import make_world
 
 STUDENT = StudentSettings(model="own_students:with_dropout", image_size=8)
 SETTINGS = DistillSettings(
+    seed=2,  # one of those whose best step changes on the way: all of 1 to 13 but 5, if each is scored
     epochs=3,
     batch_images=9,
     batch_sentences=7,
@@ -191,14 +192,14 @@ def test_killed_anywhere_it_ends_with_the_scores_and_the_best_of_a_run_that_was_
     settings = changed(evaluate_every=1)
     learn(world, "whole", settings)
     owner, name, before = MOMENTS[moment]
+    deaths = 0
     for call in (1, 2, 3):
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, suppress(KilledError):
             kill_after(patch, owner, name, call, before=before)
-            try:
-                learn(world, settings=settings)
-            except KilledError:
-                continue
-            assert owner is best_weights and call > 1  # the best does not change that often
+            deaths += 1
+            learn(world, settings=settings)
+            deaths -= 1  # there were not that many calls until its end
+    assert deaths >= 2
     learn(world, settings=settings)
     assert_ends_as(world, "whole")
 
@@ -246,16 +247,6 @@ def test_students_that_learn_together_are_scored_as_alone(world):
     last = [lines(world, f"both/{name}")[-1]["student_top1"] for name in students]
     assert told[-1].startswith("loss ") and told[-1].endswith("dev " + ", ".join(f"{100 * one:.1f} %" for one in last))
     assert "dev" not in told[1]
-
-
-def test_of_two_processes_the_first_scores(world):
-    settings = changed(batch_images=8, batch_sentences=8, workers=1)
-    student = StudentSettings(model="own_students:plain", image_size=8)
-    learn(world, "one", settings, student, stop_after=7)
-    two_processes(world[1], "two", "plain", 7, settings)
-    assert [line["step"] for line in lines(world, "two")] == [3, 6]
-    for one, two in zip(lines(world, "one"), lines(world, "two"), strict=True):
-        assert two["cosine"] == pytest.approx(one["cosine"], abs=1e-3)
 
 
 def test_a_set_that_is_small_is_decoded_once_to_what_open_clip_gives(world):
