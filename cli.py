@@ -163,6 +163,42 @@ def cache_leakage(
     typer.echo(_document(found) if as_json else "\n".join(leakage_lines(found)))
 
 
+@cache_app.command("select")
+def cache_select(
+    folder: CacheArgument,
+    mask: Annotated[str, typer.Option(metavar="NAME", help="Name of the mask that they become.")],
+    side: Annotated[str, typer.Option(help="sentences: what is chosen")] = "sentences",
+    k: Annotated[
+        int | None, typer.Option("--k", metavar="N", help="Sentences that an image counts for; default: all cached.")
+    ] = None,
+    min_score: Annotated[
+        float | None, typer.Option(metavar="COSINE", help="Least cosine, whatever the ranking.")
+    ] = None,
+    cap: Annotated[int | None, typer.Option(metavar="N", help="Images that count for one sentence, the best.")] = None,
+    target: Annotated[int | None, typer.Option(metavar="N", help="Sentences to keep at most.")] = None,
+    rank: Annotated[str, typer.Option(help="cosine, csls or inverted_softmax")] = "cosine",
+    within: Annotated[str | None, typer.Option(metavar="MASK", help="Choose from this mask of sentences.")] = None,
+    images_mask: Annotated[str | None, typer.Option(metavar="MASK", help="Choose for this mask of images.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the sentences that images retrieve, as a mask for `sentences.mask`, and report what they cover."""
+    from .pipeline.select import select, select_lines
+
+    found = select(
+        folder,
+        mask,
+        side=side,
+        k=k,
+        min_score=min_score,
+        cap=cap,
+        target=target,
+        rank=rank,
+        within=within,
+        images_mask=images_mask,
+    )
+    typer.echo(_document(found) if as_json else "\n".join(select_lines(found)))
+
+
 @cache_app.command("verify")
 def cache_verify(
     folder: CacheArgument,

@@ -174,7 +174,8 @@ def _student(student: StudentSettings, under: Callable[[Path], Path]) -> Student
         init = f"run:{under(Path(init.removeprefix('run:')))}"
     elif init is not None and init != "pretrained" and not init.startswith("open_clip:"):
         init = str(under(Path(init)))
-    return student.model_copy(update={"model": model, "init": init})
+    text = str(under(Path(student.text))) if student.text.endswith(".json") else student.text
+    return student.model_copy(update={"model": model, "init": init, "text": text})
 
 
 def _check_evaluate_on(config: Config, path: Path) -> None:
@@ -194,6 +195,9 @@ def _check_architectures(config: Config, path: Path) -> None:
         (f"student.{name}.model", student.model.removeprefix("open_clip:"))
         for name, student in config.student.items()
         if student.model.startswith("open_clip:")
+    ]
+    wanted += [
+        (f"student.{name}.text", student.own_text) for name, student in config.student.items() if student.own_text
     ]
     known = _open_clip_architectures()
     for key, name in wanted:

@@ -41,13 +41,14 @@ class BestWeights:
             self._path.unlink(missing_ok=True)
         self.settle()
 
-    def offer(self, scores: dict[str, Any], weights: str, state: dict[str, Tensor]) -> bool:
+    def offer(self, scores: dict[str, Any], weights: str, state: dict[str, dict[str, Tensor]]) -> bool:
         """Keep the weights of a step if they are the best so far. Of equal ones the earlier step stays.
 
         Args:
             scores: of the step, with its `step` and `set`; scores on another set than the best's are not compared: the
                 step becomes the best.
             weights: which ones, `ema` or `model`.
+            state: those, by tower, as `Learner.weights_to_use` has them.
 
         Returns:
             Whether it is the best now, and on disk.
@@ -56,7 +57,7 @@ class BestWeights:
             return False
         if self._settled and self._path.exists():
             write_bytes(self._before, self._path.read_bytes())
-        save_checkpoint(self._path, {"step": scores["step"], "weights": weights, "model": state, "scores": scores})
+        save_checkpoint(self._path, {"step": scores["step"], "weights": weights, "scores": scores, **state})
         self.scores, self._settled = scores, False
         return True
 
@@ -67,7 +68,8 @@ class BestWeights:
 
 
 def load_best(run_dir: Path) -> dict[str, Any]:
-    """`best.pt`: `step`, `model` (the weights), `weights` (which ones, `ema` or `model`) and `scores`.
+    """`best.pt`: `step`, `scores`, which weights (`ema` or `model`) as `weights`, and those as `model` and, of a text
+    tower of the student's own, `text_model`.
 
     Raises:
         InputError: if the run has none, or it is damaged.

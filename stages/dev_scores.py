@@ -59,7 +59,7 @@ class DevScores:
         """
         weights, state = learner.weights_to_use()
         student = self._student(record)
-        student.load_state_dict(state)
+        student.load_state_dict(state["model"])
         embedded = embed_pictures(student, self._labelled, self._pictures_for(record), self._device)
         return {"step": learner.step, "set": self.name, "weights": weights, **student_scores(embedded)}
 

@@ -89,6 +89,8 @@ class DistillSettings(Settings):
     batch_images: int = Field(default=256, ge=1)
     batch_sentences: int = Field(default=4096, ge=0)
     """Sentences of a step; its own number, since their embeddings come from the cache."""
+    batch_texts: int = Field(default=256, ge=1)
+    """How many of them, the first, go through the text tower of a student that has one."""
     bank_images: int = Field(default=0, ge=0)
     """More images of each step whose teacher embeddings alone are columns of `pvl` and `icl`, beside the batch's."""
     accumulate: int = Field(default=1, ge=1)

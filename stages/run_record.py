@@ -15,7 +15,7 @@ from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
 from .distill_settings import DistillSettings
 from .kept_pixels import FILES
-from .settings import StudentSettings
+from .settings import TEACHER, StudentSettings
 
 RECORD = "run.json"
 CHECKPOINT = "checkpoint.pt"
@@ -48,6 +48,7 @@ def describe_run(
     pixels: str,
     order: dict[str, dict[str, object]],
     warm_start: dict[str, Any] | None,
+    parameters: dict[str, int],
 ) -> dict[str, Any]:
     """Everything that a reader, a resumed run or an evaluation needs to know about a run, as JSON values.
 
@@ -58,6 +59,7 @@ def describe_run(
         pixels: where the pictures come from: `files`, or the setting of those that were kept (`jpeg-256`).
         order: how rows are drawn.
         warm_start: what the student's weights began with.
+        parameters: how many each tower of the student's own has.
     """
     return {
         "name": name,
@@ -69,6 +71,7 @@ def describe_run(
         "pixels": pixels,
         "order": order,
         "warm_start": warm_start,
+        "parameters": parameters,
         "embed_dim": cache.images.embeddings.shape[-1],
         "logit_scale": logit_scale_of(cache, settings),
         "preprocess": cache.teacher["preprocess"],
@@ -120,7 +123,10 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
         InputError: naming every key that differs.
     """
     before, now = (dict(_flat({key: record.get(key) for key in _FIXED})) for record in (found, wanted))
-    before = {**_what_older_runs_do_not_say(), **{key: value for key, value in before.items() if value is not None}}
+    before = {
+        **_what_older_runs_do_not_say(str(wanted["name"])),
+        **{key: value for key, value in before.items() if value is not None},
+    }
     differences = [
         "another cache, or this one before it grew"
         if key == "cache"
@@ -134,10 +140,10 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
         )
 
 
-def _what_older_runs_do_not_say() -> dict[str, Any]:
+def _what_older_runs_do_not_say(student: str) -> dict[str, Any]:
     """Keys that came after a run was begun stand for what it did without them: their defaults."""
     defaults = DistillSettings().model_dump(mode="json", exclude=_FREE_TO_CHANGE)
-    return {**dict(_flat({"distill": defaults})), "pixels": FILES}
+    return {**dict(_flat({"distill": defaults})), "pixels": FILES, f"student.{student}.text": TEACHER}
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

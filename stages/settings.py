@@ -10,6 +10,8 @@ from ..cache.settings import Settings
 FilePath = Annotated[Path, Field(strict=False)]
 PLAIN_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 """Ends of the names of files that tensors are read from without anything else."""
+TEACHER = "teacher"
+"""What a student's `text` says where it has no text tower of its own."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
@@ -92,9 +94,13 @@ class StudentSettings(Settings):
     """`timm:NAME`, `open_clip:ARCH` (its image tower) or `package.module:function`."""
     image_size: int = Field(default=224, ge=8)
     """Side of the square input, pixels."""
+    text: str = Field(default=TEACHER, min_length=1)
+    """`teacher`: its frozen text tower, which is not run in training. Else a text tower of the student's own, trained
+    from the cached sentence embeddings: an open_clip architecture or the path of a model config (.json), of which the
+    text tower counts and, of that, everything but the embedding's width."""
     init: str | None = None
-    """Weights to begin with: `run:FOLDER` of another run, `pretrained` (timm's own), `open_clip:TAG` of the same
-    architecture, or a .safetensors / .pt file. None: random ones."""
+    """Weights that the image tower begins with: `run:FOLDER` of another run, `pretrained` (timm's own),
+    `open_clip:TAG` of the same architecture, or a .safetensors / .pt file. None: random ones."""
 
     @model_validator(mode="after")
     def _init_suits_the_model(self) -> "StudentSettings":
@@ -113,3 +119,8 @@ class StudentSettings(Settings):
                 f"init = {init!r}: wanted run:FOLDER, pretrained, open_clip:TAG or a file ({', '.join(PLAIN_WEIGHTS)})"
             )
         return self
+
+    @property
+    def own_text(self) -> str | None:
+        """What its own text tower is built from; None where it has none."""
+        return None if self.text == TEACHER else self.text

@@ -53,7 +53,8 @@ class TrainResult:
         loss: of the last step; NaN if there was none.
         speed: over this call; None if there was no step.
         peak_bytes: most GPU memory in use, or None on the CPU.
-        num_parameters: of the student.
+        num_parameters: of the student's image tower.
+        num_text_parameters: of its text tower, if it has its own.
         best: scores of the best step so far, where this call looked for it.
     """
 
@@ -65,7 +66,8 @@ class TrainResult:
     speed: Speed | None
     peak_bytes: int | None
     num_parameters: int
-    best: dict[str, Any] | None = None
+    num_text_parameters: int | None
+    best: dict[str, Any] | None
 
     @property
     def finished(self) -> bool:
@@ -76,9 +78,10 @@ class TrainResult:
         if not self.steps_now or self.speed is None:
             return f"{self.run_dir}: nothing to do, {self.steps:,} of {self.total_steps:,} steps are done"
         memory = "" if self.peak_bytes is None else f", {self.peak_bytes / 2**30:.1f} GiB of GPU memory"
+        text = "" if self.num_text_parameters is None else f" and {self.num_text_parameters / 1e6:.1f} M (text tower)"
         return (
             f"{self.run_dir}: {self.steps:,} of {self.total_steps:,} steps, loss {self.loss:.4f}, "
-            f"{self.num_parameters / 1e6:.1f} M parameters, {self.speed.images_per_s:,.0f} images/s, "
+            f"{self.num_parameters / 1e6:.1f} M parameters{text}, {self.speed.images_per_s:,.0f} images/s, "
             f"{self.speed.data_wait:.0%} of the time waiting for data{memory}{self._best()}"
         )
 
@@ -133,6 +136,7 @@ class StudentRun:
             pixels=pixels.name,
             order=schedule.order,
             warm_start=None if self.learner.warm is None else self.learner.warm.record,
+            parameters=self._num_parameters(),
         )
         if goes_on:
             check_same_training(run.folder, read_run_record(run.folder), record)
@@ -233,8 +237,14 @@ class StudentRun:
             speed=speed,
             peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             num_parameters=self.learner.num_parameters,
+            num_text_parameters=self._num_parameters().get("text_tower"),
             best=None if self._best is None else self._best.scores,
         )
+
+    def _num_parameters(self) -> dict[str, int]:
+        text = self.learner.text
+        of_text = {} if text is None else {"text_tower": text.num_parameters}
+        return {"image_tower": self.learner.num_parameters, **of_text}
 
 
 def is_finished(folder: Path) -> bool:

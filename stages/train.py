@@ -1,4 +1,5 @@
-"""Stage two: trains students from the cache and the images. No teacher, no text tower, no sentence is read."""
+"""Stage two: trains students from the cache and the images. No teacher and no text tower of its is loaded; sentences
+are read for a student that has a text tower of its own."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from .kept_pixels import FILES
 from .meter import Meter, Speed
 from .pixel_source import PixelSource
 from .schedule import Schedule
+from .sentence_tokens import SentenceTokens
 from .student_run import Note, Run, StudentRun, TrainResult
 from .targets import Targets
 from .world import World
@@ -61,7 +63,8 @@ def train(
             or a loss that is not finite (the other students go on to their end first).
         Interrupted: after SIGINT or SIGTERM, with the state saved.
     """
-    schedule = Schedule(cache, settings, world)
+    trains_text = any(run.student.own_text is not None for run in runs)
+    schedule = Schedule(cache, settings, world, trains_text=trains_text)
     tell: Note = note if note is not None and world.is_first else lambda line: None
     training = [StudentRun(run, schedule, cache, pixels, settings, world, stop_after, tell) for run in runs]
     unfinished = [one for one in training if one.wants_more]
@@ -87,7 +90,8 @@ def _learn(
     if dev is not None:
         dev.require()
     sizes = sorted({one.run.student.image_size for one in training})
-    images, sentences = schedule.share("images"), schedule.share("sentences")
+    images, sentences, texts = (schedule.share(name) for name in ("images", "sentences", "texts"))
+    own_texts = [one.run.student.own_text for one in training if one.run.student.own_text is not None]
     assert images is not None
     loader = BatchLoader(
         cache.images,
@@ -97,6 +101,7 @@ def _learn(
         view_key=key_of(settings.seed, "views"),
         sentences=None if sentences is None else (cache.sentences, sentences),
         bank=schedule.share("bank"),
+        texts=(SentenceTokens(cache.sentences, own_texts), texts) if texts is not None and own_texts else None,
         workers=world.share_of_cores(settings.workers),
         pin_memory=world.device.type == "cuda",
     )
@@ -159,7 +164,8 @@ class _Loop:
         inputs = {size: normalise(view, schedule.mean, schedule.std) for size, view in zip(self._sizes, batch.images)}
         here = [one for one in self._training if one.wants_more and one.learner.step == batch.step]
         for one in here:
-            one.learner.learn(inputs[one.run.student.image_size], targets, schedule.lr(batch.step))
+            tokens = None if one.run.student.own_text is None else batch.tokens[one.run.student.own_text]
+            one.learner.learn(inputs[one.run.student.image_size], targets, schedule.lr(batch.step), tokens)
             one.first_bad.look(batch.step, one.learner.loss)
 
         # Nothing above waits for a GPU; what follows does, now and then.

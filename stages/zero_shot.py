@@ -37,18 +37,24 @@ def load_student(run_dir: Path, which: Which | None = None) -> tuple[nn.Module, 
     """
     record = read_run_record(run_dir)
     student = student_of(record)
-    if which is None:
-        which = "best" if (run_dir / BEST).exists() else "last"
-    if which == "best":
-        state = load_best(run_dir)
-        load_weights(student, state, run_dir / BEST)
-        weights, chosen_on = state["weights"], state["scores"]["set"]
-    else:
-        state = load_checkpoint(run_dir / CHECKPOINT)
-        weights, chosen_on = weights_to_use(state), None
-        load_weights(student, state, run_dir / CHECKPOINT, weights)
-    facts = {"step": state["step"], "weights": weights, "checkpoint": which, "chosen_on": chosen_on}
+    state, path = chosen_state(run_dir, which)
+    key = weights_to_use(state)  # of `best.pt`, `model`: it holds no others
+    load_weights(student, state, path, key)
+    is_best = path.name == BEST
+    facts = {
+        "step": state["step"],
+        "weights": state["weights"] if is_best else key,
+        "checkpoint": "best" if is_best else "last",
+        "chosen_on": state["scores"]["set"] if is_best else None,
+    }
     return student.eval(), {**record, **facts}
+
+
+def chosen_state(run_dir: Path, which: Which | None = None) -> tuple[dict[str, Any], Path]:
+    """What `load_student` takes a student's weights from, and the file; arguments and errors are the same."""
+    if which == "best" or (which is None and (run_dir / BEST).exists()):
+        return load_best(run_dir), run_dir / BEST
+    return load_checkpoint(run_dir / CHECKPOINT), run_dir / CHECKPOINT
 
 
 def student_of(record: dict[str, Any]) -> nn.Module:

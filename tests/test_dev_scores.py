@@ -130,7 +130,7 @@ def test_the_best_step_is_the_first_of_those_with_the_most_right_and_then_the_hi
 
 def offer(best, step, top1, cosine=0.5, name="dev"):
     scores = {"step": step, "set": name, "student_top1": top1, "cosine": cosine}
-    return best.offer(scores, "model", {"weight": torch.tensor([float(step)])})
+    return best.offer(scores, "model", {"model": {"weight": torch.tensor([float(step)])}})
 
 
 def test_of_equal_scores_the_higher_cosine_and_then_the_earlier_step_stays(tmp_path):
