@@ -29,7 +29,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "conv": {"model": "timm:mobilenetv3_small_100", "precision": "fp32"},
     "transformer": {"model": "timm:levit_128s", "precision": "bf16"},  # twice as fast so; the convolutions are not
 }
-EPOCHS, SEEDS = 8, 5
+EPOCHS, LR, SEEDS = 8, 3e-3, 5
 Document = dict[str, Any]
 
 
@@ -92,7 +92,7 @@ def configure(out: Path, job: str) -> Any:
     common: Document = {
         "distill": {
             "output": out / job, "epochs": EPOCHS, "seed": int(seed), "workers": 1, "precision": shape.pop("precision"),
-            "loss": {}, "log_every": 50, "checkpoint_every": 100,
+            "lr": LR, "loss": {}, "log_every": 50, "checkpoint_every": 100,
         }
     }  # fmt: skip
     document = load_config(ROOT / "configs/photos.toml").model_dump(exclude_unset=True)

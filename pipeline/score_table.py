@@ -47,6 +47,9 @@ def _beyond(items: list[tuple[str, str, Item]]) -> Table:
     """How sure the first table is, what neighbours and probes find, and how runs differ; only columns with numbers."""
     level = f"{100 * items[0][2]['bootstrap']['level']:.0f} %"
     header = ["run", "set", f"top-1, {level}", f"retention, {level}"]
+    own_text = any("student_top1_teacher_text" in item for _, _, item in items)
+    if own_text:
+        header += ["top-1 by teacher's text"]
     probes = any("probe" in item for _, _, item in items)
     others = any("versus" in item for _, _, item in items)
     if probes:
@@ -56,6 +59,8 @@ def _beyond(items: list[tuple[str, str, Item]]) -> Table:
     rows = []
     for run, name, item in items:
         row = [run, name, _range(item["student_top1_interval"]), _with_range(item, "retention")]
+        if own_text:
+            row += [_percent(item.get("student_top1_teacher_text"))]
         probe = item.get("probe")
         if probe:
             row += [probe["fitted_on"]]

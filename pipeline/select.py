@@ -48,10 +48,10 @@ def select(
         images_mask: a mask of images to choose for.
 
     Returns:
-        `cache`, `mask`, `settings`, `sentences` (kept, qualify, of), `images` (covered, without_candidate, without,
-        of), `hubs` (`before`, of the first k by plain cosine, and `after`: skewness, never, largest), `origins` (source
-        -> kept, of), `cosine` and `score` (quantiles of the covered images' highest cosine, and of the kept
-        sentences' best score).
+        `cache`, `mask`, `settings`, `sentences` (kept, qualify, of), `images` (covered, crowded_out, without,
+        without_candidate, of), `hubs` (skewness, never and largest: `before`, of the first k by plain cosine, and
+        `after`, of the images that count), `origins` (source -> kept, of), `cosine` and `score` (quantiles of the
+        covered images' highest cosine, and of the kept sentences' best score).
 
     Raises:
         InputError: if an argument is unfit, the cache has no pairs or too few of them, or nothing is chosen.
@@ -111,8 +111,9 @@ def select_lines(found: dict[str, Any]) -> list[str]:
     cut = "" if sentences["qualify"] == sentences["kept"] else f" ({sentences['qualify']:,} qualified)"
     lines = [
         f"{found['cache']}: kept {sentences['kept']:,} of {sentences['of']:,} sentences{cut}",
-        f"images with a kept sentence: {images['covered']:,} of {images['of']:,}; {images['without']:,} have none "
-        f"({images['without_candidate']:,} had none to choose from)",
+        f"images with a kept sentence: {images['covered']:,} of {images['of']:,}"
+        + (f" ({images['crowded_out']:,} of them beyond the cap)" if images["crowded_out"] else "")
+        + f"; {images['without']:,} have none ({images['without_candidate']:,} had none near enough to begin with)",
         "",
         f"{'retrieved':<12}{'max':>10}{'skewness':>10}{'never':>9}  most often",
     ]
@@ -162,6 +163,7 @@ def _coverage(chosen: Selection) -> dict[str, int]:
     covered = len(chosen.cosines)
     return {
         "covered": covered,
+        "crowded_out": chosen.crowded_out,
         "without": chosen.images - covered,
         "without_candidate": chosen.images - chosen.with_candidate,
         "of": chosen.images,

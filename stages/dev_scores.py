@@ -1,5 +1,7 @@
 """A student in training on a labelled set: scored as `dimefm evaluate` would, and left as it was."""
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from ..cache.feature_cache import FeatureCache
 from .labelled_pictures import LabelledPictures
 from .learner import Learner
 from .scores import student_scores
-from .zero_shot import embed_pictures, labelled_set, require_images, student_of
+from .text_student import TextStudent
+from .zero_shot import embed_pictures, labelled_set, require_images, student_of, text_student_of
 
 KEEP_BYTES = 2**30
 """A set whose pictures need no more memory than that is decoded once; a larger one each time that it is scored."""
@@ -27,7 +30,14 @@ class DevScores:
     """
 
     def __init__(
-        self, cache: FeatureCache, name: str, images_root: Path, device: torch.device, *, workers: int = 0
+        self,
+        cache: FeatureCache,
+        name: str,
+        images_root: Path,
+        device: torch.device,
+        *,
+        workers: int = 0,
+        prompts: Sequence[Sequence[str]] | None = None,
     ) -> None:
         """Nothing is read yet.
 
@@ -35,14 +45,15 @@ class DevScores:
             name: of the set, as in `[evaluate.NAME]`.
             images_root: folder that the set's rows are relative to.
             workers: threads that decode; 0 takes one for each core.
+            prompts: of each class of the set, for students with a text tower of their own.
 
         Raises:
             InputError: if the cache has no such set.
         """
         self.name, self._labelled = name, labelled_set(cache, name)
-        self._root, self._device, self._workers = images_root, device, workers
+        self._root, self._device, self._workers, self._prompts = images_root, device, workers, prompts
         self._pictures: dict[int, LabelledPictures] = {}
-        self._students: dict[str, nn.Module] = {}
+        self._students: dict[str, tuple[nn.Module, TextStudent | None]] = {}
 
     def require(self) -> None:
         """Raises InputError if the folder of its images is missing."""
@@ -58,16 +69,20 @@ class DevScores:
             `step`, `set`, `weights` (`ema` or `model`) and what `student_scores` says.
         """
         weights, state = learner.weights_to_use()
-        student = self._student(record)
+        student, text = self._student(record)
         student.load_state_dict(state["model"])
         embedded = embed_pictures(student, self._labelled, self._pictures_for(record), self._device)
+        if text is not None:
+            assert self._prompts is not None, "a text tower wants prompts"
+            text.tower.load_state_dict(state["text_model"])
+            embedded = dataclasses.replace(embedded, student_head=text.class_head(self._prompts))
         return {"step": learner.step, "set": self.name, "weights": weights, **student_scores(embedded)}
 
-    def _student(self, record: dict[str, Any]) -> nn.Module:
+    def _student(self, record: dict[str, Any]) -> tuple[nn.Module, TextStudent | None]:
         name = record["name"]
         if name not in self._students:
             with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-                self._students[name] = student_of(record).to(self._device)
+                self._students[name] = student_of(record).to(self._device), text_student_of(record, self._device)
         return self._students[name]
 
     def _pictures_for(self, record: dict[str, Any]) -> LabelledPictures:

@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ..cache.settings import Settings
-from .settings import Device, FilePath, Fraction
+from .settings import Device, FilePath, Fraction, Weight
 
-Weight = Annotated[float, Field(ge=0.0)]
 Temperature = Annotated[float, Field(gt=0.0)]
 
 

@@ -104,8 +104,12 @@ class Stream:
         Args:
             step: from 0.
         """
-        passes, positions = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), len(self))
-        rows = np.empty(self.batch, dtype=np.int64)
+        return self.at(np.arange(step * self.batch, (step + 1) * self.batch))
+
+    def at(self, places: NDArray[np.int64]) -> Draw:
+        """The rows at some places of the endless sequence of passes, from 0."""
+        passes, positions = np.divmod(places, len(self))
+        rows = np.empty(len(places), dtype=np.int64)
         for number in np.unique(passes):
             here = passes == number
             permutation = KeyedPermutation(len(self), key_of(self._seed, self._name, number))

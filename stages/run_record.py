@@ -31,7 +31,7 @@ _FREE_TO_CHANGE = {
     "pixels",
 }
 """Of `pixels`, what it came to counts, and is recorded beside the settings."""
-_FIXED = ("student", "distill", "cache", "rows", "masks", "pixels")
+_FIXED = ("student", "distill", "cache", "rows", "masks", "row_weights", "pixels")
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
 
 
@@ -52,8 +52,8 @@ def describe_run(
 ) -> dict[str, Any]:
     """Everything that a reader, a resumed run or an evaluation needs to know about a run, as JSON values.
 
-    `student`, `distill`, `cache`, `rows`, `masks` and `pixels` must not change while a run lasts; the rest says where
-    and with what it was made.
+    `student`, `distill`, `cache`, `rows`, `masks`, `row_weights` and `pixels` must not change while a run lasts; the
+    rest says where and with what it was made.
 
     Args:
         pixels: where the pictures come from: `files`, or the setting of those that were kept (`jpeg-256`).
@@ -68,6 +68,7 @@ def describe_run(
         "cache": cache.identity,
         "rows": {"images": len(cache.images.usable), "sentences": len(cache.sentences.usable)},
         "masks": {side: dict(mask) for side, mask in cache.masks.items()},
+        "row_weights": cache.row_weights,
         "pixels": pixels,
         "order": order,
         "warm_start": warm_start,

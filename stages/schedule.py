@@ -6,6 +6,7 @@ from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
 from .augment import resample_filter
 from .distill_settings import DistillSettings
+from .mixture import row_stream
 from .optim import lr_at
 from .order import BankStream, Beginning, Drawn, Share, Stream
 from .run_record import logit_scale_of
@@ -39,7 +40,7 @@ class Schedule:
         self._settings, self._world = settings, world
         self.precision = _resolve_precision(settings.precision, world.device)
         self.logit_scale = logit_scale_of(cache, settings)
-        self.images = Stream(cache.images.usable, settings.batch_images, settings.seed, "images")
+        self.images = row_stream(cache.images, settings.batch_images, settings.seed, "images")
         self.sentences = _sentence_stream(cache, settings) if settings.loss.vl or trains_text else None
         self.texts = _texts(self.sentences, settings) if trains_text and self.sentences is not None else None
         loss = settings.loss
@@ -87,7 +88,7 @@ def _sentence_stream(cache: FeatureCache, settings: DistillSettings) -> Stream:
             if settings.loss.vl
             else "distill.batch_sentences = 0, but a student's text tower is trained on sentences; raise it"
         )
-    return Stream(cache.sentences.usable, settings.batch_sentences, settings.seed, "sentences")
+    return row_stream(cache.sentences, settings.batch_sentences, settings.seed, "sentences")
 
 
 def _texts(sentences: Stream, settings: DistillSettings) -> Beginning:

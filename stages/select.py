@@ -18,8 +18,9 @@ class Selection:
         keep: (M,) bool, the chosen sentences.
         qualify: sentences that at least one image counts for.
         images: usable images.
-        with_candidate: of those, images that count for some sentence, chosen or not.
-        cosines: (images covered,) float32, each covered image's highest cosine to a chosen sentence that it counts for.
+        with_candidate: of those, images that have a sentence among their first that is near enough, chosen or not.
+        crowded_out: images that have a chosen one, but none that they count for: the cap leaves them out.
+        cosines: (images covered,) float32, the highest cosine of each image that has a chosen one, counting or not.
         scores: (sentences kept,) float32, the best corrected score of each chosen sentence, in the order of rows.
         degrees: (M,) int64, images that count for each chosen sentence.
     """
@@ -28,6 +29,7 @@ class Selection:
     qualify: int
     images: int
     with_candidate: int
+    crowded_out: int
     cosines: NDArray[np.float32]
     scores: NDArray[np.float32]
     degrees: NDArray[np.int64]
@@ -65,20 +67,20 @@ def select_sentences(
         order = np.lexsort((candidates, -best[candidates], rounds[candidates]))
         keep[candidates[order[:target]]] = True
     degrees, scores = np.zeros(len(keep), dtype=np.int64), np.full(len(keep), -np.inf, dtype=np.float32)
-    cosines, with_candidate, num_images = [], 0, 0
+    cosines, with_candidate, crowded_out, num_images = [], 0, 0, 0
     for rows in pairs.blocks():
-        ids, found, score, there = counting.at(rows)
+        ids, found, score, near, there = counting.at(rows)
         num_images += len(rows)
-        with_candidate += int(there.any(axis=1).sum())
-        there &= keep[np.where(there, ids, 0)]
+        with_candidate += int(near.any(axis=1).sum())
+        near &= keep[np.where(near, ids, 0)]
+        there &= near
         chosen, times = np.unique(ids[there], return_counts=True)
         degrees[chosen] += times
         np.maximum.at(scores, ids[there], score[there])
-        cosines.append(np.where(there, found, -np.inf).max(axis=1)[there.any(axis=1)])
-    covered = np.concatenate(cosines) if cosines else np.empty(0)
-    return Selection(
-        keep, len(candidates), num_images, with_candidate, covered.astype(np.float32), scores[keep], degrees
-    )
+        crowded_out += int((near.any(axis=1) & ~there.any(axis=1)).sum())
+        cosines.append(np.where(near, found, -np.inf).max(axis=1)[near.any(axis=1)])
+    covered = np.concatenate(cosines).astype(np.float32) if cosines else np.empty(0, dtype=np.float32)
+    return Selection(keep, len(candidates), num_images, with_candidate, crowded_out, covered, scores[keep], degrees)
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,14 @@ class _Counting:
 
     def at(
         self, rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
-        """ids, cosines and scores of `rank`, and (B, k) bool: those that the images count for."""
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
+        """ids, cosines and scores of `rank`, and (B, k) bools: those near enough, and those that the images count for.
+
+        With a cap, whoever counts is near enough as well: `allowed` has looked.
+        """
         ids, cosines, scores = self.pairs.rank(rows)
-        there = counts(ids, cosines, self.first, self.min_cosine) if self.keep is None else self.keep[rows]
-        return ids, cosines, scores, there
+        near = counts(ids, cosines, self.first, self.min_cosine)
+        return ids, cosines, scores, near, near.copy() if self.keep is None else self.keep[rows]
 
 
 def _rounds(counting: _Counting) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
@@ -105,7 +110,7 @@ def _rounds(counting: _Counting) -> tuple[NDArray[np.int16], NDArray[np.float32]
     rounds = np.full(num_sentences, _NO_ROUND, dtype=np.int16)
     best = np.full(num_sentences, -np.inf, dtype=np.float32)
     for rows in counting.pairs.blocks():
-        ids, _, scores, there = counting.at(rows)
+        ids, _, scores, _, there = counting.at(rows)
         proposed = (np.cumsum(there, axis=1) - 1)[there].astype(np.int16)
         wanted, score = ids[there], scores[there]
         order = np.lexsort((-score, proposed, wanted))

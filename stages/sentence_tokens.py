@@ -20,8 +20,8 @@ class SentenceTokens:
     """Makes the token ids of sentence rows for one or several text towers.
 
     The texts lie in memory as one Arrow column, their bytes one after the other and 8 more for each: 28 million
-    sentences of 60 bytes take 1.9 GB, in each process, and twice that while they are read. A step makes Python strings
-    of its own rows alone.
+    sentences of 60 bytes take 1.9 GB, in each process, and about three times that while they are read. A step makes
+    Python strings of its own rows alone.
     """
 
     def __init__(self, sentences: EmbeddingSet, specs: Iterable[str]) -> None:
@@ -35,6 +35,7 @@ class SentenceTokens:
             InputError: if a tower has no tokenizer here.
         """
         self._texts: pa.Array = sentences.rows.column("text").cast(pa.large_string()).combine_chunks()
+        pa.default_memory_pool().release_unused()  # what decoding took, twice the texts, would stay with the process
         self._tokenizers: list[tuple[Any, list[str]]] = []
         known: dict[tuple[Any, ...], list[str]] = {}
         for spec in dict.fromkeys(specs):

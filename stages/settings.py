@@ -13,6 +13,7 @@ PLAIN_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 TEACHER = "teacher"
 """What a student's `text` says where it has no text tower of its own."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
@@ -42,6 +43,9 @@ class ImagesSettings(Settings):
     """Share of unreadable images above which stage one stops."""
     mask: str | None = None
     """Name of a mask of the cache: stage two draws the images that it keeps and no others."""
+    weights: dict[str, Weight] = Field(default_factory=dict)
+    """First folder below the source (`.`: files in none) -> how often stage two draws one of its images relative to
+    others. 1 is as without it, 0 never, 2 twice as often; folders that are not named have 1."""
     hash: bool = False
     """Keep a checksum of each image file, which reads all of them once more: it tells a changed file from one that was
     only copied. Without it, size and modification time have to do."""
@@ -66,6 +70,8 @@ class SentencesSettings(Settings):
     prompts: PromptSettings | None = None
     mask: str | None = None
     """Name of a mask of the cache: stage two draws the sentences that it keeps and no others."""
+    weights: dict[str, Weight] = Field(default_factory=dict)
+    """Name of a source file, or `prompts` -> how often stage two draws one of its sentences relative to others."""
 
 
 class EvaluateSettings(Settings):

@@ -1,10 +1,12 @@
 """A trained student on a labelled set: embedded by it, and held against its teacher and the cached class vectors."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..cache.errors import InputError
@@ -15,7 +17,9 @@ from .devices import resolve_device
 from .labelled_pictures import LabelledPictures
 from .run_record import CHECKPOINT, read_run_record
 from .scores import EmbeddedSet, zero_shot_scores
+from .settings import StudentSettings
 from .students import build_student
+from .text_student import TextStudent, build_text_student, text_tokenizer
 
 Which = Literal["best", "last"]
 
@@ -63,6 +67,27 @@ def student_of(record: dict[str, Any]) -> nn.Module:
     return build_student(settings["model"], record["embed_dim"], settings["image_size"])
 
 
+def load_text_student(run_dir: Path, device: str = "auto", *, which: Which | None = None) -> TextStudent | None:
+    """Rebuild a student's own text tower from its run; None for a student that uses the teacher's.
+
+    The weights are of the step that `load_student` takes, averaged ones where it takes averaged ones. Arguments and
+    errors are those of `load_student`.
+    """
+    student = text_student_of(read_run_record(run_dir), resolve_device(device))
+    if student is not None:
+        state, path = chosen_state(run_dir, which)
+        load_weights(student.tower, state, path, f"text_{weights_to_use(state)}")
+    return student
+
+
+def text_student_of(record: dict[str, Any], device: torch.device) -> TextStudent | None:
+    """The own text tower of the student that a `run.json` is about, with random weights; None if it has none."""
+    spec = StudentSettings.model_validate(record["student"][record["name"]]).own_text
+    if spec is None:
+        return None
+    return TextStudent(build_text_student(spec, record["embed_dim"]), text_tokenizer(spec), device)
+
+
 def evaluate_student(
     student: nn.Module,
     record: dict[str, Any],
@@ -73,10 +98,14 @@ def evaluate_student(
     batch_size: int = 256,
     device: str = "auto",
     workers: int = 0,
+    student_head: NDArray[np.float32] | None = None,
 ) -> dict[str, Any]:
     """Zero-shot scores of a student and, from the cache, its teacher on one labelled set.
 
-    Arguments and errors are those of `embed_set`.
+    Other arguments and errors are those of `embed_set`.
+
+    Args:
+        student_head: (classes, D) class vectors of the student's own text tower, unit rows; None: the teacher's.
 
     Returns:
         As `zero_shot_scores`; and `weights`, `ema` where they are averages, else `model`.
@@ -84,6 +113,7 @@ def evaluate_student(
     embedded = embed_set(
         student, record, cache, name, images_root, batch_size=batch_size, device=device, workers=workers
     )
+    embedded = dataclasses.replace(embedded, student_head=student_head)
     return {**zero_shot_scores(embedded), "weights": record.get("weights", "model")}
 
 

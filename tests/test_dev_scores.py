@@ -29,11 +29,11 @@ from dimefm.stages.settings import StudentSettings
 from dimefm.stages.student_run import Run
 from dimefm.stages.train import train
 from dimefm.stages.world import open_world
-from dimefm.stages.zero_shot import evaluate_student, load_student
+from dimefm.stages.zero_shot import evaluate_student, load_student, load_text_student
 
 from .commands import refused, run_dimefm
-from .small_cache import TEACHER
-from .training import TIMES, train_one, weights_of
+from .small_cache import TEACHER, text_config
+from .training import PROMPTS, TIMES, train_one, weights_of
 from .worlds import make_world
 
 STUDENT = StudentSettings(model="own_students:with_dropout", image_size=8)
@@ -202,6 +202,24 @@ def test_killed_anywhere_it_ends_with_the_scores_and_the_best_of_a_run_that_was_
     assert deaths >= 2
     learn(world, settings=settings)
     assert_ends_as(world, "whole")
+
+
+def test_a_student_with_a_text_tower_is_scored_and_kept_with_it(world):
+    cache, folder = world
+    student = STUDENT.model_copy(update={"text": text_config(folder)})
+    settings = changed(batch_texts=6, ema=0.5)
+    learn(world, "blind", settings.model_copy(update={"evaluate_every": 0}), student)
+    learn(world, "run", settings, student)
+    assert same(*(load_checkpoint(folder / run / "checkpoint.pt") for run in ("run", "blind")))
+    found = {"best": load_best(folder / "run")["scores"], "last": lines(world)[-1]}
+    for which, scores in found.items():
+        module, record = load_student(folder / "run", which)
+        head = load_text_student(folder / "run", "cpu", which=which).class_head(PROMPTS)
+        wanted = evaluate_student(module, record, cache, "dev", folder / "dev", device="cpu", student_head=head)
+        assert record["step"] == scores["step"]
+        keys = ("student_top1", "student_top5", "agreement", "cosine", "weights")
+        assert {key: scores[key] for key in keys} == {key: wanted[key] for key in keys}
+        assert wanted != evaluate_student(module, record, cache, "dev", folder / "dev", device="cpu")
 
 
 def test_a_run_stopped_after_some_steps_has_the_scores_of_one_that_was_not(world):

@@ -24,7 +24,7 @@ BETA = 20.0
 
 
 def brute_force(pairs, first, least, cap, target):
-    """(kept sentences, covered images, images that count for something): loops, one image and sentence at a time."""
+    """(kept sentences, images that have one, those that count for one, those that had any): loops over all of them."""
     counting = {}
     for row in np.flatnonzero(pairs.usable_images).tolist():
         ids, cosines, scores = (column[0] for column in pairs.rank(np.array([row])))
@@ -33,6 +33,7 @@ def brute_force(pairs, first, least, cap, target):
             for j in range(min(first, pairs.k))
             if ids[j] >= 0 and (least is None or cosines[j] >= least)
         ]
+    near = {row: [y for y, _ in found] for row, found in counting.items()}
     if cap is not None:
         for y in {y for found in counting.values() for y, _ in found}:
             asking = sorted((-score, row) for row, found in counting.items() for z, score in found if z == y)
@@ -48,8 +49,9 @@ def brute_force(pairs, first, least, cap, target):
         kept += sorted(asked, key=lambda y: (-asked[y], y))
     assert set(kept) == left
     chosen = set(kept[:target])
-    covered = {row for row, found in counting.items() if any(y in chosen for y, _ in found)}
-    return chosen, covered, {row for row, found in counting.items() if found}
+    covered = {row for row, found in near.items() if any(y in chosen for y in found)}
+    counted = {row for row, found in counting.items() if any(y in chosen for y, _ in found)}
+    return chosen, covered, counted, {row for row, found in near.items() if found}
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +91,10 @@ def test_a_choice_is_that_of_brute_force(many, seed, first, least, cap, target, 
         found = select_sentences(pairs, first, least, cap, target)
     finally:
         patch.undo()
-    chosen, covered, counting = brute_force(pairs, first, least, cap, target)
+    chosen, covered, counted, near = brute_force(pairs, first, least, cap, target)
     assert set(np.flatnonzero(found.keep).tolist()) == chosen
-    assert (len(found.cosines), found.with_candidate) == (len(covered), len(counting))
+    assert (len(found.cosines), found.with_candidate) == (len(covered), len(near))
+    assert counted <= covered and found.crowded_out == len(covered - counted)
     assert found.images == 39 and (cap is None or found.degrees.max(initial=0) <= cap)
 
 
@@ -118,7 +121,7 @@ def test_a_planted_hub_leaves_room_where_it_is_capped(tmp_path):
     assert hub == {"row": 0, "text": "s0", "images": 39} and report["hubs"]["after"]["largest"][0]["images"] == 2
     assert report["hubs"]["before"]["skewness"] > 4 > report["hubs"]["after"]["skewness"]
     assert report["sentences"] == {"kept": 30, "qualify": 30, "of": 30}
-    assert report["images"] == {"covered": 39, "without": 0, "without_candidate": 0, "of": 39}
+    assert report["images"] == {"covered": 39, "crowded_out": 0, "without": 0, "without_candidate": 0, "of": 39}
 
 
 def test_the_report_is_what_the_mask_holds(tmp_path):
