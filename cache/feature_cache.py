@@ -29,12 +29,15 @@ class EmbeddingSet:
     """Embeddings and the table that says what each row was made from.
 
     Attributes:
-        embeddings: (N, D) float16, as the teacher emitted them; NaN where the row failed.
+        embeddings: (N, D) float16, as the teacher emitted them; NaN where the row failed. Of an image that has
+            several views, its centre.
         rows: the row table, N rows.
         left_out: row numbers not to be used whatever the table says; they failed for this teacher alone.
         mask: (N,) bool, the rows to choose from; None is all.
         shared: the table is another cache's.
         mixture: how often rows of some sources are drawn; rows of weight 0 are not in `usable`. None: all alike.
+        views: (N, 1 + K, D) float16, where K crops of each image were embedded beside its centre, which is view 0;
+            else None.
     """
 
     embeddings: MappedArray
@@ -43,6 +46,7 @@ class EmbeddingSet:
     mask: NDArray[np.bool_] | None = None
     shared: bool = False
     mixture: Mixture | None = None
+    views: MappedArray | None = None
 
     @classmethod
     def open(cls, layout: Layout, array: str, table: Path, num_rows: int | None = None) -> "EmbeddingSet":
@@ -57,7 +61,14 @@ class EmbeddingSet:
         under = layout.base.teacher_zarr if layout.under else None
         embeddings = MappedArray.open(layout.teacher_zarr, array, num_rows, under)
         failed = read_own_failures(layout.find(layout.own_failures)).get(array, {})
-        return cls(embeddings, RowTable(layout.find(table), len(embeddings)), tuple(failed), shared=layout.shares_rows)
+        views = embeddings if len(embeddings.shape) == 3 else None
+        return cls(
+            embeddings.view(0) if views else embeddings,
+            RowTable(layout.find(table), len(embeddings)),
+            tuple(failed),
+            shared=layout.shares_rows,
+            views=views,
+        )
 
     def __len__(self) -> int:
         return len(self.embeddings)
@@ -210,9 +221,16 @@ class FeatureCache:
 
     @property
     def identity(self) -> str:
-        """Digest of what a student is trained from: teacher, images and sentences. A labelled set may join."""
+        """Digest of what a student is trained from: teacher, images, views, sentences. A labelled set may join."""
         inputs = {side: self.plan["inputs"][side] for side in ("images", "sentences")}
+        inputs |= {"views": self.plan["views"]} if "views" in self.plan else {}
         return digest(to_json({"teacher": self.plan["teacher"], **inputs}))
+
+    @property
+    def crops(self) -> dict[str, Any] | None:
+        """The crops that were embedded beside the centre of each image, as plan.json has them: `count`, `crops` (their
+        settings) and `decoder`; None where there are none."""
+        return self.plan.get("views")
 
     @property
     def version(self) -> str:

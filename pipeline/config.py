@@ -88,7 +88,7 @@ def _first_problem(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     first = problems[0]
     # A model inside a union adds its type's name to the location; keys are what the user wrote.
-    key = ".".join(str(part) for part in first["loc"] if not re.search(r"[\[\(]|^(float|literal)$", str(part)))
+    key = ".".join(str(part) for part in first["loc"] if not re.search(r"[\[\(]|^(float|int|literal)$", str(part)))
     if first["type"] == "extra_forbidden":
         text = f"{key}: no such key{_suggestion(first['loc'])}"
     elif first["type"] == "missing":

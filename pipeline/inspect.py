@@ -69,6 +69,11 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
         probed = f", {info['nprobe']} of {info['nlist']} lists probed" if info.get("nlist") else ""
         lines.append(f"index over {side}: {info['type']}, recall@{info['recall_k']} {recall}{probed}")
     lines.append(f"pairs: {found['pairs']['k']} neighbours each way" if found["pairs"] else "pairs: none")
+    if views := found["views"]:
+        settings = ", ".join(f"{key} {value}" for key, value in views["crops"].items())
+        lines.append(f"views: the centre and {views['count']} crops of each image ({settings})")
+    else:
+        lines.append("views: the centre alone")
     if kept := found["pixels"]:
         whose = f"{_size(kept['mean_bytes'])} a picture" if kept["own"] else "of the cache whose rows it shares"
         lines.append(f"pixels: {kept['setting']}, {whose}")

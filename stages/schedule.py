@@ -4,7 +4,7 @@ import torch
 
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
-from .augment import resample_filter
+from .crops import resample_filter
 from .distill_settings import DistillSettings
 from .mixture import row_stream
 from .optim import lr_at
