@@ -4,7 +4,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -107,12 +107,19 @@ def distill(
 
 
 @app.command()
-def evaluate(runs: RunsArgument, as_json: JsonOption = False) -> None:
+def evaluate(
+    runs: RunsArgument,
+    weights: Annotated[
+        Literal["best", "last"] | None,
+        typer.Option(help="The step that scored best while it was trained, or the last; default: best where there is."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Score finished runs on every [evaluate.*] set; writes evaluation.json into each."""
     from .pipeline.evaluate import evaluate as run
     from .pipeline.score_table import score_table
 
-    scores = run(runs)
+    scores = run(runs, weights)
     typer.echo(_document(scores) if as_json else score_table(scores))
 
 

@@ -8,6 +8,7 @@ from ..cache.errors import CacheError, InputError
 from ..cache.feature_cache import FeatureCache
 from ..cache.lock import held
 from ..cache.plan import first_difference
+from ..stages.dev_scores import DevScores
 from ..stages.devices import memory_errors_as
 from ..stages.kept_pixels import FILES, choose_pixels
 from ..stages.pixel_source import ImageFiles, PixelSource
@@ -17,6 +18,8 @@ from ..stages.student_run import Run, is_finished
 from ..stages.teacher_identity import configured_identity
 from ..stages.train import train
 from ..stages.world import World, is_lost_peer, open_world
+from ..stages.zero_shot import labelled_set
+from .class_prompts import cached_set_prompts
 from .config import Config
 from .progress import RESUMED, bar, say
 
@@ -46,8 +49,9 @@ def distill(config: Config, names: list[str], stop_after: int | None = None, *, 
     _require_configured_teacher(config, cache)
     runs = [Run(name, student, config.distill.output / name) for name, student in students.items()]
     with open_world(config.distill.device) as world:
+        dev = _dev_scores(config, cache, runs, world)
         for group in _groups(runs, together):
-            _train(config, cache, _pixels(config, cache, group), group, world, stop_after)
+            _train(config, cache, _pixels(config, cache, group), dev, group, world, stop_after)
 
 
 def _groups(runs: list[Run], together: bool) -> list[list[Run]]:
@@ -67,8 +71,26 @@ def _pixels(config: Config, cache: FeatureCache, runs: Sequence[Run]) -> PixelSo
     return kept or ImageFiles(config.images.source, cache.images)
 
 
+def _dev_scores(config: Config, cache: FeatureCache, runs: list[Run], world: World) -> DevScores | None:
+    settings = config.distill
+    if not settings.evaluate_every:
+        return None
+    name = settings.evaluate_on
+    chosen, workers = config.evaluate[name], world.share_of_cores(settings.workers)
+    labelled_set(cache, name)  # refuses a set that is not there
+    own_text = any(run.student.own_text is not None for run in runs)
+    prompts = cached_set_prompts(cache, name, chosen.templates) if own_text else None
+    return DevScores(cache, name, chosen.images, world.device, workers=workers, prompts=prompts)
+
+
 def _train(
-    config: Config, cache: FeatureCache, pixels: PixelSource, runs: Sequence[Run], world: World, stop_after: int | None
+    config: Config,
+    cache: FeatureCache,
+    pixels: PixelSource,
+    dev: DevScores | None,
+    runs: Sequence[Run],
+    world: World,
+    stop_after: int | None,
 ) -> None:
     tell = say if world.is_first else _keep_quiet
     settings = config.distill
@@ -91,7 +113,9 @@ def _train(
         shown = stack.enter_context(bar(f"stage two, {names}", 1, "images", RESUMED, shown=world.is_first))
         stack.enter_context(memory_errors_as(too_large))
         stack.enter_context(_lost_peers_as_one_line(world))
-        results = train(cache, pixels, runs, settings, world, stop_after=stop_after, progress=shown.update, note=tell)
+        results = train(
+            cache, pixels, runs, settings, world, dev=dev, stop_after=stop_after, progress=shown.update, note=tell
+        )
     for run, result in zip(runs, results):
         if world.is_first:
             write_json(run.folder / SOURCE, source_document(config))

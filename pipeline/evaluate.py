@@ -19,7 +19,7 @@ from ..stages.probe import FittedProbes
 from ..stages.recall import recall_scores
 from ..stages.scores import EmbeddedSet, probe_scores, require_same_classes, zero_shot_scores
 from ..stages.text_student import TextStudent
-from ..stages.zero_shot import embed_set, load_student, load_text_student
+from ..stages.zero_shot import Which, embed_set, load_student, load_text_student
 from .class_prompts import cached_set_prompts
 from .config import load_config
 from .distill import SOURCE, source_document
@@ -29,18 +29,19 @@ from .score_table import Scores
 Predictions = dict[str, pa.Table]
 
 
-def evaluate(runs: list[Path]) -> Scores:
+def evaluate(runs: list[Path], which: Which | None = None) -> Scores:
     """Score runs and write `evaluation.json`, and `predictions/` of each image, into each.
 
     Args:
         runs: folders of runs; a config file (.toml) stands for the runs of all its students, scored on the sets, and
             from the cache, that it names now. All but the first are also held against the first.
+        which: weights that are scored, `best` or `last`; None: the best where a run keeps them.
 
     Returns:
         For each run's folder, for each set: the scores, shares between 0 and 1. docs/scores.md says what each means.
 
     Raises:
-        InputError: if a folder is no run, or its run has no checkpoint.
+        InputError: if a folder is no run, or its run has no such checkpoint.
         CacheError: if the cache it was trained from is gone or damaged.
     """
     scores: Scores = {}
@@ -50,18 +51,21 @@ def evaluate(runs: list[Path]) -> Scores:
         cache = FeatureCache.open(source["cache"])
         _require_probes(cache, source["probes"])
         read = _captions(cache, source["captions"])
-        student, record = load_student(run)
-        own_text = load_text_student(run)
+        student, record = load_student(run, which)
+        own_text = load_text_student(run, which=which)
         heads = {} if own_text is None else _own_heads(own_text, cache, source)
-        if record["step"] < record["total_steps"]:
-            say(f"{run}: not finished, at step {record['step']:,} of {record['total_steps']:,}")
+        _tell_of_weights(run, record)
         embedded: dict[str, EmbeddedSet] = {}
         for name, folder in source["evaluate"].items():
             say(f"embedding {name} with {run}")
             with memory_errors_as(f"{run}: scoring does not fit into memory; end what else uses it and run this again"):
                 item = embed_set(student, record, cache, name, Path(folder))
             embedded[name] = dataclasses.replace(item, student_head=heads.get(name))
-        of_run = {name: {**zero_shot_scores(item), "weights": record["weights"]} for name, item in embedded.items()}
+        said = {key: record[key] for key in ("weights", "step", "checkpoint")}
+        of_run = {
+            name: {**zero_shot_scores(item), **said, "chosen_on": name == record["chosen_on"]}
+            for name, item in embedded.items()
+        }
         for name, fit_name in source["probes"].items():
             say(f"fitting probes on {fit_name}, for {name}")
             of_run[name]["probe"] = probe_scores(embedded[name], embedded[fit_name], name, fit_name, probes)
@@ -121,6 +125,17 @@ class _EmbeddedTexts:
             say(f"embedding {len(captions.texts):,} captions of {name}")
             self._known[key] = embed_captions(cache.text_tower, captions)
         return self._known[key]
+
+
+def _tell_of_weights(run: Path, record: dict[str, Any]) -> None:
+    step, total = record["step"], record["total_steps"]
+    if record["checkpoint"] == "best":
+        say(
+            f"{run}: its best step on {record['chosen_on']}, {step:,} of {total:,}; --weights last scores the one that "
+            "it stands at"
+        )
+    elif step < total:
+        say(f"{run}: not finished, at step {step:,} of {total:,}")
 
 
 def _tell_of_duplicates(name: str, probe: dict[str, Any]) -> None:

@@ -23,7 +23,8 @@ def score_table(scores: Scores) -> str:
     if not items:
         return "no [evaluate.*] set in the config of these runs: nothing to score"
     tables = [_zero_shot(items), _beyond(items), _retrieval(items)]
-    return "\n\n".join(_laid_out(table) for table in tables if len(table) > 1)
+    shown = [_laid_out(table) for table in tables if len(table) > 1]
+    return "\n\n".join(shown + _notes(items))
 
 
 def _zero_shot(items: list[tuple[str, str, Item]]) -> Table:
@@ -87,6 +88,14 @@ def _retrieval(items: list[tuple[str, str, Item]]) -> Table:
             if found
         ]
     return rows
+
+
+def _notes(items: list[tuple[str, str, Item]]) -> list[str]:
+    """What a reader must know to take the tables for what they are."""
+    chosen = [f"{run} on {name} (step {item['step']:,})" for run, name, item in items if item.get("chosen_on")]
+    if not chosen:
+        return []
+    return [f"Optimistic, since the step that is scored was chosen on this very set: {', '.join(chosen)}."]
 
 
 def _percent(value: float | None, form: str = ".1f") -> str:

@@ -111,6 +111,15 @@ class DistillSettings(Settings):
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between checkpoints."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps between zero-shot scores on `evaluate_on`, the last step always among them; the best step's weights are
+    kept. 0: never."""
+    evaluate_on: str = "dev"
+    """The `[evaluate.*]` set that chooses the best step."""
     augment: AugmentSettings = AugmentSettings()
     loss: LossSettings = LossSettings(vl=0.7, pvl=0.3)
     temperature: TemperatureSettings = TemperatureSettings()
+
+    def is_scored(self, step: int, total_steps: int) -> bool:
+        """Whether the student is scored after so many steps: each `evaluate_every`, and after the last."""
+        return self.evaluate_every > 0 and (step % self.evaluate_every == 0 or step == total_steps)

@@ -103,6 +103,16 @@ class Learner:
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    def weights_to_use(self) -> tuple[str, dict[str, dict[str, Tensor]]]:
+        """What counts outside of training: `ema` or `model`, and those weights, of its text tower as `text_model`."""
+        towers: dict[str, Learner | TextLearner] = {"model": self}
+        if self.text is not None:
+            towers["text_model"] = self.text
+        weights = {
+            name: tower.model if tower.averaged is None else tower.averaged.module for name, tower in towers.items()
+        }
+        return "model" if self.averaged is None else "ema", {name: one.state_dict() for name, one in weights.items()}
+
     def notes(self) -> Iterator[str]:
         """What the person should know before it learns."""
         if self.warm is not None:

@@ -22,7 +22,17 @@ from .settings import TEACHER, StudentSettings
 RECORD = "run.json"
 CHECKPOINT = "checkpoint.pt"
 
-_FREE_TO_CHANGE = {"output", "log_every", "checkpoint_every", "workers", "device", "pixels", "views"}
+_FREE_TO_CHANGE = {
+    "output",
+    "log_every",
+    "checkpoint_every",
+    "evaluate_every",
+    "evaluate_on",
+    "workers",
+    "device",
+    "pixels",
+    "views",
+}
 """Of `pixels` and `views`, what they came to counts, and is recorded beside the settings."""
 _FIXED = ("student", "distill", "cache", "rows", "masks", "row_weights", "pixels", "views")
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")

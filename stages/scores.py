@@ -105,6 +105,21 @@ def zero_shot_scores(embedded: EmbeddedSet) -> dict[str, Any]:
     }
 
 
+def student_scores(embedded: EmbeddedSet) -> dict[str, Any]:
+    """Of `zero_shot_scores` those that say how a student in training fares: no interval, no class by itself.
+
+    Returns:
+        `student_top1`, `student_top5`, `agreement` and `cosine`.
+    """
+    student, teacher = embedded.logits()
+    hits = {k: top_k_hits(student, embedded.labels, k) for k in (1, 5)}
+    return {
+        **{f"student_top{k}": float(hit.mean()) for k, hit in hits.items()},
+        "agreement": _number(agreement(student, teacher)),
+        "cosine": _number(mean_cosine(embedded.student, embedded.teacher)),
+    }
+
+
 def probe_scores(
     scored: EmbeddedSet, fitted_on: EmbeddedSet, name: str, fit_name: str, probes: FittedProbes
 ) -> dict[str, Any]:

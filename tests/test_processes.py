@@ -47,8 +47,8 @@ def one_process(world, run, model, steps=None, settings=SETTINGS, text="teacher"
     return notes
 
 
-def lines(folder, run):
-    text = (folder / run / "metrics.jsonl").read_text().splitlines()
+def lines(folder, run, file="metrics.jsonl"):
+    text = (folder / run / file).read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text]
 
 
@@ -56,8 +56,11 @@ def notes_of(folder, run, rank=0):
     return json.loads((folder / f"{run}-notes-{rank}.json").read_text())
 
 
+MORE = {"accumulate": 2, "clip_grad_norm": 0.5, "ema": 0.9, "temperature": LEARNED, "evaluate_every": 2}
+
+
 @pytest.mark.parametrize("own_text", [False, True])
-@pytest.mark.parametrize("more", [{}, {"accumulate": 2, "clip_grad_norm": 0.5, "ema": 0.9, "temperature": LEARNED}])
+@pytest.mark.parametrize("more", [{}, MORE])
 def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more, own_text):
     settings = SETTINGS.model_copy(update={**more, "batch_texts": 6})
     folder = world[1]
@@ -80,6 +83,10 @@ def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more
             torch.testing.assert_close(found[0][name], gradient, rtol=1e-3, atol=1e-5)
     for wanted, found in zip(lines(folder, "one"), lines(folder, "two"), strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
+    if more:  # the first process scored, the other waited
+        wanted, found = (lines(folder, run, "scores.jsonl") for run in ("one", "two"))
+        assert [line["step"] for line in found] == [2]
+        assert found[0]["cosine"] == pytest.approx(wanted[0]["cosine"], abs=1e-3)
     one, two = weights_of(folder / "one"), weights_of(folder / "two")
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 

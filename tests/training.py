@@ -7,6 +7,7 @@ import torch
 
 from dimefm.cache.feature_cache import FeatureCache
 from dimefm.stages.checkpoint import load_checkpoint
+from dimefm.stages.dev_scores import DevScores
 from dimefm.stages.distill_settings import DistillSettings
 from dimefm.stages.learner import Learner
 from dimefm.stages.pixel_source import ImageFiles
@@ -19,6 +20,9 @@ from dimefm.stages.world import open_world
 TIMES = {"images_per_s", "step_s", "wait_s", "compute_s", "data_wait"}
 """Keys of a line of metrics that no run repeats."""
 
+PROMPTS = [["a red thing", "red"], ["a green thing"], ["a blue thing"]]
+"""Of the small cache's classes, for students with a text tower of their own."""
+
 
 def train_one(
     cache: FeatureCache,
@@ -28,9 +32,12 @@ def train_one(
     run_dir: Path,
     **options: Any,
 ) -> TrainResult:
-    """Train the student `own`."""
+    """Train the student `own`; where it is to be scored, on the images of `dev/` beside the others."""
     with open_world(settings.device) as world:
         source = ImageFiles(images, cache.images)
+        if settings.evaluate_every:
+            folder, prompts = images.parent / "dev", PROMPTS
+            options["dev"] = DevScores(cache, settings.evaluate_on, folder, world.device, workers=1, prompts=prompts)
         (result,) = train(cache, source, [Run("own", student, run_dir)], settings, world, **options)
     return result
 
