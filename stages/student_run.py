@@ -27,7 +27,7 @@ from .targets import Targets
 from .world import World
 
 BAD_STEP = "not_finite.json"
-"""In a run's folder: the step whose loss was not a finite number, and its rows."""
+"""In a run's folder: the step whose loss was not a finite number, and its rows; of a text tower its texts' too."""
 
 Note = Callable[[str], None]
 """Told what the person should know, one line each."""
@@ -218,7 +218,9 @@ class StudentRun:
         if bad is not None:
             rows = self._schedule.images.draw(bad).rows.tolist()
             if self._world.is_first:
-                write_json(self.run.folder / BAD_STEP, {"step": bad + 1, "rows": rows})
+                of_text = self._schedule.texts if self.learner.text is not None else None
+                texts = {} if of_text is None else {"sentences": of_text.draw(bad).rows.tolist()}
+                write_json(self.run.folder / BAD_STEP, {"step": bad + 1, "rows": rows, **texts})
             shown = ", ".join(map(str, rows[:4])) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
             where = f"rows {shown}, all in {BAD_STEP}"
             self.failure = f"{self.run.folder}: the loss of step {bad + 1} is not finite ({where}); {advice}"

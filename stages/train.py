@@ -1,9 +1,11 @@
-"""Stage two: trains students from the cache and the images. No teacher and no text tower of its is loaded; sentences
-are read for a student that has a text tower of its own."""
+"""Stage two: trains students from the cache and the images. No part of the teacher is loaded; the text of sentences is
+read only for a student that has a text tower of its own."""
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+
+import torch
 
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
@@ -61,6 +63,8 @@ def train(
             or a loss that is not finite (the other students go on to their end first).
         Interrupted: after SIGINT or SIGTERM, with the state saved.
     """
+    if settings.evaluate_every and dev is None:
+        raise ValueError("evaluate_every without a set to score on: wanted dev")
     trains_text = any(run.student.own_text is not None for run in runs)
     schedule = Schedule(cache, settings, world, trains_text=trains_text)
     tell: Note = note if note is not None and world.is_first else lambda line: None
@@ -85,6 +89,8 @@ def _learn(
 ) -> Speed:
     """The loop over steps: each batch goes to every student that stands at its step."""
     pixels.require()
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)  # students before these had a peak of their own
     if dev is not None:
         dev.require()
     sizes = sorted({one.run.student.image_size for one in training})
@@ -127,7 +133,9 @@ def _learn(
                             break
                 if loop.stopped:
                     break
-            if (loop.stopped or stop.asked) and not any(one.failure for one in training):
+            # Several processes go by the vote alone: a signal that only one of them has had would part them.
+            stopped = loop.stopped or (stop.asked and world.size == 1)
+            if stopped and not any(one.failure for one in training):
                 at = min(one.learner.step for one in training)
                 raise Interrupted(f"interrupted: state saved at step {at} of {schedule.total_steps}")
     finally:
@@ -174,7 +182,7 @@ class _Loop:
             speed, self._meter = self._meter.read(), Meter()
             for one in here:
                 one.write_metrics(targets, speed)
-            self._losses = "loss " + ", ".join(f"{one.loss:.4f}" for one in here)
+            self._losses = "loss " + ", ".join(self._of(one, f"{one.loss:.4f}") for one in here)
             if not self._advised and self._num_steps > 2 * STEPS_TO_WARM_UP:
                 self._advised = self._advise(speed)
         if self._dev is not None and settings.is_scored(step, schedule.total_steps):
@@ -198,11 +206,14 @@ class _Loop:
             meter.leave_out(time.perf_counter() - began)
 
     def _how_it_goes(self) -> str:
-        scores = [one.last_score for one in self._training if one.last_score is not None]
-        scored = (
-            f"{scores[0]['set']} " + ", ".join(f"{100 * one['student_top1']:.1f} %" for one in scores) if scores else ""
-        )
+        scores = [(one, one.last_score) for one in self._training if one.last_score is not None]
+        shown = ", ".join(self._of(one, f"{100 * of['student_top1']:.1f} %") for one, of in scores)
+        scored = f"{scores[0][1]['set']} {shown}" if scores else ""
         return ", ".join(text for text in (self._losses, scored) if text)
+
+    def _of(self, one: StudentRun, number: str) -> str:
+        """A number, and whose it is where there are several students."""
+        return number if len(self._training) == 1 else f"{one.run.name} {number}"
 
     def _count(self, wait_s: float) -> None:
         self._num_steps += 1

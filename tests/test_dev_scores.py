@@ -262,8 +262,9 @@ def test_students_that_learn_together_are_scored_as_alone(world):
         train(cache, source, runs, SETTINGS, processes, dev=dev, progress=lambda *facts: told.append(facts[2]))
     learn(world, "alone")
     assert_ends_as(world, "alone", "both/own")
-    last = [lines(world, f"both/{name}")[-1]["student_top1"] for name in students]
-    assert told[-1].startswith("loss ") and told[-1].endswith("dev " + ", ".join(f"{100 * one:.1f} %" for one in last))
+    last = {name: lines(world, f"both/{name}")[-1]["student_top1"] for name in students}
+    scored = ", ".join(f"{name} {100 * one:.1f} %" for name, one in last.items())
+    assert told[-1].startswith("loss own ") and told[-1].endswith(f"dev {scored}")
     assert "dev" not in told[1]
 
 
