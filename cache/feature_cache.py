@@ -16,6 +16,7 @@ from .errors import CacheError
 from .layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
 from .manifest import read_document, read_manifest
 from .masks import mask_digest, read_mask
+from .mixture import Mixture, mixture_of
 from .pixels import PixelPacks
 from .plan import plan_named
 from .rows import RowTable, good_rows, read_own_failures
@@ -34,6 +35,7 @@ class EmbeddingSet:
         left_out: row numbers not to be used whatever the table says; they failed for this teacher alone.
         mask: (N,) bool, the rows to choose from; None is all.
         shared: the table is another cache's.
+        mixture: how often rows of some sources are drawn; rows of weight 0 are not in `usable`. None: all alike.
         views: (N, 1 + K, D) float16, where K crops of each image were embedded beside its centre, which is view 0;
             else None.
     """
@@ -43,6 +45,7 @@ class EmbeddingSet:
     left_out: tuple[int, ...] = ()
     mask: NDArray[np.bool_] | None = None
     shared: bool = False
+    mixture: Mixture | None = None
     views: MappedArray | None = None
 
     @classmethod
@@ -72,9 +75,11 @@ class EmbeddingSet:
 
     @cached_property
     def usable(self) -> NDArray[np.int64]:
-        """Row numbers that have an embedding and are in the mask, ascending."""
+        """Row numbers that have an embedding, are in the mask and have a weight above 0, ascending."""
         good = good_rows(self.rows.columns("status", "reason").slice(0, len(self)), self.shared)
         good[list(self.left_out)] = False
+        if self.mixture is not None:
+            good &= self.mixture.drawn
         return np.flatnonzero(good if self.mask is None else good & self.mask).astype(np.int64)
 
 
@@ -187,6 +192,32 @@ class FeatureCache:
                 changes[side] = replace(whole, mask=keep)
                 masks[side] = {"name": name, "digest": mask_digest(self.layout, self.manifest, side, name)}
         return replace(self, masks=masks, **changes)
+
+    def weighted(
+        self, images: Mapping[str, float] | None = None, sentences: Mapping[str, float] | None = None
+    ) -> "FeatureCache":
+        """The same cache, the rows of some sources drawn more often than others by a run, or never.
+
+        Args:
+            images: first folder below the source (`.`: none) -> weight; those that are not named have 1.
+            sentences: name of the file, or `prompts` -> weight.
+
+        Raises:
+            InputError: if there is no such source; it names those that there are.
+        """
+        changes: dict[str, Any] = {}
+        for side, weights in (("images", images), ("sentences", sentences)):
+            whole: EmbeddingSet = getattr(self, side)
+            mixture = mixture_of(whole.rows, side, weights or {})
+            if mixture is not None:
+                changes[side] = replace(whole, mixture=mixture)
+        return replace(self, **changes)
+
+    @property
+    def row_weights(self) -> dict[str, dict[str, float]]:
+        """Weights other than 1 of `images` and `sentences`, as `weighted` was given them."""
+        sides = {"images": self.images.mixture, "sentences": self.sentences.mixture}
+        return {side: dict(mixture.weights) for side, mixture in sides.items() if mixture is not None}
 
     @property
     def identity(self) -> str:

@@ -5,7 +5,7 @@ Which worker makes what and when changes nothing, since every view and every ord
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -26,6 +26,10 @@ _BATCHES_AHEAD = 3
 """Batches whose views are in the making. Two more are held: the one that is trained on and the next."""
 
 
+Tokens = Callable[[NDArray[np.int64]], Mapping[str, Tensor]]
+"""Makes token ids of sentences, (n,) rows of them, for each text tower."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one step trains on; everything is on the CPU and the caller's own.
@@ -38,6 +42,8 @@ class Batch:
             cache's, else of the centre.
         sentences: (N, D) float16 teacher embeddings of the step's sentences; None where no loss wants any.
         bank: (M, D) float16 teacher embeddings of further images; None where no loss wants any.
+        tokens: for each text tower that is trained, by what it is built from, (n, its context length) int64 token ids
+            of the step's texts.
         wait_s: seconds that the training loop waited for this batch.
         views: (B,) int64, which of the cache's views each image is; None where views are made here.
     """
@@ -48,6 +54,7 @@ class Batch:
     targets: Tensor
     sentences: Tensor | None
     bank: Tensor | None
+    tokens: Mapping[str, Tensor]
     wait_s: float
     views: NDArray[np.int64] | None = None
 
@@ -64,6 +71,7 @@ class BatchLoader:
         view_key: int,
         sentences: tuple[EmbeddingSet, Drawn] | None = None,
         bank: Drawn | None = None,
+        texts: tuple[Tokens, Drawn] | None = None,
         workers: int = 0,
         pin_memory: bool = False,
         *,
@@ -80,12 +88,13 @@ class BatchLoader:
                 which of them are taken.
             sentences: the cached sentences and the order in which they are drawn, or None.
             bank: the order in which further image rows are drawn, whose targets alone are wanted, or None.
+            texts: what makes token ids of sentence rows, and the order in which these are drawn, or None.
             workers: how many read, decode and augment; 0 takes one for each core that this process may use.
             pin_memory: put tensors where a GPU can fetch them from on its own.
             processes: whether workers are processes or threads; None lets their number decide.
         """
         self._images, self._image_stream, self._pixels = images, image_stream, pixels
-        self._sentences, self._bank, self._pin = sentences, bank, pin_memory
+        self._sentences, self._bank, self._texts, self._pin = sentences, bank, texts, pin_memory
         batch = len(image_stream.draw(0).rows)
         self._pool = ViewPool(pixels, views, view_key, batch, _BATCHES_AHEAD, workers, processes)
         self._background: ThreadPoolExecutor
@@ -154,10 +163,14 @@ class BatchLoader:
         sentences = (
             None if self._sentences is None else self._gather(self._sentences[0], self._sentences[1].draw(one.step))
         )
+        tokens = {} if self._texts is None else self._texts[0](self._texts[1].draw(one.step).rows)
+        if self._pin:
+            tokens = {name: ids.pin_memory() for name, ids in tokens.items()}
         for task in one.tasks:
             task.result()
         images = tuple(self._tensor(views) for views in self._pool.slots[one.slot])
-        return Batch(one.step, one.draw.rows, images, targets, sentences, bank, wait_s=0.0, views=one.draw.views)
+        views = one.draw.views
+        return Batch(one.step, one.draw.rows, images, targets, sentences, bank, tokens, wait_s=0.0, views=views)
 
     def _gather(self, embeddings: EmbeddingSet, draw: Draw) -> Tensor:
         if draw.views is None:

@@ -30,11 +30,12 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
                 targets=batch.targets.to(device, non_blocking=True),
                 sentences=_copy(batch.sentences, device),
                 bank=_copy(batch.bank, device),
+                tokens={name: ids.to(device, non_blocking=True) for name, ids in batch.tokens.items()},
                 wait_s=0.0 if was_busy else batch.wait_s,
             )
         using = torch.cuda.current_stream(device)
         using.wait_stream(stream)
-        for tensor in (*copied.images, copied.targets, copied.sentences, copied.bank):
+        for tensor in (*copied.images, copied.targets, copied.sentences, copied.bank, *copied.tokens.values()):
             if tensor is not None:
                 tensor.record_stream(using)  # its memory is not handed out again while the step uses it
         yield copied

@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ..cache.settings import RandomCrop, Settings
-from .settings import Device, FilePath, Fraction
+from .settings import Device, FilePath, Fraction, Weight
 
-Weight = Annotated[float, Field(ge=0.0)]
 Temperature = Annotated[float, Field(gt=0.0)]
 
 
@@ -74,6 +73,8 @@ class DistillSettings(Settings):
     batch_images: int = Field(default=256, ge=1)
     batch_sentences: int = Field(default=4096, ge=0)
     """Sentences of a step; its own number, since their embeddings come from the cache."""
+    batch_texts: int = Field(default=256, ge=1)
+    """How many of them, the first, go through the text tower of a student that has one."""
     bank_images: int = Field(default=0, ge=0)
     """More images of each step whose teacher embeddings alone are columns of `pvl` and `icl`, beside the batch's."""
     accumulate: int = Field(default=1, ge=1)
@@ -110,6 +111,15 @@ class DistillSettings(Settings):
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between checkpoints."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps between zero-shot scores on `evaluate_on`, the last step always among them; the best step's weights are
+    kept. 0: never."""
+    evaluate_on: str = "dev"
+    """The `[evaluate.*]` set that chooses the best step."""
     augment: AugmentSettings = AugmentSettings()
     loss: LossSettings = LossSettings(vl=0.7, pvl=0.3)
     temperature: TemperatureSettings = TemperatureSettings()
+
+    def is_scored(self, step: int, total_steps: int) -> bool:
+        """Whether the student is scored after so many steps: each `evaluate_every`, and after the last."""
+        return self.evaluate_every > 0 and (step % self.evaluate_every == 0 or step == total_steps)

@@ -106,8 +106,12 @@ class Stream:
         Args:
             step: from 0.
         """
-        passes, positions = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), len(self))
-        rows = np.empty(self.batch, dtype=np.int64)
+        return self.at(np.arange(step * self.batch, (step + 1) * self.batch))
+
+    def at(self, places: NDArray[np.int64]) -> Draw:
+        """The rows at some places of the endless sequence of passes, from 0."""
+        passes, positions = np.divmod(places, len(self))
+        rows = np.empty(len(places), dtype=np.int64)
         for number in np.unique(passes):
             here = passes == number
             permutation = KeyedPermutation(len(self), key_of(self._seed, self._name, number))
@@ -169,10 +173,35 @@ class BankStream:
         }
 
 
+class Beginning:
+    """The first rows of every step."""
+
+    def __init__(self, stream: Drawn, num_rows: int, setting: str) -> None:
+        """The beginning of every draw of a stream, which has at least as many rows.
+
+        Args:
+            setting: key of `num_rows`, for errors.
+        """
+        self._stream, self.batch, self.setting = stream, num_rows, setting
+
+    def draw(self, step: int) -> Draw:
+        """The rows of a step; a function of the step alone.
+
+        Args:
+            step: from 0.
+        """
+        whole = self._stream.draw(step)
+        return Draw(whole.rows[: self.batch], whole.passes[: self.batch])
+
+    def describe(self) -> dict[str, Any]:
+        """Where they are found, for the record of a run."""
+        return {"order": "the first of each step's sentences", "batch": self.batch}
+
+
 class Share:
     """One rank's part of every step: of as many equal parts as there are ranks, in order, the one that is its own."""
 
-    def __init__(self, stream: Stream | BankStream, rank: int, num_ranks: int) -> None:
+    def __init__(self, stream: Stream | BankStream | Beginning, rank: int, num_ranks: int) -> None:
         """A part of a stream.
 
         Args:

@@ -28,7 +28,7 @@ class Targets:
         self.first_image = world.rank * len(targets)  # every process has as many
         self.everybodys = world.gather(targets)
         self.all_sentences = None if sentences is None else world.gather(sentences)
-        self.bank = None if bank is None else world.gather(bank)
+        self.own_bank, self.bank = bank, None if bank is None else world.gather(bank)
         self._signs: dict[str, Tensor] | None = None
 
     def against(self, embeddings: Tensor, world: World) -> LossInputs:
@@ -58,7 +58,7 @@ class Targets:
     def _compute_signs(self, settings: DistillSettings, logit_scale: float) -> dict[str, Tensor]:
         temperature, loss = settings.temperature, settings.loss
         pairs: dict[str, tuple[Tensor, Rows, float]] = {}
-        if self.sentences is not None and self.all_sentences is not None:
+        if loss.vl and self.sentences is not None and self.all_sentences is not None:
             pairs["vl_candidates"] = self.own, self.all_sentences, temperature.vl
             pairs["vl_candidates_sentences"] = self.sentences, self.everybodys, temperature.vl
         columns = self.everybodys if self.bank is None else (self.everybodys, self.bank)
