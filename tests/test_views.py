@@ -229,6 +229,15 @@ def test_the_live_teacher_sees_in_the_replayed_view_what_is_stored(teacher, tmp_
     assert drift(teacher, tmp_path, files).min() >= 0.9999
 
 
+def test_what_is_no_jpeg_is_replayed_likewise(teacher, tmp_path):
+    files = []
+    for i in range(4):
+        out = io.BytesIO()
+        photo(i, 120, 90).save(out, "PNG" if i % 2 else "WEBP")
+        files.append(out.getvalue())
+    assert drift(teacher, tmp_path, files).min() >= 0.9999
+
+
 @pytest.mark.parametrize(("kept", "least"), [(128, 0.9995), (64, 0.999), (48, 0.998)])
 def test_kept_pictures_cost_what_the_docs_say_and_no_more(teacher, tmp_path, kept, least):
     files = [jpeg(photo(i, 400, 300), ORIENTATIONS[i % 5]) for i in range(8)]
