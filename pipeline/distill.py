@@ -22,6 +22,7 @@ from ..stages.zero_shot import labelled_set
 from .class_prompts import cached_set_prompts
 from .config import Config
 from .progress import RESUMED, bar, say
+from .views import draws_from_rounded_sizes
 
 LOCK = "run.lock"
 """In a run's folder: held by the one process that may write there."""
@@ -105,6 +106,11 @@ def _train(
         f"and distill.batch_sentences = {settings.batch_sentences} does not fit into memory; raise distill.accumulate "
         f"(now {settings.accumulate}), lower one of the two, or image_size, or choose a smaller model"
     )
+    if settings.views != 0 and pixels.name != FILES and draws_from_rounded_sizes(cache):
+        tell(
+            f"{config.cache.dir}: its kept pictures are another cache's and do not say what size the originals had: "
+            "now and then a replayed crop is not the one that was embedded; distill.pixels = 'files' is exact"
+        )
     with ExitStack() as stack:
         if world.is_first:
             for run in runs:

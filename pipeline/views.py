@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ..cache.feature_cache import FeatureCache
 from ..cache.layout import Layout
-from ..cache.plan import require_same
+from ..cache.plan import read_plan, require_same
 from ..cache.settings import CENTER, CropSettings
 from ..stages.crops import decoder
 from .config import Config
@@ -33,6 +34,18 @@ def require_same_views(config: Config, layout: Layout, plan: Mapping[str, Any]) 
     asked = _asked(config) if config.cache.num_crops else {"count": CENTER, "crops": {}}
     require_same(layout.root, {"cache": {"views": found["views"]}}, {"cache": {"views": asked["count"]}})
     require_same(layout.root, {"cache": {"crops": found["crops"]}}, {"cache": {"crops": asked["crops"]}})
+
+
+def draws_from_rounded_sizes(cache: FeatureCache) -> bool:
+    """Whether a cache's crops, replayed on its kept pictures, are drawn from those pictures' own rounded sizes.
+
+    So it is where the pictures are another cache's, kept without crops in mind: they do not say from what they
+    were made smaller.
+    """
+    if cache.crops is None or cache.pixels is None or cache.manifest.get("pixels"):
+        return False
+    owner = read_plan(Layout(cache.layout.root / cache.plan["rows_of"]))
+    return owner is None or "views" not in owner
 
 
 def _asked(config: Config) -> dict[str, Any]:

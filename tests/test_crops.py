@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dimefm.pipeline.config import load_config
 from dimefm.pipeline.plan import describe_plan
 from dimefm.pipeline.repair import repair
 from dimefm.pipeline.verify import verify
+from dimefm.pipeline.views import draws_from_rounded_sizes
 from dimefm.stages.counter_random import key_of, uniforms
 from dimefm.stages.crops import NUM_UNIFORMS, Crops, crop_box, crop_of
 from dimefm.stages.devices import resolve_device
@@ -33,11 +35,10 @@ K = 2
 CHUNK = "teacher.zarr/images/embedding/c/2/0/0"
 
 
-def with_views(config: Path, more: str = "") -> Path:
-    text = config.read_text()
-    config.write_text(
-        text.replace("shard_rows = 4\n", f"shard_rows = 4\nviews = {K}\n{more}[cache.crops]\nflip = true\n")
-    )
+def with_views(config: Path, more: str = "", text: str | None = None) -> Path:
+    """Ask for crops in a config; `text` is what to begin with, if not what is there."""
+    new = f"shard_rows = 4\nviews = {K}\n{more}[cache.crops]\nflip = true\n"
+    config.write_text((text or config.read_text()).replace("shard_rows = 4\n", new))
     return config
 
 
@@ -250,6 +251,27 @@ def test_a_second_policy_is_a_sibling_over_the_same_rows(copy, finished):
     assert np.array_equal(first.images.embeddings[:], second.images.embeddings[:], equal_nan=True)
     assert not np.array_equal(first.images.views.view(1)[:], second.images.views.view(1)[:], equal_nan=True)
     assert verify(copy.parent / "sibling")["sound"]
+
+
+def test_pictures_that_another_cache_kept_without_crops_are_known_not_to_say_their_size(center, copy, tmp_path):
+    shutil.copytree(center.parent, tmp_path / "centre", copy_function=shutil.copy2)
+    config = tmp_path / "centre/run.toml"
+    text = config.read_text()
+    config.write_text(text.replace("shard_rows = 4\n", 'shard_rows = 4\npixels = "jpeg-24"\n'))
+    cache_teacher(load_config(config))
+    other = with_views(config.with_name("other.toml"), 'rows = "cache"\n', text.replace('"cache"', '"sibling"'))
+    cache_teacher(load_config(other))
+    cache = FeatureCache.open(tmp_path / "centre/sibling")
+    assert cache.pixels.setting == "jpeg-24" and draws_from_rounded_sizes(cache)
+    row = cache.images.rows.column("source").to_pylist().index("2/002.jpg")
+    assert OpenJpeg.open(cache.pixels.read(row)).original_size is None
+    assert not draws_from_rounded_sizes(FeatureCache.open(copy.parent / "cache"))
+
+
+def test_what_says_which_crops_travels_to_other_machines():
+    crops = Crops(K, CropSettings(scale=(0.2, 0.8), seed=9))
+    assert pickle.loads(pickle.dumps(crops)) == crops
+    assert Crops.read(json.loads(json.dumps({"count": K, "crops": crops.settings.model_dump(mode="json")}))) == crops
 
 
 @pytest.mark.parametrize(

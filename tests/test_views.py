@@ -184,7 +184,8 @@ def test_crops_that_the_cache_does_not_hold_are_named_and_runs_of_before_are_of_
 
 # Drift: what the teacher makes of the view that stage two replays, at the teacher's own size, against what is stored.
 
-SIZES = {"its own size": (32, 32), "small": (48, 36), "tall": (50, 90), "wide": (230, 60)}
+SIZES = {"its own size": (32, 32), "small": (48, 36), "tall": (50, 90), "wide": (230, 60), "reduced": (560, 420)}
+"""The last one is decoded at a quarter or an eighth of its size."""
 ORIENTATIONS = (1, 3, 6, 8, 5)
 
 
@@ -226,6 +227,21 @@ def drift(teacher, folder: Path, files: list[bytes], kept: int | None = None) ->
 def test_the_live_teacher_sees_in_the_replayed_view_what_is_stored(teacher, tmp_path, size):
     files = [jpeg(photo(i, *SIZES[size]), ORIENTATIONS[i % 5]) for i in range(10)]
     assert drift(teacher, tmp_path, files).min() >= 0.9999
+
+
+def test_what_is_no_jpeg_is_replayed_likewise(teacher, tmp_path):
+    files = []
+    for i in range(4):
+        out = io.BytesIO()
+        photo(i, 120, 90).save(out, "PNG" if i % 2 else "WEBP")
+        files.append(out.getvalue())
+    assert drift(teacher, tmp_path, files).min() >= 0.9999
+
+
+@pytest.mark.parametrize(("kept", "least"), [(128, 0.9995), (64, 0.999), (48, 0.998)])
+def test_kept_pictures_cost_what_the_docs_say_and_no_more(teacher, tmp_path, kept, least):
+    files = [jpeg(photo(i, 400, 300), ORIENTATIONS[i % 5]) for i in range(8)]
+    assert least <= drift(teacher, tmp_path, files, kept).min() <= drift(teacher, tmp_path, files).min()
 
 
 def test_the_bound_would_show_another_crop(teacher, tmp_path, monkeypatch):
