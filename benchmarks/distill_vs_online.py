@@ -42,8 +42,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dimefm.cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
+from dimefm.cache.arrays import ArraySpec, declare_arrays, write_chunk
 from dimefm.cache.layout import IMAGES, SENTENCES
+from dimefm.cache.mapped import MappedArray
 from dimefm.stages.devices import resolve_device
 from dimefm.stages.distill_settings import DistillSettings
 from dimefm.stages.learner import Learner

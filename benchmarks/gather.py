@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dimefm.cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
+from dimefm.cache.arrays import ArraySpec, declare_arrays, write_chunk
+from dimefm.cache.mapped import MappedArray
 
 NAME = "images/embedding"
 LIMIT = 1.5

@@ -36,8 +36,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, InterpolationMode, PILToTensor, RandomResizedCrop
 
-from dimefm.cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
+from dimefm.cache.arrays import ArraySpec, declare_arrays, write_chunk
 from dimefm.cache.feature_cache import EmbeddingSet
+from dimefm.cache.mapped import MappedArray
 from dimefm.cache.pixels import PixelPacks, pack_path, writing_pack
 from dimefm.cache.rows import IMAGE_COLUMNS, RowTable, write_rows
 from dimefm.stages.augment import ViewMaker

@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 from loader import PHOTOS, picture
 from PIL import Image
 
-from dimefm.cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
+from dimefm.cache.arrays import ArraySpec, declare_arrays, write_chunk
 from dimefm.cache.feature_cache import EmbeddingSet
+from dimefm.cache.mapped import MappedArray
 from dimefm.cache.pixels import PixelPacks, pack_path, writing_pack
 from dimefm.cache.rows import RowTable
 from dimefm.stages.augment import ViewMaker

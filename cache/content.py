@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from .arrays import MappedArray
 from .cosine import cosines, unit_rows
 from .errors import CacheError
 from .feature_cache import EmbeddingSet
@@ -20,6 +19,7 @@ from .findings import Finding, runs_of
 from .index import Index
 from .inventory import num_targets
 from .layout import IMAGES, SENTENCES, Layout
+from .mapped import MappedArray
 from .pixels import pack_contents
 from .rows import FAILED, RowTable, good_rows, read_own_failures
 from .scan import Scanned

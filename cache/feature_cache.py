@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import MappedArray
 from .durable import digest, to_json
 from .errors import CacheError
 from .layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
 from .manifest import read_document, read_manifest
+from .mapped import MappedArray
 from .masks import mask_digest, read_mask
 from .mixture import Mixture, mixture_of
 from .pixels import PixelPacks

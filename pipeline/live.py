@@ -63,7 +63,8 @@ def live_rows(
         (n, D) or (n, views, D) float16, and for each row why it could not be embedded.
     """
     from ..stages.crops import Crops
-    from ..stages.embed import RowCrops, embed_image_shard, embed_sentence_shard
+    from ..stages.embed import RowCrops, embed_image_shard
+    from ..stages.embed_texts import embed_sentence_shard
 
     table = RowTable(table_of(layout, array))
     folder = image_folder(config, array)

@@ -11,9 +11,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache.arrays import MappedArray
 from ..cache.errors import InputError
 from ..cache.feature_cache import EmbeddingSet, FeatureCache, Pairs
+from ..cache.mapped import MappedArray
 
 Ranking = Literal["cosine", "csls", "inverted_softmax"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cache.arrays import MappedArray
 from ..cache.cosine import cosines, unit_rows
 from ..cache.feature_cache import EmbeddingSet
 from ..cache.index import Index, build_index
+from ..cache.mapped import MappedArray
 from ..cache.settings import PairsSettings
 
 RECALL_QUERIES = 512

@@ -12,7 +12,8 @@ from ..cache.arrays import ArraySpec, first_rows, write_chunk
 from ..cache.journal import ShardRecord
 from ..cache.rows import OK, RowTable
 from .crops import Crops
-from .embed import RowCrops, class_head, embed_image_shard, embed_sentence_shard
+from .embed import RowCrops, embed_image_shard
+from .embed_texts import class_head, embed_sentence_shard
 from .keep_pixels import PackTask, keeping
 from .settings import TeacherSettings
 from .teacher import Teacher

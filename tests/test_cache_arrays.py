@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import zarr
 
-from dimefm.cache.arrays import ArraySpec, MappedArray, chunk_path, declare_arrays, write_chunk
+from dimefm.cache.arrays import ArraySpec, chunk_path, declare_arrays, write_chunk
 from dimefm.cache.errors import CacheError
+from dimefm.cache.mapped import MappedArray
 
 SPEC = ArraySpec((10, 3), "float16", 4)
 

@@ -12,8 +12,9 @@ import zarr
 from PIL import Image
 
 from dimefm.cache import CacheError, FeatureCache, InputError
-from dimefm.cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
+from dimefm.cache.arrays import ArraySpec, declare_arrays, write_chunk
 from dimefm.cache.layout import IMAGES, Layout
+from dimefm.cache.mapped import MappedArray
 from dimefm.cache.settings import CropSettings
 from dimefm.pipeline.append import append
 from dimefm.pipeline.cache_teacher import cache_teacher

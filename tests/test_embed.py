@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from dimefm.cache import InputError
-from dimefm.stages.embed import ShardResult, class_head, embed_image_shard, embed_sentence_shard
+from dimefm.stages.embed import ShardResult, embed_image_shard
+from dimefm.stages.embed_texts import class_head, embed_sentence_shard
 from dimefm.stages.images import read_image
 from dimefm.stages.settings import TeacherSettings
 from dimefm.stages.teacher import Teacher, load_teacher

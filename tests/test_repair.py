@@ -160,14 +160,14 @@ def test_a_row_that_was_written_wrong_is_computed_again_with_its_pairs(root):
 @pytest.fixture
 def other_machine(monkeypatch):
     """The last bits of every embedding come out otherwise, as with other libraries or another processor."""
-    finish = dimefm.stages.embed._Rows.result
+    finish = dimefm.stages.embed.ShardRows.result
 
     def result(self, *arguments):
         done = finish(self, *arguments)
         done.embeddings.view(np.uint16)[:, ::3] ^= 1
         return done
 
-    monkeypatch.setattr(dimefm.stages.embed._Rows, "result", result)
+    monkeypatch.setattr(dimefm.stages.embed.ShardRows, "result", result)
 
 
 def test_on_another_machine_the_manifest_says_where_a_shard_came_from_and_how_near_it_is(root, other_machine):
@@ -185,14 +185,14 @@ def test_on_another_machine_the_manifest_says_where_a_shard_came_from_and_how_ne
 
 
 def test_a_teacher_that_disagrees_with_sound_rows_mends_nothing(root, monkeypatch):
-    finish = dimefm.stages.embed._Rows.result
+    finish = dimefm.stages.embed.ShardRows.result
 
     def result(self, *arguments):
         done = finish(self, *arguments)
         done.embeddings[:] = done.embeddings[:, ::-1].copy()
         return done
 
-    monkeypatch.setattr(dimefm.stages.embed._Rows, "result", result)
+    monkeypatch.setattr(dimefm.stages.embed.ShardRows, "result", result)
     flip(root / CHUNK)
     before = tree(root)
     found = repair(root)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dimefm.cache.arrays import ArraySpec, MappedArray, declare_arrays, write_chunk
+from dimefm.cache.arrays import ArraySpec, declare_arrays, write_chunk
 from dimefm.cache.feature_cache import EmbeddingSet
+from dimefm.cache.mapped import MappedArray
 from dimefm.cache.rows import FAILED, IMAGE_COLUMNS, OK, RowTable, write_rows
 from dimefm.cache.settings import PairsSettings
 from dimefm.stages.retrieve import RECALL_QUERIES, build_side, retrieve
