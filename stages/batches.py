@@ -25,6 +25,8 @@ from .view_pool import ViewPool
 _BATCHES_AHEAD = 3
 """Batches whose views are in the making. Two more are held: the one that is trained on and the next."""
 
+_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -38,6 +40,9 @@ class Batch:
         sentences: (N, D) float16 teacher embeddings of the step's sentences; None where no loss wants any.
         bank: (M, D) float16 teacher embeddings of further images; None where no loss wants any.
         wait_s: seconds that the training loop waited for this batch.
+        sentence_cosines: (N,) float32, of a retrieved sentence to the image that brought it, NaN of others; None where
+            nothing is retrieved.
+        sentence_log_weights: (N,) float32, what makes up for sentences that are drawn more often; None is none.
     """
 
     step: int
@@ -47,6 +52,8 @@ class Batch:
     sentences: Tensor | None
     bank: Tensor | None
     wait_s: float
+    sentence_cosines: Tensor | None = None
+    sentence_log_weights: Tensor | None = None
 
 
 class BatchLoader:
@@ -146,22 +153,24 @@ class BatchLoader:
     def _finish(self, one: "_Started") -> Batch:
         targets = self._gather(self._images, one.draw)
         bank = None if self._bank is None else self._gather(self._images, self._bank.draw(one.step))
-        sentences = (
-            None if self._sentences is None else self._gather(self._sentences[0], self._sentences[1].draw(one.step))
-        )
+        sentences = cosines = log_weights = None
+        if self._sentences is not None:
+            draw = self._sentences[1].draw(one.step)
+            sentences = self._gather(self._sentences[0], draw)
+            cosines, log_weights = (
+                None if numbers is None else self._tensor(numbers) for numbers in (draw.cosines, draw.log_weights)
+            )
         for task in one.tasks:
             task.result()
         images = tuple(self._tensor(views) for views in self._pool.slots[one.slot])
-        return Batch(one.step, one.draw.rows, images, targets, sentences, bank, wait_s=0.0)
+        return Batch(one.step, one.draw.rows, images, targets, sentences, bank, 0.0, cosines, log_weights)
 
     def _gather(self, embeddings: EmbeddingSet, draw: Draw) -> Tensor:
         return self._tensor(embeddings.embeddings[draw.rows])
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         """A copy of its own, so that a batch lives as long as its user wants."""
-        own = torch.empty(
-            array.shape, dtype=torch.uint8 if array.dtype == np.uint8 else torch.float16, pin_memory=self._pin
-        )
+        own = torch.empty(array.shape, dtype=_DTYPES[array.dtype.name], pin_memory=self._pin)
         np.copyto(own.numpy(), array)
         return own
 

@@ -30,11 +30,14 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
                 targets=batch.targets.to(device, non_blocking=True),
                 sentences=_copy(batch.sentences, device),
                 bank=_copy(batch.bank, device),
+                sentence_cosines=_copy(batch.sentence_cosines, device),
+                sentence_log_weights=_copy(batch.sentence_log_weights, device),
                 wait_s=0.0 if was_busy else batch.wait_s,
             )
         using = torch.cuda.current_stream(device)
         using.wait_stream(stream)
-        for tensor in (*copied.images, copied.targets, copied.sentences, copied.bank):
+        of_sentences = copied.sentences, copied.sentence_cosines, copied.sentence_log_weights
+        for tensor in (*copied.images, copied.targets, *of_sentences, copied.bank):
             if tensor is not None:
                 tensor.record_stream(using)  # its memory is not handed out again while the step uses it
         yield copied

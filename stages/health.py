@@ -43,6 +43,8 @@ def read_metrics(
     means = {"cosine": 1 - feature_loss(learner.embeddings, targets.own), **targets.signs(settings, logit_scale)}
     summed = world.sum(torch.stack([*shares.values(), *(value / world.size for value in means.values())]))
     values: dict[str, float] = dict(zip([*shares, *means], summed.tolist()))  # the one moment that waits for a GPU
+    if math.isnan(values.get("pairs_cosine", 0.0)):
+        del values["pairs_cosine"]  # no image of the step had a candidate
     if learner.gradient_norm is not None and math.isfinite(norm := learner.gradient_norm.item()):
         values["gradient_norm"] = norm  # fp16 leaves out the steps where it is not finite, and lowers its scale
     if learner.gradient_scale is not None:

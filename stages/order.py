@@ -59,10 +59,21 @@ class Draw:
     Attributes:
         rows: (batch,) int64 row numbers. Distinct, unless the batch straddles the end of a pass.
         passes: (batch,) int64, how many whole passes came before each row: a row's view changes with it.
+        cosines: (batch,) float32, of a retrieved sentence to the image that brought it, NaN of others; None where
+            nothing is retrieved.
+        log_weights: (batch,) float32, what makes up for rows that are drawn more often than others; None is none.
     """
 
     rows: NDArray[np.int64]
     passes: NDArray[np.int64]
+    cosines: NDArray[np.float32] | None = None
+    log_weights: NDArray[np.float32] | None = None
+
+    def part(self, rows: slice) -> "Draw":
+        """Some of the rows, with all that is said of them."""
+        cosines = None if self.cosines is None else self.cosines[rows]
+        log_weights = None if self.log_weights is None else self.log_weights[rows]
+        return Draw(self.rows[rows], self.passes[rows], cosines, log_weights)
 
 
 class Drawn(Protocol):
@@ -116,7 +127,7 @@ class Stream:
         """All that the order depends on, but the rows themselves, for the record of a run."""
         return {
             "order": "a keyed permutation of the rows for each pass, cut into batches",
-            **_describe_permutation(self._seed, f"({self._name}, pass)"),
+            **describe_permutation(self._seed, f"({self._name}, pass)"),
             "rows": len(self),
             "batch": self.batch,
         }
@@ -161,16 +172,28 @@ class BankStream:
         """All that the order depends on, but the rows themselves, for the record of a run."""
         return {
             "order": "the beginning of a keyed permutation of the images for each step, without the step's own",
-            **_describe_permutation(self._seed, "(bank, step)"),
+            **describe_permutation(self._seed, "(bank, step)"),
             "rows": len(self._images),
             "batch": self.batch,
         }
 
 
+class WholeDrawn(Drawn, Protocol):
+    """One that draws for all processes."""
+
+    batch: int
+    """Rows of one step."""
+    setting: str
+    """Full name of the key that says how many."""
+
+    def describe(self) -> dict[str, Any]:
+        """All that the order depends on, but the rows themselves, for the record of a run."""
+
+
 class Share:
     """One rank's part of every step: of as many equal parts as there are ranks, in order, the one that is its own."""
 
-    def __init__(self, stream: Stream | BankStream, rank: int, num_ranks: int) -> None:
+    def __init__(self, stream: WholeDrawn, rank: int, num_ranks: int) -> None:
         """A part of a stream.
 
         Args:
@@ -194,16 +217,15 @@ class Share:
         Args:
             step: from 0.
         """
-        whole = self._stream.draw(step)
-        part = slice(self._rank * self.batch, (self._rank + 1) * self.batch)
-        return Draw(whole.rows[part], whole.passes[part])
+        return self._stream.draw(step).part(slice(self._rank * self.batch, (self._rank + 1) * self.batch))
 
     def describe(self) -> dict[str, Any]:
         """The whole stream's: a share is no order of its own."""
         return self._stream.describe()
 
 
-def _describe_permutation(seed: int, key: str) -> dict[str, Any]:
+def describe_permutation(seed: int, key: str) -> dict[str, Any]:
+    """What a keyed permutation depends on."""
     return {
         "permutation": "Feistel network with cycle walking, SplitMix64 finaliser",
         "rounds": _ROUNDS,

@@ -22,7 +22,7 @@ CHECKPOINT = "checkpoint.pt"
 
 _FREE_TO_CHANGE = {"output", "log_every", "checkpoint_every", "workers", "device", "pixels"}
 """Of `pixels`, what it came to counts, and is recorded beside the settings."""
-_FIXED = ("student", "distill", "cache", "rows", "masks", "pixels")
+_FIXED = ("student", "distill", "cache", "rows", "masks", "pairs", "pixels")
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
 
 
@@ -42,8 +42,8 @@ def describe_run(
 ) -> dict[str, Any]:
     """Everything that a reader, a resumed run or an evaluation needs to know about a run, as JSON values.
 
-    `student`, `distill`, `cache`, `rows`, `masks` and `pixels` must not change while a run lasts; the rest says where
-    and with what it was made.
+    `student`, `distill`, `cache`, `rows`, `masks`, `pairs` and `pixels` must not change while a run lasts; the rest
+    says where and with what it was made.
 
     Args:
         pixels: where the pictures come from: `files`, or the setting of those that were kept (`jpeg-256`).
@@ -57,6 +57,7 @@ def describe_run(
         "cache": cache.identity,
         "rows": {"images": len(cache.images.usable), "sentences": len(cache.sentences.usable)},
         "masks": {side: dict(mask) for side, mask in cache.masks.items()},
+        "pairs": cache.manifest.get("pairs_settings") if settings.pairs.per_image else None,
         "pixels": pixels,
         "order": order,
         "warm_start": warm_start,

@@ -7,7 +7,8 @@ from ..cache.feature_cache import FeatureCache
 from .augment import resample_filter
 from .distill_settings import DistillSettings
 from .optim import lr_at
-from .order import BankStream, Drawn, Share, Stream
+from .order import BankStream, Drawn, Share, Stream, WholeDrawn
+from .pair_stream import PairStream
 from .run_record import logit_scale_of
 from .world import World
 
@@ -30,7 +31,15 @@ class Schedule:
         self.precision = _resolve_precision(settings.precision, world.device)
         self.logit_scale = logit_scale_of(cache, settings)
         self.images = Stream(cache.images.usable, settings.batch_images, settings.seed, "images")
-        self.sentences = _sentence_stream(cache, settings) if settings.loss.vl else None
+        self.sentences: Stream | PairStream | None = None
+        if settings.loss.vl:
+            random = _sentence_stream(cache, settings)
+            paired = settings.pairs.per_image > 0
+            self.sentences = (
+                PairStream(cache, self.images, random, settings.pairs, settings.seed, self.logit_scale)
+                if paired
+                else random
+            )
         wants_bank = settings.bank_images and (settings.loss.pvl or settings.loss.icl)
         self.bank = BankStream(self.images, settings.bank_images, settings.seed) if wants_bank else None
         self.total_steps = max(1, int(settings.epochs * len(self.images) / settings.batch_images + 1e-9))
@@ -62,7 +71,7 @@ class Schedule:
         Raises:
             InputError: if it cannot be divided equally.
         """
-        stream: Stream | BankStream | None = getattr(self, name)
+        stream: WholeDrawn | None = getattr(self, name)
         if stream is None or self._world.size == 1:
             return stream
         return Share(stream, self._world.rank, self._world.size)

@@ -16,19 +16,28 @@ class Targets:
     Made once a step; every student that learns from the batch uses it.
     """
 
-    def __init__(self, targets: Tensor, sentences: Tensor | None, bank: Tensor | None, world: World) -> None:
+    def __init__(
+        self,
+        targets: Tensor,
+        sentences: Tensor | None,
+        bank: Tensor | None,
+        world: World,
+        sentence_cosines: Tensor | None = None,
+    ) -> None:
         """Gather what the other processes drew.
 
         Args:
             targets: (B, D) teacher embeddings of this process's images.
             sentences: (N, D) of its sentences, or None.
             bank: (M, D) of its part of the bank, or None.
+            sentence_cosines: (N,) of retrieved sentences, NaN of others; None where nothing is retrieved.
         """
         self.own, self.sentences = targets, sentences
         self.first_image = world.rank * len(targets)  # every process has as many
         self.everybodys = world.gather(targets)
         self.all_sentences = None if sentences is None else world.gather(sentences)
         self.bank = None if bank is None else world.gather(bank)
+        self._cosines = None if sentence_cosines is None else world.gather(sentence_cosines)
         self._signs: dict[str, Tensor] | None = None
 
     def against(self, embeddings: Tensor, world: World) -> LossInputs:
@@ -49,7 +58,8 @@ class Targets:
 
         Returns:
             For each relational loss `…_candidates`, how many columns a row spreads over: exp(entropy), mean over the
-            rows. For `icl` with a threshold `icl_masked`, the share of other images that are no negatives.
+            rows. For `icl` with a threshold `icl_masked`, the share of other images that are no negatives. Where
+            sentences are retrieved, `pairs_share` of them were, at the mean `pairs_cosine`, NaN if none was.
         """
         if self._signs is None:
             self._signs = self._compute_signs(settings, logit_scale)
@@ -69,4 +79,7 @@ class Targets:
         signs = {key: effective_candidates(rows, over, of, logit_scale) for key, (rows, over, of) in pairs.items()}
         if loss.icl and loss.icl_threshold is not None:
             signs["icl_masked"] = masked_share(self.own, columns, self.first_image, loss.icl_threshold)
+        if self._cosines is not None:
+            signs["pairs_share"] = self._cosines.isfinite().to(self._cosines.dtype).mean()
+            signs["pairs_cosine"] = self._cosines.nanmean()
         return signs
