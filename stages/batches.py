@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..cache.feature_cache import EmbeddingSet
 from .augment import ViewMaker
+from .loss_inputs import SamplingWeights
 from .order import Draw, Drawn
 from .pixel_source import PixelSource
 from .view_pool import ViewPool
@@ -25,7 +26,7 @@ from .view_pool import ViewPool
 _BATCHES_AHEAD = 3
 """Batches whose views are in the making. Two more are held: the one that is trained on and the next."""
 
-_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
+_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32, "int64": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Batch:
         wait_s: seconds that the training loop waited for this batch.
         sentence_cosines: (N,) float32, of a retrieved sentence to the image that brought it, NaN of others; None where
             nothing is retrieved.
-        sentence_log_weights: (N,) float32, what makes up for sentences that are drawn more often; None is none.
+        sampling: what makes up for sentences that are drawn more often than others; None is nothing.
     """
 
     step: int
@@ -53,7 +54,7 @@ class Batch:
     bank: Tensor | None
     wait_s: float
     sentence_cosines: Tensor | None = None
-    sentence_log_weights: Tensor | None = None
+    sampling: SamplingWeights | None = None
 
 
 class BatchLoader:
@@ -153,17 +154,18 @@ class BatchLoader:
     def _finish(self, one: "_Started") -> Batch:
         targets = self._gather(self._images, one.draw)
         bank = None if self._bank is None else self._gather(self._images, self._bank.draw(one.step))
-        sentences = cosines = log_weights = None
+        sentences = cosines = sampling = None
         if self._sentences is not None:
             draw = self._sentences[1].draw(one.step)
             sentences = self._gather(self._sentences[0], draw)
-            cosines, log_weights = (
-                None if numbers is None else self._tensor(numbers) for numbers in (draw.cosines, draw.log_weights)
-            )
+            cosines = None if draw.cosines is None else self._tensor(draw.cosines)
+            if draw.weights is not None:
+                of = draw.weights
+                sampling = SamplingWeights(*(self._tensor(part) for part in (of.sentences, of.places, of.values)))
         for task in one.tasks:
             task.result()
         images = tuple(self._tensor(views) for views in self._pool.slots[one.slot])
-        return Batch(one.step, one.draw.rows, images, targets, sentences, bank, 0.0, cosines, log_weights)
+        return Batch(one.step, one.draw.rows, images, targets, sentences, bank, 0.0, cosines, sampling)
 
     def _gather(self, embeddings: EmbeddingSet, draw: Draw) -> Tensor:
         return self._tensor(embeddings.embeddings[draw.rows])

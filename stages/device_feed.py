@@ -31,12 +31,15 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
                 sentences=_copy(batch.sentences, device),
                 bank=_copy(batch.bank, device),
                 sentence_cosines=_copy(batch.sentence_cosines, device),
-                sentence_log_weights=_copy(batch.sentence_log_weights, device),
+                sampling=None
+                if batch.sampling is None
+                else batch.sampling.map(lambda part: part.to(device, non_blocking=True)),
                 wait_s=0.0 if was_busy else batch.wait_s,
             )
         using = torch.cuda.current_stream(device)
         using.wait_stream(stream)
-        of_sentences = copied.sentences, copied.sentence_cosines, copied.sentence_log_weights
+        weights = () if copied.sampling is None else copied.sampling.tensors()
+        of_sentences = copied.sentences, copied.sentence_cosines, *weights
         for tensor in (*copied.images, copied.targets, *of_sentences, copied.bank):
             if tensor is not None:
                 tensor.record_stream(using)  # its memory is not handed out again while the step uses it

@@ -92,6 +92,8 @@ class PairSampling(Settings):
     """The score that candidates are judged by: the cosine, or one that takes account of hubs."""
     cap: int | None = Field(default=None, ge=1)
     """At most so many images keep one sentence as their candidate."""
+    correct: bool = False
+    """Weigh images and sentences in `vl` by how seldom steps hold them together, as if all had been drawn at random."""
 
 
 class DistillSettings(Settings):

@@ -61,19 +61,42 @@ class Draw:
         passes: (batch,) int64, how many whole passes came before each row: a row's view changes with it.
         cosines: (batch,) float32, of a retrieved sentence to the image that brought it, NaN of others; None where
             nothing is retrieved.
-        log_weights: (batch,) float32, what makes up for rows that are drawn more often than others; None is none.
+        weights: what makes up for rows that are drawn more often than others; None is nothing.
     """
 
     rows: NDArray[np.int64]
     passes: NDArray[np.int64]
     cosines: NDArray[np.float32] | None = None
-    log_weights: NDArray[np.float32] | None = None
+    weights: "DrawnWeights | None" = None
 
-    def part(self, rows: slice) -> "Draw":
-        """Some of the rows, with all that is said of them."""
+    def part(self, number: int, num_parts: int) -> "Draw":
+        """One of equal parts, with all that is said of its rows."""
+        rows = _part(len(self.rows), number, num_parts)
         cosines = None if self.cosines is None else self.cosines[rows]
-        log_weights = None if self.log_weights is None else self.log_weights[rows]
-        return Draw(self.rows[rows], self.passes[rows], cosines, log_weights)
+        weights = None if self.weights is None else self.weights.part(number, num_parts)
+        return Draw(self.rows[rows], self.passes[rows], cosines, weights)
+
+
+@dataclass(frozen=True)
+class DrawnWeights:
+    """What a step's logits of images and sentences lack to be those of a step that was drawn at random, as logarithms.
+
+    Attributes:
+        sentences: (N,) float32, for each sentence of the step.
+        places: (B, k) int64, for each image of the step where its own candidates stand among the step's sentences,
+            those of all processes; -1 where they do not.
+        values: (B, k) float32, for an image and such a candidate, beside what the sentence has.
+    """
+
+    sentences: NDArray[np.float32]
+    places: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+    def part(self, number: int, num_parts: int) -> "DrawnWeights":
+        """Those of one of equal parts of the images and of the sentences."""
+        images = _part(len(self.places), number, num_parts)
+        sentences = self.sentences[_part(len(self.sentences), number, num_parts)]
+        return DrawnWeights(sentences, self.places[images], self.values[images])
 
 
 class Drawn(Protocol):
@@ -208,7 +231,7 @@ class Share:
                 f"{stream.setting} = {stream.batch}: does not divide evenly among {num_ranks} processes; "
                 f"wanted a multiple of {num_ranks}"
             )
-        self._stream, self._rank = stream, rank
+        self._stream, self._rank, self._num_ranks = stream, rank, num_ranks
         self.batch = stream.batch // num_ranks
 
     def draw(self, step: int) -> Draw:
@@ -217,11 +240,16 @@ class Share:
         Args:
             step: from 0.
         """
-        return self._stream.draw(step).part(slice(self._rank * self.batch, (self._rank + 1) * self.batch))
+        return self._stream.draw(step).part(self._rank, self._num_ranks)
 
     def describe(self) -> dict[str, Any]:
         """The whole stream's: a share is no order of its own."""
         return self._stream.describe()
+
+
+def _part(num_rows: int, number: int, num_parts: int) -> slice:
+    size = num_rows // num_parts
+    return slice(number * size, (number + 1) * size)
 
 
 def describe_permutation(seed: int, key: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from ..cache.feature_cache import FeatureCache
 from .counter_random import key_of, uniforms
 from .distill_settings import PairSampling
 from .hubs import PairScores, allowed
-from .order import Draw, KeyedPermutation, Stream, describe_permutation
+from .order import Draw, DrawnWeights, KeyedPermutation, Stream, describe_permutation
+from .pair_weights import SamplingRates
 
 
 class Candidates:
@@ -87,6 +88,16 @@ class PairStream:
         self._images, self._random, self._settings, self._seed = image_stream, sentence_stream, settings, seed
         self._candidates = Candidates(cache, settings, logit_scale)
         self.batch, self.setting = sentence_stream.batch, sentence_stream.setting
+        self.rates: SamplingRates | None = None
+        if settings.correct:
+            self.rates = SamplingRates(
+                self._candidates.of,
+                self._candidates.pairs.blocks(),
+                settings.per_image,
+                images=(image_stream.batch, len(image_stream)),
+                sentences=(self.batch, sentence_stream.rows),
+                num_rows=len(cache.sentences),
+            )
 
     def draw(self, step: int) -> Draw:
         """The rows of a step, distinct; retrieved ones spread evenly among the others, so that equal parts have alike.
@@ -94,7 +105,9 @@ class PairStream:
         Args:
             step: from 0.
         """
-        retrieved, found_cosines = self._retrieve(self._images.draw(step))
+        images = self._images.draw(step)
+        candidates = self._candidates.of(images.rows)
+        retrieved, found_cosines = self._retrieve(images, *candidates)
         filling = self._fill(step, retrieved)
         places = np.arange(len(retrieved)) * self.batch // max(1, len(retrieved))
         rows = np.empty(self.batch, dtype=np.int64)
@@ -102,11 +115,17 @@ class PairStream:
         others = np.ones(self.batch, dtype=np.bool_)
         others[places] = False
         rows[places], cosines[places], rows[others] = retrieved, found_cosines, filling
-        return Draw(rows, np.zeros_like(rows), cosines)
+        weights = None
+        if self.rates is not None:
+            ids, _, logits = candidates
+            own = self.rates.own_log_weights(ids, logits)
+            weights = DrawnWeights(self.rates.sentence_log_weights(rows), _places(ids, rows), own)
+        return Draw(rows, np.zeros_like(rows), cosines, weights)
 
-    def _retrieve(self, images: Draw) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    def _retrieve(
+        self, images: Draw, ids: NDArray[np.int64], cosines: NDArray[np.float32], logits: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Distinct sentences, each with the cosine to the first image that drew it."""
-        ids, cosines, logits = self._candidates.of(images.rows)
         numbers = uniforms(key_of(self._seed, "pairs"), images.rows, images.passes, ids.shape[1])
         # The largest of logits + Gumbel noise are a draw without replacement by softmax (Yellott 1977).
         noisy = logits - np.log(-np.log(np.maximum(numbers, 2.0**-54)))
@@ -146,6 +165,13 @@ class PairStream:
             "rows": len(self._random),
             "batch": self.batch,
         }
+
+
+def _places(ids: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each number stands among the distinct `rows`, -1 where it does not."""
+    order = np.argsort(rows)
+    at = order[np.searchsorted(rows[order], ids).clip(max=len(rows) - 1)]
+    return np.where(rows[at] == ids, at, -1)
 
 
 def _first_of_each(rows: NDArray[np.int64]) -> NDArray[np.int64]:

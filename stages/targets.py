@@ -4,9 +4,9 @@ from torch import Tensor
 
 from .distill_settings import DistillSettings
 from .info_nce import masked_share
-from .loss_inputs import LossInputs
+from .loss_inputs import LossInputs, SamplingWeights, log_weights_both_ways
 from .losses import effective_candidates
-from .similarity_blocks import Rows
+from .similarity_blocks import LogWeights, Rows
 from .world import World
 
 
@@ -23,6 +23,7 @@ class Targets:
         bank: Tensor | None,
         world: World,
         sentence_cosines: Tensor | None = None,
+        sampling: SamplingWeights | None = None,
     ) -> None:
         """Gather what the other processes drew.
 
@@ -31,11 +32,15 @@ class Targets:
             sentences: (N, D) of its sentences, or None.
             bank: (M, D) of its part of the bank, or None.
             sentence_cosines: (N,) of retrieved sentences, NaN of others; None where nothing is retrieved.
+            sampling: of its sentences and images, or None.
         """
         self.own, self.sentences = targets, sentences
         self.first_image = world.rank * len(targets)  # every process has as many
         self.everybodys = world.gather(targets)
         self.all_sentences = None if sentences is None else world.gather(sentences)
+        self.sampling = sampling
+        self.all_sampling = None if sampling is None else sampling.map(world.gather)
+        self.first_sentence = 0 if sentences is None else world.rank * len(sentences)
         self.bank = None if bank is None else world.gather(bank)
         self._cosines = None if sentence_cosines is None else world.gather(sentence_cosines)
         self._signs: dict[str, Tensor] | None = None
@@ -51,6 +56,9 @@ class Targets:
             all_teacher_images=self.everybodys,
             all_sentences=self.all_sentences,
             first_image=self.first_image,
+            sampling=self.sampling,
+            all_sampling=self.all_sampling,
+            first_sentence=self.first_sentence,
         )
 
     def signs(self, settings: DistillSettings, logit_scale: float) -> dict[str, Tensor]:
@@ -68,15 +76,21 @@ class Targets:
     def _compute_signs(self, settings: DistillSettings, logit_scale: float) -> dict[str, Tensor]:
         temperature, loss = settings.temperature, settings.loss
         pairs: dict[str, tuple[Tensor, Rows, float]] = {}
+        weights: dict[str, LogWeights | None] = {}
         if self.sentences is not None and self.all_sentences is not None:
             pairs["vl_candidates"] = self.own, self.all_sentences, temperature.vl
             pairs["vl_candidates_sentences"] = self.sentences, self.everybodys, temperature.vl
+            both_ways = log_weights_both_ways(self.sampling, self.all_sampling, self.first_sentence)
+            weights = dict(zip(pairs, both_ways))
         columns = self.everybodys if self.bank is None else (self.everybodys, self.bank)
         if loss.pvl:
             pairs["pvl_candidates"] = self.own, columns, temperature.pvl
         if loss.udist:
             pairs["udist_candidates"] = self.own, self.everybodys, temperature.udist
-        signs = {key: effective_candidates(rows, over, of, logit_scale) for key, (rows, over, of) in pairs.items()}
+        signs = {
+            key: effective_candidates(rows, over, of, logit_scale, weights.get(key))
+            for key, (rows, over, of) in pairs.items()
+        }
         if loss.icl and loss.icl_threshold is not None:
             signs["icl_masked"] = masked_share(self.own, columns, self.first_image, loss.icl_threshold)
         if self._cosines is not None:

@@ -53,7 +53,7 @@ def test_every_step_has_as_many_distinct_sentences_and_retrieved_ones_are_its_im
     pairs, images = stream(cache, sampling=sampling, rank=rank)
     for step in range(30):  # 20 of 30 sentences: every second random draw straddles the end of a pass
         draw = pairs.draw(step)
-        assert len(draw.rows) == len(set(draw.rows.tolist())) == SENTENCES and draw.log_weights is None
+        assert len(draw.rows) == len(set(draw.rows.tolist())) == SENTENCES and draw.weights is None
         assert set(draw.rows.tolist()) <= set(cache.sentences.usable.tolist())
         own = candidates(cache, images.draw(step).rows)
         for row, cosine in zip(draw.rows.tolist(), draw.cosines.tolist()):
