@@ -4,7 +4,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -107,12 +107,19 @@ def distill(
 
 
 @app.command()
-def evaluate(runs: RunsArgument, as_json: JsonOption = False) -> None:
+def evaluate(
+    runs: RunsArgument,
+    weights: Annotated[
+        Literal["best", "last"] | None,
+        typer.Option(help="The step that scored best while it was trained, or the last; default: best where there is."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Score finished runs on every [evaluate.*] set; writes evaluation.json into each."""
     from .pipeline.evaluate import evaluate as run
     from .pipeline.score_table import score_table
 
-    scores = run(runs)
+    scores = run(runs, weights)
     typer.echo(_document(scores) if as_json else score_table(scores))
 
 
@@ -154,6 +161,42 @@ def cache_leakage(
 
     found = leakage(folder, threshold, mask, within)
     typer.echo(_document(found) if as_json else "\n".join(leakage_lines(found)))
+
+
+@cache_app.command("select")
+def cache_select(
+    folder: CacheArgument,
+    mask: Annotated[str, typer.Option(metavar="NAME", help="Name of the mask that they become.")],
+    side: Annotated[str, typer.Option(help="sentences: what is chosen")] = "sentences",
+    k: Annotated[
+        int | None, typer.Option("--k", metavar="N", help="Sentences that an image counts for; default: all cached.")
+    ] = None,
+    min_score: Annotated[
+        float | None, typer.Option(metavar="COSINE", help="Least cosine, whatever the ranking.")
+    ] = None,
+    cap: Annotated[int | None, typer.Option(metavar="N", help="Images that count for one sentence, the best.")] = None,
+    target: Annotated[int | None, typer.Option(metavar="N", help="Sentences to keep at most.")] = None,
+    rank: Annotated[str, typer.Option(help="cosine, csls or inverted_softmax")] = "cosine",
+    within: Annotated[str | None, typer.Option(metavar="MASK", help="Choose from this mask of sentences.")] = None,
+    images_mask: Annotated[str | None, typer.Option(metavar="MASK", help="Choose for this mask of images.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose the sentences that images retrieve, as a mask for `sentences.mask`, and report what they cover."""
+    from .pipeline.select import select, select_lines
+
+    found = select(
+        folder,
+        mask,
+        side=side,
+        k=k,
+        min_score=min_score,
+        cap=cap,
+        target=target,
+        rank=rank,
+        within=within,
+        images_mask=images_mask,
+    )
+    typer.echo(_document(found) if as_json else "\n".join(select_lines(found)))
 
 
 @cache_app.command("verify")

@@ -40,9 +40,10 @@ from dimefm.cache.arrays import ArraySpec, MappedArray, declare_arrays, write_ch
 from dimefm.cache.feature_cache import EmbeddingSet
 from dimefm.cache.pixels import PixelPacks, pack_path, writing_pack
 from dimefm.cache.rows import IMAGE_COLUMNS, RowTable, write_rows
-from dimefm.stages.augment import NUM_UNIFORMS, ViewMaker
+from dimefm.stages.augment import ViewMaker
 from dimefm.stages.batches import BatchLoader
 from dimefm.stages.counter_random import uniforms
+from dimefm.stages.crops import NUM_UNIFORMS
 from dimefm.stages.distill_settings import AugmentSettings
 from dimefm.stages.images import decode_image
 from dimefm.stages.keep_pixels import make_small

@@ -1,5 +1,6 @@
 """Recipes of stage two on the real photos, held against each other: which of them makes the better students?
 
+    python benchmarks/recipes.py prepare                        # stage one, masks of sentences, a cache of five crops
     python benchmarks/recipes.py screen [RECIPE ...]            # one seed of each, scored on dev
     python benchmarks/recipes.py finals RECIPE RECIPE ...       # five seeds of each, scored on dev
     python benchmarks/recipes.py test RECIPE RECIPE ...         # the finalists, once, on test, beside the first
@@ -29,13 +30,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "conv": {"model": "timm:mobilenetv3_small_100", "precision": "fp32"},
     "transformer": {"model": "timm:levit_128s", "precision": "bf16"},  # twice as fast so; the convolutions are not
 }
-EPOCHS, SEEDS = 8, 5
+EPOCHS, LR, SEEDS = 8, 3e-3, 5
 Document = dict[str, Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["screen", "finals", "test", "table", "one"])
+    parser.add_argument("what", choices=["prepare", "screen", "finals", "test", "table", "one"])
     parser.add_argument("recipes", nargs="*")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/recipes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -46,6 +47,8 @@ def main() -> None:
         parser.error(f"no such recipe: {', '.join(unknown)}; there is {', '.join(known)}")
     if asked.what == "one":
         train_and_score(asked.out, asked.recipes[0], asked.set)
+    elif asked.what == "prepare":
+        prepare()
     elif asked.what == "table":
         print("\n".join(table(asked.out, known)))
     elif asked.what == "test":
@@ -82,6 +85,36 @@ def run_all(out: Path, jobs: Sequence[str], at_a_time: int, name: str) -> None:
         list(pool.map(run, left))
 
 
+def prepare() -> None:
+    """What recipes want beside the images: the caches and the masks that `recipes.toml` names."""
+    import numpy as np
+
+    from dimefm.cache.feature_cache import FeatureCache
+    from dimefm.cache.masks import add_mask, mask_names
+    from dimefm.pipeline.cache_teacher import cache_teacher
+    from dimefm.pipeline.config import Config, load_config
+    from dimefm.pipeline.select import select
+
+    config = load_config(ROOT / "configs/photos.toml")
+    cache_teacher(config)
+    cache = FeatureCache.open(config.cache.dir)
+    there = mask_names(cache.manifest, "sentences")
+    if "retrieved" not in there:
+        select(config.cache.dir, "retrieved", k=8)
+    if "csls-4" not in there:
+        select(config.cache.dir, "csls-4", k=4, rank="csls", cap=32)
+    if "captions" not in there:
+        origins = np.array(cache.sentences.rows.column("origin").to_pylist())
+        add_mask(cache.layout, "sentences", "captions", origins != "prompts")
+    document = merged(config.model_dump(exclude_unset=True), {"cache": views_cache()})
+    cache_teacher(Config.model_validate(document))
+
+
+def views_cache() -> Document:
+    """`[cache]` of five crops of each photo, over the row tables of the first cache."""
+    return {"dir": ROOT / "data/photos-views", "rows": ROOT / "data/photos-cache", "views": 5}
+
+
 def configure(out: Path, job: str) -> Any:
     """The config of one job: that of the photos with the recipe's changes."""
     from dimefm.pipeline.config import Config, load_config
@@ -92,11 +125,13 @@ def configure(out: Path, job: str) -> Any:
     common: Document = {
         "distill": {
             "output": out / job, "epochs": EPOCHS, "seed": int(seed), "workers": 1, "precision": shape.pop("precision"),
-            "loss": {}, "log_every": 50, "checkpoint_every": 100,
+            "lr": LR, "loss": {}, "log_every": 50, "checkpoint_every": 100,
         }
     }  # fmt: skip
     document = load_config(ROOT / "configs/photos.toml").model_dump(exclude_unset=True)
     document["student"] = {"student": {**shape, "image_size": 64}}
+    if "views" in changes.get("distill", {}):
+        common["cache"] = views_cache()
     for change in (common, changes):
         document = merged(document, change)
     return Config.model_validate(document)

@@ -16,6 +16,7 @@ from .errors import CacheError
 from .layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
 from .manifest import read_document, read_manifest
 from .masks import mask_digest, read_mask
+from .mixture import Mixture, mixture_of
 from .pixels import PixelPacks
 from .plan import plan_named
 from .rows import RowTable, good_rows, read_own_failures
@@ -28,11 +29,15 @@ class EmbeddingSet:
     """Embeddings and the table that says what each row was made from.
 
     Attributes:
-        embeddings: (N, D) float16, as the teacher emitted them; NaN where the row failed.
+        embeddings: (N, D) float16, as the teacher emitted them; NaN where the row failed. Of an image that has
+            several views, its centre.
         rows: the row table, N rows.
         left_out: row numbers not to be used whatever the table says; they failed for this teacher alone.
         mask: (N,) bool, the rows to choose from; None is all.
         shared: the table is another cache's.
+        mixture: how often rows of some sources are drawn; rows of weight 0 are not in `usable`. None: all alike.
+        views: (N, 1 + K, D) float16, where K crops of each image were embedded beside its centre, which is view 0;
+            else None.
     """
 
     embeddings: MappedArray
@@ -40,6 +45,8 @@ class EmbeddingSet:
     left_out: tuple[int, ...] = ()
     mask: NDArray[np.bool_] | None = None
     shared: bool = False
+    mixture: Mixture | None = None
+    views: MappedArray | None = None
 
     @classmethod
     def open(cls, layout: Layout, array: str, table: Path, num_rows: int | None = None) -> "EmbeddingSet":
@@ -54,16 +61,25 @@ class EmbeddingSet:
         under = layout.base.teacher_zarr if layout.under else None
         embeddings = MappedArray.open(layout.teacher_zarr, array, num_rows, under)
         failed = read_own_failures(layout.find(layout.own_failures)).get(array, {})
-        return cls(embeddings, RowTable(layout.find(table), len(embeddings)), tuple(failed), shared=layout.shares_rows)
+        views = embeddings if len(embeddings.shape) == 3 else None
+        return cls(
+            embeddings.view(0) if views else embeddings,
+            RowTable(layout.find(table), len(embeddings)),
+            tuple(failed),
+            shared=layout.shares_rows,
+            views=views,
+        )
 
     def __len__(self) -> int:
         return len(self.embeddings)
 
     @cached_property
     def usable(self) -> NDArray[np.int64]:
-        """Row numbers that have an embedding and are in the mask, ascending."""
+        """Row numbers that have an embedding, are in the mask and have a weight above 0, ascending."""
         good = good_rows(self.rows.columns("status", "reason").slice(0, len(self)), self.shared)
         good[list(self.left_out)] = False
+        if self.mixture is not None:
+            good &= self.mixture.drawn
         return np.flatnonzero(good if self.mask is None else good & self.mask).astype(np.int64)
 
 
@@ -177,11 +193,44 @@ class FeatureCache:
                 masks[side] = {"name": name, "digest": mask_digest(self.layout, self.manifest, side, name)}
         return replace(self, masks=masks, **changes)
 
+    def weighted(
+        self, images: Mapping[str, float] | None = None, sentences: Mapping[str, float] | None = None
+    ) -> "FeatureCache":
+        """The same cache, the rows of some sources drawn more often than others by a run, or never.
+
+        Args:
+            images: first folder below the source (`.`: none) -> weight; those that are not named have 1.
+            sentences: name of the file, or `prompts` -> weight.
+
+        Raises:
+            InputError: if there is no such source; it names those that there are.
+        """
+        changes: dict[str, Any] = {}
+        for side, weights in (("images", images), ("sentences", sentences)):
+            whole: EmbeddingSet = getattr(self, side)
+            mixture = mixture_of(whole.rows, side, weights or {})
+            if mixture is not None:
+                changes[side] = replace(whole, mixture=mixture)
+        return replace(self, **changes)
+
+    @property
+    def row_weights(self) -> dict[str, dict[str, float]]:
+        """Weights other than 1 of `images` and `sentences`, as `weighted` was given them."""
+        sides = {"images": self.images.mixture, "sentences": self.sentences.mixture}
+        return {side: dict(mixture.weights) for side, mixture in sides.items() if mixture is not None}
+
     @property
     def identity(self) -> str:
-        """Digest of what a student is trained from: teacher, images and sentences. A labelled set may join."""
+        """Digest of what a student is trained from: teacher, images, views, sentences. A labelled set may join."""
         inputs = {side: self.plan["inputs"][side] for side in ("images", "sentences")}
+        inputs |= {"views": self.plan["views"]} if "views" in self.plan else {}
         return digest(to_json({"teacher": self.plan["teacher"], **inputs}))
+
+    @property
+    def crops(self) -> dict[str, Any] | None:
+        """The crops that were embedded beside the centre of each image, as plan.json has them: `count`, `crops` (their
+        settings) and `decoder`; None where there are none."""
+        return self.plan.get("views")
 
     @property
     def version(self) -> str:

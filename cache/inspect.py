@@ -35,7 +35,8 @@ def inspect_cache(cache: FeatureCache, seed: int = 0) -> dict[str, Any]:
     Returns:
         `cache`, `format`, `version`, `identity`, `shard_rows`, `teacher`, `arrays` (rows, failed, reasons),
         `evaluate` (images, classes), `bytes` (for each kind of file, and `superseded`), `masks`, `index`, `pairs`,
-        `pixels` (None, or setting, number of packs and mean bytes of a picture), `transductive`, `similarity`
+        `pixels` (None, or setting, number of packs and mean bytes of a picture), `views` (None, or count and settings
+        of the crops of each image), `transductive`, `similarity`
         (quantiles of cosines) and `hubs` (how evenly each side is retrieved).
 
     Raises:
@@ -59,6 +60,7 @@ def inspect_cache(cache: FeatureCache, seed: int = 0) -> dict[str, Any]:
         "index": manifest.get("index") or {},
         "pairs": manifest["pairs"],
         "pixels": _pixels(cache, manifest),
+        "views": cache.crops,
         "transductive": cache.transductive,
         "similarity": similarity(cache, pairs, np.random.default_rng(seed)),
         "hubs": {
@@ -71,7 +73,7 @@ def inspect_cache(cache: FeatureCache, seed: int = 0) -> dict[str, Any]:
 def similarity(
     cache: FeatureCache, pairs: Mapping[str, Pairs], rng: np.random.Generator
 ) -> dict[str, dict[str, float]]:
-    """Quantiles of the teacher's cosine between rows drawn at random, and between rows and their nearest neighbour."""
+    """Quantiles of the teacher's cosine between rows drawn at random, rows and their neighbours, crop and centre."""
     units = {name: unit_rows(_sample(getattr(cache, name), rng))[0] for name in ("images", "sentences")}
     images, sentences = units["images"], units["sentences"]
     found = {"image_sentence": quantiles((images @ sentences.T).ravel())}
@@ -81,6 +83,11 @@ def similarity(
     for name, neighbours in pairs.items():
         rows = _rows(getattr(cache, DIRECTIONS[name][0]), rng)
         found[f"{name}_nearest"] = quantiles(neighbours.scores[rows][:, 0])
+    if cache.images.views is not None:
+        views = cache.images.views[_rows(cache.images, rng)]
+        centre = unit_rows(views[:, 0])[0]
+        crops = [(unit_rows(views[:, view])[0] * centre).sum(axis=1) for view in range(1, views.shape[1])]
+        found["crop_centre"] = quantiles(np.concatenate(crops))
     return found
 
 

@@ -2,12 +2,18 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 KEPT_SIDES = (16, 4096)
 """Least and largest shorter side of kept pixels."""
+
+MOST_CROPS = 64
+"""Crops of each image that a cache may hold."""
+
+CENTER: Final = "center"
+"""The one view of an image that open_clip's own preprocessing makes for the teacher."""
 
 
 def kept_side(setting: str) -> int | None:
@@ -32,6 +38,38 @@ class Settings(BaseModel):
     )
 
 
+class RandomCrop(Settings):
+    """Random resized crops, perhaps mirrored: what torchvision's `RandomResizedCrop` draws."""
+
+    scale: tuple[Annotated[float, Field(ge=0.0, le=1.0)], Annotated[float, Field(ge=0.0, le=1.0)]] = (0.65, 1.0)
+    """Range of the crop's share of the image's area."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Range of the crop's width / height."""
+    flip: bool = False
+    """Mirror half of the views."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, keys: object) -> object:
+        if isinstance(keys, dict):  # TOML and JSON have lists, strict tuples want tuples
+            keys = {name: tuple(value) if isinstance(value, list) else value for name, value in keys.items()}
+        return keys
+
+    @model_validator(mode="after")
+    def _ranges_run_upward(self) -> "RandomCrop":
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                raise ValueError(f"{name} = [{low}, {high}]: wanted 0 < low <= high")
+        return self
+
+
+class CropSettings(RandomCrop):
+    """`[cache.crops]`: the crops of each training image that are embedded beside the teacher's own view."""
+
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Another seed makes other crops."""
+
+
 class CacheSettings(Settings):
     """`[cache]`: where the teacher's embeddings go and in which pieces."""
 
@@ -44,6 +82,31 @@ class CacheSettings(Settings):
     pixels: str | None = None
     """`jpeg-N`: also keep each training image small, its shorter side N pixels, for stage two to read instead of the
     originals. A larger image is made smaller, none larger."""
+    views: int | Literal["center"] = CENTER
+    """`center`, the teacher's own view of each training image alone; or how many crops are embedded beside it, for
+    stage two to replay: 1 to 64."""
+    crops: CropSettings | None = None
+    """The crops of `views`; the defaults where it is left out."""
+
+    @field_validator("views")
+    @classmethod
+    def _views_can_be_stored(cls, views: int | str) -> int | str:
+        if isinstance(views, int) and not 1 <= views <= MOST_CROPS:
+            raise ValueError(f'wanted "center", or a number of crops from 1 to {MOST_CROPS}')
+        return views
+
+    @model_validator(mode="after")
+    def _crops_are_asked_for(self) -> "CacheSettings":
+        if self.crops is not None and self.views == CENTER:
+            raise ValueError(
+                'crops are there and views = "center": set views to how many crops are wanted of each image'
+            )
+        return self
+
+    @property
+    def num_crops(self) -> int:
+        """Crops of each training image beside the teacher's own view."""
+        return self.views if isinstance(self.views, int) else 0
 
     @field_validator("pixels")
     @classmethod

@@ -42,7 +42,7 @@ def add_pixels(config: Config, layout: Layout, plan: dict[str, object]) -> None:
     with bar("pixels", num_rows, "images", done) as shown:
         for shard in missing:
             images = wanted_images(layout, layout.image_rows, num_rows, shard, folder)
-            record = keep_shard(pack_task(layout, setting, shard, spec.chunk_rows), images, config.teacher.workers)
+            record = keep_shard(pack_task(layout, setting, shard, plan), images, config.teacher.workers)
             journal.add(record, {})
             done += record.num_rows
             shown.update(done)

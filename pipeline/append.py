@@ -16,6 +16,7 @@ from ..cache.manifest import read_document, read_manifest
 from ..cache.pixels import kept_setting
 from ..cache.plan import identity, read_plan, require_same, write_plan
 from ..cache.versions import discard_change
+from ..stages.crops import decoder
 from .cache_teacher import require_same_teacher
 from .config import Config
 from .config_of import config_of, note_config
@@ -107,6 +108,7 @@ def _embed(
             assert growth is not None
             before = {name: spec.shape[0] for name, spec in planned_specs(plan).items()}
             grown = {"plan": identity(layout), "rows": before, "libraries": libraries}
+            grown |= {"decoder": decoder()} if "views" in plan else {}
             staged = {
                 **plan,
                 "inputs": stage_growth(config, layout, plan, growth),

@@ -22,6 +22,7 @@ from .inputs import compare_inputs, freeze_inputs, transductive_sets
 from .pixels import require_same_pixels
 from .progress import say
 from .siblings import share_inputs, shared_rows
+from .views import require_same_views, views_document
 
 SAMPLE_ROWS = 256
 
@@ -115,6 +116,7 @@ def _embed(
         wanted = {"shard_rows": config.cache.shard_rows, "teacher": teacher.identity(), "inputs": inputs}
         wanted |= shared_rows(config, layout)
         wanted |= {"pixels": config.cache.pixels} if config.cache.pixels else {}
+        wanted |= views_document(config)
         tower = 0 if layout.text_tower.exists() else text_tower_bytes(teacher)
         if plan is None:
             _check_teacher(config, layout, teacher)
@@ -138,13 +140,14 @@ def require_same_run(config: Config, layout: Layout, plan: dict[str, Any], *, re
 
 
 def require_same_teacher(config: Config, layout: Layout, plan: dict[str, Any]) -> None:
-    """Refuse a cache of another teacher, division, row tables or kept pixels, without loading the teacher."""
+    """Refuse a cache of another teacher, division, row tables, views or kept pixels, without loading the teacher."""
     wanted = configured_identity(config.teacher)
     found = {key: plan["teacher"].get(key) for key in wanted}
     require_same(layout.root, {"teacher": found}, {"teacher": wanted})
     require_same(layout.root, {"cache.shard_rows": plan["shard_rows"]}, {"cache.shard_rows": config.cache.shard_rows})
     rows_of = shared_rows(config, layout).get("rows_of")
     require_same(layout.root, {"cache.rows": plan.get("rows_of")}, {"cache.rows": rows_of})
+    require_same_views(config, layout, plan)
     require_same_pixels(config, layout, plan)
 
 

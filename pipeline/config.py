@@ -79,6 +79,7 @@ def load_config(path: Path) -> Config:
         raise InputError(f"{path}: {_first_problem(error)}") from error
     config = _with_absolute_paths(config, path.resolve().parent)
     config._path = path.resolve()
+    _check_evaluate_on(config, path)
     _check_architectures(config, path)
     return config
 
@@ -87,7 +88,7 @@ def _first_problem(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     first = problems[0]
     # A model inside a union adds its type's name to the location; keys are what the user wrote.
-    key = ".".join(str(part) for part in first["loc"] if not re.search(r"[\[\(]|^(float|literal)$", str(part)))
+    key = ".".join(str(part) for part in first["loc"] if not re.search(r"[\[\(]|^(float|int|literal)$", str(part)))
     if first["type"] == "extra_forbidden":
         text = f"{key}: no such key{_suggestion(first['loc'])}"
     elif first["type"] == "missing":
@@ -173,7 +174,18 @@ def _student(student: StudentSettings, under: Callable[[Path], Path]) -> Student
         init = f"run:{under(Path(init.removeprefix('run:')))}"
     elif init is not None and init != "pretrained" and not init.startswith("open_clip:"):
         init = str(under(Path(init)))
-    return student.model_copy(update={"model": model, "init": init})
+    text = str(under(Path(student.text))) if student.text.endswith(".json") else student.text
+    return student.model_copy(update={"model": model, "init": init, "text": text})
+
+
+def _check_evaluate_on(config: Config, path: Path) -> None:
+    name = config.distill.evaluate_on
+    if config.distill.evaluate_every and name not in config.evaluate:
+        there = ", ".join(sorted(config.evaluate)) or "none"
+        raise InputError(
+            f"{path}: distill.evaluate_on = {name!r}: no such set, there is {there}; name one of [evaluate.*] "
+            "or leave out distill.evaluate_every"
+        )
 
 
 def _check_architectures(config: Config, path: Path) -> None:
@@ -183,6 +195,9 @@ def _check_architectures(config: Config, path: Path) -> None:
         (f"student.{name}.model", student.model.removeprefix("open_clip:"))
         for name, student in config.student.items()
         if student.model.startswith("open_clip:")
+    ]
+    wanted += [
+        (f"student.{name}.text", student.own_text) for name, student in config.student.items() if student.own_text
     ]
     known = _open_clip_architectures()
     for key, name in wanted:

@@ -8,6 +8,7 @@ from ..cache.errors import CacheError, InputError
 from ..cache.feature_cache import FeatureCache
 from ..cache.lock import held
 from ..cache.plan import first_difference
+from ..stages.dev_scores import DevScores
 from ..stages.devices import memory_errors_as
 from ..stages.kept_pixels import FILES, choose_pixels
 from ..stages.pixel_source import ImageFiles, PixelSource
@@ -17,8 +18,11 @@ from ..stages.student_run import Run, is_finished
 from ..stages.teacher_identity import configured_identity
 from ..stages.train import train
 from ..stages.world import World, is_lost_peer, open_world
+from ..stages.zero_shot import labelled_set
+from .class_prompts import cached_set_prompts
 from .config import Config
 from .progress import RESUMED, bar, say
+from .views import draws_from_rounded_sizes
 
 LOCK = "run.lock"
 """In a run's folder: held by the one process that may write there."""
@@ -27,7 +31,7 @@ SOURCE = "source.json"
 
 
 def distill(config: Config, names: list[str], stop_after: int | None = None, *, together: bool = False) -> None:
-    """Train students from a finished cache; neither the teacher nor the sentences are opened.
+    """Train students from a finished cache; neither the teacher nor files of sentences are opened.
 
     Under torchrun every process calls this; the first one talks and writes.
 
@@ -38,15 +42,17 @@ def distill(config: Config, names: list[str], stop_after: int | None = None, *, 
 
     Raises:
         CacheError: if the cache is unfinished or of another teacher than the config's.
-        InputError: if a name is not in the config, a mask not in the cache, or an image is gone.
+        InputError: if a name is not in the config, a mask or a source of weights not in the cache, or an image is gone.
     """
     students = _chosen(config, names)
     cache = FeatureCache.open(config.cache.dir).masked(config.images.mask, config.sentences.mask)
+    cache = cache.weighted(config.images.weights, config.sentences.weights)
     _require_configured_teacher(config, cache)
     runs = [Run(name, student, config.distill.output / name) for name, student in students.items()]
     with open_world(config.distill.device) as world:
+        dev = _dev_scores(config, cache, runs, world)
         for group in _groups(runs, together):
-            _train(config, cache, _pixels(config, cache, group), group, world, stop_after)
+            _train(config, cache, _pixels(config, cache, group), dev, group, world, stop_after)
 
 
 def _groups(runs: list[Run], together: bool) -> list[list[Run]]:
@@ -66,13 +72,32 @@ def _pixels(config: Config, cache: FeatureCache, runs: Sequence[Run]) -> PixelSo
     return kept or ImageFiles(config.images.source, cache.images)
 
 
+def _dev_scores(config: Config, cache: FeatureCache, runs: list[Run], world: World) -> DevScores | None:
+    settings = config.distill
+    if not settings.evaluate_every:
+        return None
+    name = settings.evaluate_on
+    chosen, workers = config.evaluate[name], world.share_of_cores(settings.workers)
+    labelled_set(cache, name)  # refuses a set that is not there
+    own_text = any(run.student.own_text is not None for run in runs)
+    prompts = cached_set_prompts(cache, name, chosen.templates) if own_text else None
+    return DevScores(cache, name, chosen.images, world.device, workers=workers, prompts=prompts)
+
+
 def _train(
-    config: Config, cache: FeatureCache, pixels: PixelSource, runs: Sequence[Run], world: World, stop_after: int | None
+    config: Config,
+    cache: FeatureCache,
+    pixels: PixelSource,
+    dev: DevScores | None,
+    runs: Sequence[Run],
+    world: World,
+    stop_after: int | None,
 ) -> None:
     tell = say if world.is_first else _keep_quiet
     settings = config.distill
     for run in runs:
-        tell(f"student {run.name}: {run.student.model} at {run.student.image_size} px -> {run.folder}")
+        text = "" if run.student.own_text is None else f", text tower of {run.student.own_text}"
+        tell(f"student {run.name}: {run.student.model} at {run.student.image_size} px{text} -> {run.folder}")
         if world.is_first and not (run.folder / CHECKPOINT).exists():  # a run that is refused keeps what it had
             write_json(run.folder / SOURCE, source_document(config))
     names = ", ".join(run.name for run in runs)
@@ -81,6 +106,11 @@ def _train(
         f"and distill.batch_sentences = {settings.batch_sentences} does not fit into memory; raise distill.accumulate "
         f"(now {settings.accumulate}), lower one of the two, or image_size, or choose a smaller model"
     )
+    if settings.views != 0 and pixels.name != FILES and draws_from_rounded_sizes(cache):
+        tell(
+            f"{config.cache.dir}: its kept pictures are another cache's and do not say what size the originals had: "
+            "now and then a replayed crop is not the one that was embedded; distill.pixels = 'files' is exact"
+        )
     with ExitStack() as stack:
         if world.is_first:
             for run in runs:
@@ -89,7 +119,9 @@ def _train(
         shown = stack.enter_context(bar(f"stage two, {names}", 1, "images", RESUMED, shown=world.is_first))
         stack.enter_context(memory_errors_as(too_large))
         stack.enter_context(_lost_peers_as_one_line(world))
-        results = train(cache, pixels, runs, settings, world, stop_after=stop_after, progress=shown.update, note=tell)
+        results = train(
+            cache, pixels, runs, settings, world, dev=dev, stop_after=stop_after, progress=shown.update, note=tell
+        )
     for run, result in zip(runs, results):
         if world.is_first:
             write_json(run.folder / SOURCE, source_document(config))
@@ -141,6 +173,7 @@ def source_document(config: Config) -> dict[str, object]:
     return {
         "cache": str(config.cache.dir),
         "evaluate": {name: str(settings.images) for name, settings in config.evaluate.items()},
+        "templates": {name: settings.templates for name, settings in config.evaluate.items()},
         "probes": {name: settings.probe for name, settings in config.evaluate.items() if settings.probe},
         "captions": {name: str(settings.captions) for name, settings in config.evaluate.items() if settings.captions},
     }

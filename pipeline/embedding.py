@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,7 @@ from ..cache.journal import Journal, ShardRecord
 from ..cache.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
 from ..cache.manifest import read_manifest
 from ..cache.rows import FAILED, RowTable
+from ..stages.crops import Crops
 from ..stages.keep_pixels import PackTask
 from ..stages.shard import Kept, ShardTask
 from .config import Config
@@ -21,6 +23,7 @@ from .inputs import evaluate_prompts
 from .pairs import retrieval_bytes
 from .pixels import image_sizes, pack_bytes, pack_task
 from .progress import bar, say
+from .views import num_crops
 
 if TYPE_CHECKING:
     from ..stages.teacher import Teacher
@@ -44,10 +47,18 @@ def teacher_at_hand(config: Config) -> Iterator["Teacher"]:
         TEACHERS.clear()
 
 
-def array_specs(inputs: dict[str, Any], width: int, chunk: int) -> dict[str, ArraySpec]:
-    """The arrays of `teacher.zarr`: inputs as plan.json has them, `width` of an embedding, `chunk` rows a file."""
+def array_specs(inputs: dict[str, Any], width: int, chunk: int, num_crops: int = 0) -> dict[str, ArraySpec]:
+    """The arrays of `teacher.zarr`.
+
+    Args:
+        inputs: as plan.json has them.
+        width: of an embedding.
+        chunk: rows of a file.
+        num_crops: crops of each training image beside its centre.
+    """
+    views = (1 + num_crops,) if num_crops else ()
     specs = {
-        IMAGES: ArraySpec((inputs["images"]["rows"], width), "float16", chunk),
+        IMAGES: ArraySpec((inputs["images"]["rows"], *views, width), "float16", chunk),
         SENTENCES: ArraySpec((inputs["sentences"]["rows"], width), "float16", chunk),
     }
     for name, item in inputs["evaluate"].items():
@@ -59,7 +70,7 @@ def array_specs(inputs: dict[str, Any], width: int, chunk: int) -> dict[str, Arr
 
 def planned_specs(plan: dict[str, Any]) -> dict[str, ArraySpec]:
     """The arrays of a plan."""
-    return array_specs(plan["inputs"], plan["teacher"]["embed_dim"], plan["shard_rows"])
+    return array_specs(plan["inputs"], plan["teacher"]["embed_dim"], plan["shard_rows"], num_crops(plan))
 
 
 def missing_shards(config: Config, layout: Layout, plan: dict[str, Any]) -> list[ShardTask]:
@@ -68,7 +79,7 @@ def missing_shards(config: Config, layout: Layout, plan: dict[str, Any]) -> list
     Args:
         layout: the cache, or a version of it in the making: then a shard that has grown keeps the rows that it had.
     """
-    journal, tasks = Journal(layout), []
+    journal, tasks, crops = Journal(layout), [], Crops.read(plan.get("views"))
     specs = planned_specs(plan)
     before = read_manifest(layout.base) if layout.under else None
 
@@ -78,13 +89,13 @@ def missing_shards(config: Config, layout: Layout, plan: dict[str, Any]) -> list
         if not before or num_rows <= 0:
             return None
         store = layout.base.teacher_zarr
-        name = layout.base.name_of(chunk_path(store, array, shard))
+        name = layout.base.name_of(chunk_path(store, array, shard, len(specs[array].shape)))
         return Kept(store, num_rows, before["files"][name]["digest"])
 
     def pack_of(array: str, shard: int) -> PackTask | None:
         if array != IMAGES or not plan.get("pixels"):
             return None
-        return pack_task(layout, plan["pixels"], shard, specs[array].chunk_rows, before)
+        return pack_task(layout, plan["pixels"], shard, plan, before)
 
     def add(kind: Literal["images", "sentences"], array: str, table: Path, root: Path | None = None) -> None:
         for shard in range(specs[array].num_chunks):
@@ -92,8 +103,8 @@ def missing_shards(config: Config, layout: Layout, plan: dict[str, Any]) -> list
             counted = [array, pack.array] if pack else [array]
             if not all(journal.has(name, shard, num_rows) for name in counted):
                 kept, found = kept_rows(array, shard), layout.find(table)
-                spec = specs[array]
-                tasks.append(ShardTask(kind, layout.teacher_zarr, array, spec, shard, found, root, (), kept, pack))
+                task = ShardTask(kind, layout.teacher_zarr, array, specs[array], shard, found, root, (), kept, pack)
+                tasks.append(replace(task, crops=crops) if array == IMAGES else task)
 
     add("images", IMAGES, layout.image_rows, config.images.source)
     add("sentences", SENTENCES, layout.sentence_rows)
@@ -156,7 +167,9 @@ def require_disk(config: Config, layout: Layout, plan: dict[str, Any], also: int
     tasks = missing_shards(config, layout, plan)
     wanted = also + sum(task.spec.chunk_bytes for task in tasks)
     wanted += sum(path.stat().st_size for path in layout.root.glob("rows/**/*.parquet"))
-    wanted += retrieval_bytes([specs[IMAGES].shape, specs[SENTENCES].shape], config.pairs)
+    wanted += retrieval_bytes(
+        [(spec.shape[0], spec.shape[-1]) for spec in (specs[IMAGES], specs[SENTENCES])], config.pairs
+    )
     if plan.get("pixels"):
         sizes = image_sizes(layout, specs[IMAGES].shape[0])
         shards = [task.shard for task in tasks if task.pack]

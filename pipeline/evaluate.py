@@ -1,5 +1,6 @@
 """`dimefm evaluate`: scores of finished runs on every labelled set, without the teacher."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from ..stages.predictions import versus, write_predictions, zero_shot_prediction
 from ..stages.probe import FittedProbes
 from ..stages.recall import recall_scores
 from ..stages.scores import EmbeddedSet, probe_scores, require_same_classes, zero_shot_scores
-from ..stages.zero_shot import embed_set, load_student
+from ..stages.text_student import TextStudent
+from ..stages.zero_shot import Which, embed_set, load_student, load_text_student
+from .class_prompts import cached_set_prompts
 from .config import load_config
 from .distill import SOURCE, source_document
 from .progress import say
@@ -26,18 +29,19 @@ from .score_table import Scores
 Predictions = dict[str, pa.Table]
 
 
-def evaluate(runs: list[Path]) -> Scores:
+def evaluate(runs: list[Path], which: Which | None = None) -> Scores:
     """Score runs and write `evaluation.json`, and `predictions/` of each image, into each.
 
     Args:
         runs: folders of runs; a config file (.toml) stands for the runs of all its students, scored on the sets, and
             from the cache, that it names now. All but the first are also held against the first.
+        which: weights that are scored, `best` or `last`; None: the best where a run keeps them.
 
     Returns:
         For each run's folder, for each set: the scores, shares between 0 and 1. docs/scores.md says what each means.
 
     Raises:
-        InputError: if a folder is no run, or its run has no checkpoint.
+        InputError: if a folder is no run, or its run has no such checkpoint.
         CacheError: if the cache it was trained from is gone or damaged.
     """
     scores: Scores = {}
@@ -47,21 +51,29 @@ def evaluate(runs: list[Path]) -> Scores:
         cache = FeatureCache.open(source["cache"])
         _require_probes(cache, source["probes"])
         read = _captions(cache, source["captions"])
-        student, record = load_student(run)
-        if record["step"] < record["total_steps"]:
-            say(f"{run}: not finished, at step {record['step']:,} of {record['total_steps']:,}")
+        student, record = load_student(run, which)
+        own_text = load_text_student(run, which=which)
+        heads = {} if own_text is None else _own_heads(own_text, cache, source)
+        _tell_of_weights(run, record)
         embedded: dict[str, EmbeddedSet] = {}
         for name, folder in source["evaluate"].items():
             say(f"embedding {name} with {run}")
             with memory_errors_as(f"{run}: scoring does not fit into memory; end what else uses it and run this again"):
-                embedded[name] = embed_set(student, record, cache, name, Path(folder))
-        of_run = {name: {**zero_shot_scores(item), "weights": record["weights"]} for name, item in embedded.items()}
+                item = embed_set(student, record, cache, name, Path(folder))
+            embedded[name] = dataclasses.replace(item, student_head=heads.get(name))
+        said = {key: record[key] for key in ("weights", "step", "checkpoint")}
+        of_run = {
+            name: {**zero_shot_scores(item), **said, "chosen_on": name == record["chosen_on"]}
+            for name, item in embedded.items()
+        }
         for name, fit_name in source["probes"].items():
             say(f"fitting probes on {fit_name}, for {name}")
             of_run[name]["probe"] = probe_scores(embedded[name], embedded[fit_name], name, fit_name, probes)
             _tell_of_duplicates(name, of_run[name]["probe"])
-        for name, item in read.items():
-            of_run[name]["retrieval"] = recall_scores(embedded[name], texts.embed(cache, name, item), item.image_of)
+        for name, of_set in read.items():
+            own = None if own_text is None else own_text.encode_sentences(of_set.texts)
+            captions = texts.embed(cache, name, of_set)
+            of_run[name]["retrieval"] = recall_scores(embedded[name], captions, of_set.image_of, own)
         predictions = {name: zero_shot_predictions(item) for name, item in embedded.items()}
         for name, table in predictions.items():
             write_predictions(run / "predictions" / f"{name}.parquet", table)
@@ -80,6 +92,16 @@ def _require_probes(cache: FeatureCache, probes: dict[str, str]) -> None:
         if name in cache.evaluate and fit_name in cache.evaluate:
             sets = cache.evaluate[name], cache.evaluate[fit_name]
             require_same_classes(sets[0].class_ids, sets[1].class_ids, name, fit_name)
+
+
+def _own_heads(text: TextStudent, cache: FeatureCache, source: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
+    """Class vectors by a student's own text tower; a set that is not there has an error later."""
+    prompts = {
+        name: cached_set_prompts(cache, name, source["templates"].get(name))
+        for name in source["evaluate"]
+        if name in cache.evaluate
+    }
+    return {name: text.class_head(of_set) for name, of_set in prompts.items()}
 
 
 def _captions(cache: FeatureCache, files: dict[str, str]) -> dict[str, Captions]:
@@ -103,6 +125,17 @@ class _EmbeddedTexts:
             say(f"embedding {len(captions.texts):,} captions of {name}")
             self._known[key] = embed_captions(cache.text_tower, captions)
         return self._known[key]
+
+
+def _tell_of_weights(run: Path, record: dict[str, Any]) -> None:
+    step, total = record["step"], record["total_steps"]
+    if record["checkpoint"] == "best":
+        say(
+            f"{run}: its best step on {record['chosen_on']}, {step:,} of {total:,}; --weights last scores the one that "
+            "it stands at"
+        )
+    elif step < total:
+        say(f"{run}: not finished, at step {step:,} of {total:,}")
 
 
 def _tell_of_duplicates(name: str, probe: dict[str, Any]) -> None:
@@ -137,7 +170,9 @@ def _runs(runs: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
 def _source(run: Path) -> dict[str, Any]:
     try:
         source = dict(json.loads((run / SOURCE).read_bytes()))
-        optional = {key: dict(source.get(key, {})) for key in ("probes", "captions")}  # older runs do not say
+        optional = {
+            key: dict(source.get(key, {})) for key in ("probes", "captions", "templates")
+        }  # older runs do not say
         return {"cache": Path(source["cache"]), "evaluate": dict(source["evaluate"]), **optional}
     except FileNotFoundError as error:
         raise InputError(

@@ -1,10 +1,13 @@
 """`dimefm cache inspect`: a screenful on what is in a cache."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import numpy as np
 
 from ..cache.feature_cache import FeatureCache
-from ..cache.inspect import QUANTILES, inspect_cache
+from ..cache.inspect import QUANTILES, inspect_cache, skewness
+from ..stages.hubs import PairScores, Ranking, in_degrees
 
 NAME_WIDTH = 48
 
@@ -15,7 +18,25 @@ def inspect(folder: Path) -> dict[str, Any]:
     Raises:
         CacheError: if the cache is unfinished, foreign or damaged.
     """
-    return inspect_cache(FeatureCache.open(folder))
+    cache = FeatureCache.open(folder)
+    found = inspect_cache(cache)
+    if "image_to_sentence" in found["hubs"]:
+        found["hubs"]["image_to_sentence"]["nearest"] = _nearest(cache)
+    return found
+
+
+def _nearest(cache: FeatureCache) -> dict[str, dict[str, float]]:
+    """For each ranking: how evenly sentences are an image's very first one. All its neighbours no ranking changes."""
+    usable, shown = cache.sentences.usable, {}
+    for ranking in get_args(Ranking):
+        counts = in_degrees(PairScores.of(cache, ranking, float(cache.teacher["logit_scale"])), first=1)
+        degrees = counts[usable]
+        shown[ranking] = {
+            "max": int(counts.max(initial=0)),
+            "never": float(np.mean(degrees == 0)) if len(degrees) else 1.0,
+            "skewness": skewness(degrees) if len(degrees) else 0.0,
+        }
+    return shown
 
 
 def inspect_lines(found: dict[str, Any]) -> list[str]:
@@ -48,6 +69,11 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
         probed = f", {info['nprobe']} of {info['nlist']} lists probed" if info.get("nlist") else ""
         lines.append(f"index over {side}: {info['type']}, recall@{info['recall_k']} {recall}{probed}")
     lines.append(f"pairs: {found['pairs']['k']} neighbours each way" if found["pairs"] else "pairs: none")
+    if views := found["views"]:
+        settings = ", ".join(f"{key} {value}" for key, value in views["crops"].items())
+        lines.append(f"views: the centre and {views['count']} crops of each image ({settings})")
+    else:
+        lines.append("views: the centre alone")
     if kept := found["pixels"]:
         whose = f"{_size(kept['mean_bytes'])} a picture" if kept["own"] else "of the cache whose rows it shares"
         lines.append(f"pixels: {kept['setting']}, {whose}")
@@ -63,6 +89,9 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
         most = "" if item["max_row"] is None else f"{item['max_row']:,} {_short(item['max_name'])}"
         numbers = f"{item['mean']:>10.2f}{item['max']:>10,}{item['skewness']:>10.2f}{100 * item['never']:>7.1f} %"
         lines.append(f"  {name.rsplit('_', 1)[-1] + 's':<30}{numbers}  {most}".rstrip())
+    for ranking, item in found["hubs"].get("image_to_sentence", {}).get("nearest", {}).items():
+        numbers = f"{'':>10}{item['max']:>10,}{item['skewness']:>10.2f}{100 * item['never']:>7.1f} %"
+        lines.append(f"  {'sentences, first by ' + ranking.replace('_', ' '):<38}{numbers[8:]}")
     return lines
 
 

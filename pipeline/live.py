@@ -50,14 +50,20 @@ def require_same_teacher(root: Path, plan: Mapping[str, Any], teacher: "Teacher"
 
 
 def live_rows(
-    config: Config, layout: Layout, teacher: "Teacher", array: str, rows: NDArray[np.int64]
+    config: Config,
+    layout: Layout,
+    plan: Mapping[str, Any],
+    teacher: "Teacher",
+    array: str,
+    rows: NDArray[np.int64],
 ) -> tuple[NDArray[np.float16], list[str | None]]:
-    """Embed rows of an array again.
+    """Embed rows of an array again, all views of them.
 
     Returns:
-        (n, D) float16, and for each row why it could not be embedded.
+        (n, D) or (n, views, D) float16, and for each row why it could not be embedded.
     """
-    from ..stages.embed import embed_image_shard, embed_sentence_shard
+    from ..stages.crops import Crops
+    from ..stages.embed import RowCrops, embed_image_shard, embed_sentence_shard
 
     table = RowTable(table_of(layout, array))
     folder = image_folder(config, array)
@@ -66,7 +72,10 @@ def live_rows(
     else:
         assert folder is not None
         files = [folder / source for source in table.take(rows.tolist(), "source")]
-        done = embed_image_shard(teacher, files, config.teacher.batch_size, config.teacher.workers, Lock())
+        crops = Crops.read(plan.get("views")) if array == IMAGES else None
+        beside = RowCrops(crops, rows) if crops else None
+        settings = config.teacher
+        done = embed_image_shard(teacher, files, settings.batch_size, settings.workers, Lock(), None, beside)
     reasons = dict(done.failures)
     return done.embeddings, [reasons.get(i) for i in range(len(rows))]
 
@@ -74,6 +83,7 @@ def live_rows(
 def compare_live(
     config: Config,
     layout: Layout,
+    plan: Mapping[str, Any],
     teacher: "Teacher",
     array: str,
     num_rows: int,
@@ -81,9 +91,10 @@ def compare_live(
     chunk_rows: int,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Embed a random sample of an array's rows again and compare.
+    """Embed a random sample of an array's rows again and compare; a row is as near as its farthest view.
 
     Args:
+        plan: of the cache.
         bad: chunks that are damaged; none of their rows are looked at.
 
     Returns:
@@ -96,14 +107,17 @@ def compare_live(
     if not good.size or (array != SENTENCES and image_folder(config, array) is None):
         return {"rows": 0, "cosine": None, "unreadable": [], "differ": []}
     rows = np.sort(np.random.default_rng(seed).choice(good, min(SAMPLE_ROWS, len(good)), replace=False))
-    live, reasons = live_rows(config, layout, teacher, array, rows)
+    live, reasons = live_rows(config, layout, plan, teacher, array, rows)
     read = np.array([reason is None for reason in reasons])
     stored = _rows_of(layout, array, rows, chunk_rows)
-    unit, _ = unit_rows(live[read])
-    found = cosines(unit, np.arange(int(read.sum()))[:, None], stored[read])[:, 0]
+    views = live.reshape(len(rows), -1, live.shape[-1])[read], stored.reshape(len(rows), -1, live.shape[-1])[read]
+    now, then = (of_rows.reshape(-1, live.shape[-1]) for of_rows in views)
+    unit, _ = unit_rows(now)
+    each = cosines(unit, np.arange(len(now))[:, None], then)[:, 0].reshape(int(read.sum()), -1)
+    found = each.min(axis=1)
     return {
         "rows": int(read.sum()),
-        "cosine": {"least": float(found.min()), "mean": float(found.mean())} if found.size else None,
+        "cosine": {"least": float(each.min()), "mean": float(each.mean())} if each.size else None,
         "unreadable": rows[~read].tolist(),
         "differ": rows[read][~(found >= SAME_ROW)].tolist(),
     }

@@ -40,7 +40,7 @@ def mend_packs(hands: Hands, whole: Iterable[Piece], bad: Collection[str], found
             replace(image, lost=True) if image and (states.get(piece.first + i) or "").startswith(LOST) else image
             for i, image in enumerate(wanted_images(hands.mend, table, num_rows, piece.chunk, folder))
         ]
-        task = pack_task(hands.mend, setting, piece.chunk, int(hands.plan["shard_rows"]))
+        task = pack_task(hands.mend, setting, piece.chunk, hands.plan)
         try:
             record = keep_shard(task, images, hands.config.teacher.workers)
         except InputError as error:

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,9 +19,10 @@ from ..cache.durable import digest, make_folder, to_json_line, write_bytes
 from ..cache.findings import Runs
 from ..cache.inventory import Piece
 from ..cache.journal import Journal, ShardRecord, read_records
-from ..cache.layout import SENTENCES, Layout
+from ..cache.layout import IMAGES, SENTENCES, Layout
 from ..cache.rows import LOST, OK, RowTable, good_rows, restate_rows
 from ..cache.versions import move_file
+from ..stages.crops import Crops
 from ..stages.images import file_digests
 from .config import Config
 from .inputs import classes_document, evaluate_prompts
@@ -139,7 +141,8 @@ def _waiting(mend: Layout) -> dict[tuple[str, int], ShardRecord]:
     """Shards that an earlier repair computed and did not put into force."""
     records = {}
     for record in read_records(mend):
-        path = next(mend.teacher_zarr.joinpath(record.array, "c", str(record.shard)).rglob("0"), None)
+        below = mend.teacher_zarr.joinpath(record.array, "c", str(record.shard)).rglob("0")
+        path = next(filter(Path.is_file, below), None)
         given_up = any(reason.startswith(LOST) for _, reason in record.failures)
         if path is not None and not given_up and digest(path.read_bytes()) == record.digest:
             records[record.array, record.shard] = record
@@ -176,7 +179,8 @@ def _task(hands: Hands, piece: Piece, states: Mapping[str, Mapping[int, str | No
         restate_rows(table, target, again, int(hands.plan["shard_rows"]))
         table = target
     kind: Literal["images", "sentences"] = "sentences" if piece.array == SENTENCES else "images"
-    return ShardTask(kind, store, piece.array, spec, piece.chunk, table=table, root=folder)
+    crops = Crops.read(hands.plan.get("views")) if piece.array == IMAGES else None
+    return ShardTask(kind, store, piece.array, spec, piece.chunk, table=table, root=folder, crops=crops)
 
 
 def _settle(
@@ -215,7 +219,9 @@ def _probe(hands: Hands, array: str, probes: dict[str, dict[str, Any]], bad: Ite
     if array not in probes:
         chunks = np.array([piece.chunk for piece in bad if piece.array == array])
         num_rows, chunk_rows = hands.specs[array].shape[0], int(hands.plan["shard_rows"])
-        probes[array] = compare_live(hands.config, hands.mend, hands.teacher, array, num_rows, chunks, chunk_rows)
+        probes[array] = compare_live(
+            hands.config, hands.mend, hands.plan, hands.teacher, array, num_rows, chunks, chunk_rows
+        )
     return probes[array]
 
 

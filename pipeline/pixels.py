@@ -45,14 +45,15 @@ def require_same_pixels(config: Config, layout: Layout, plan: Mapping[str, Any])
 
 
 def pack_task(
-    layout: Layout, setting: str, shard: int, shard_rows: int, before: Mapping[str, Any] | None = None
+    layout: Layout, setting: str, shard: int, plan: Mapping[str, Any], before: Mapping[str, Any] | None = None
 ) -> PackTask:
     """The pack of one shard.
 
     Args:
+        plan: of the cache; where it holds crops, pictures that are made smaller say what size they had.
         before: the manifest of the version that a version in the making grows from; the rows that it has are kept.
     """
-    side = kept_side(setting)
+    side, shard_rows = kept_side(setting), int(plan["shard_rows"])
     assert side is not None
     array = layout.packs(setting)
     kept = None
@@ -60,7 +61,8 @@ def pack_task(
     if before and num_rows > 0:
         path = pack_path(layout.base.root / array, shard)
         kept = KeptRows(path, num_rows, before["files"][layout.base.name_of(path)]["digest"])
-    return PackTask(pack_path(layout.root / array, shard), array, shard, side, shard_rows, kept)
+    path = pack_path(layout.root / array, shard)
+    return PackTask(path, array, shard, side, shard_rows, kept, note_size="views" in plan)
 
 
 def wanted_images(layout: Layout, table: Path, num_rows: int, shard: int, folder: Path) -> Iterator[Wanted | None]:

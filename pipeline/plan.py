@@ -29,8 +29,8 @@ def describe_plan(config: Config) -> dict[str, Any]:
     """What stage one has done and has still to do.
 
     Returns:
-        `cache`, `state` (not started, unfinished, finished), `arrays` (rows, shards done and in all, bytes), `pixels`
-        (None, or setting, rows, packs done and in all, estimated bytes), `notes`, `disk` of the whole cache,
+        `cache`, `state` (not started, unfinished, finished), `arrays` (rows, views, shards done and in all, bytes),
+        `pixels` (None, or setting, rows, packs done and in all, estimated bytes), `notes`, `disk` of the whole cache,
         `memory_bytes` to build its larger index, `rows_left`, `rows_per_s` and `seconds_left` (None until a shard has
         been measured). Sizes are None where only a hub knows the width.
 
@@ -43,7 +43,7 @@ def describe_plan(config: Config) -> dict[str, Any]:
     notes = require_same_run(config, layout, plan, report=True) if plan else []
     width = plan["teacher"]["embed_dim"] if plan else configured_embed_dim(config.teacher)
     inputs = plan["inputs"] if plan else _count_inputs(config)
-    specs = array_specs(inputs, width or 1, config.cache.shard_rows)
+    specs = array_specs(inputs, width or 1, config.cache.shard_rows, config.cache.num_crops)
     journal = Journal(layout)
     arrays = {name: _array_state(name, spec, journal) for name, spec in specs.items()}
     rows_left = sum(item["rows_left"] for item in arrays.values())
@@ -76,7 +76,10 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
     lines, kept = [f"{found['cache']}: {found['state']}"], found["pixels"]
     for name, item in found["arrays"].items():
         size = f", {_size(item['bytes'])}" if item["bytes"] is not None else ""
-        lines.append(f"  {name}: {item['rows']:,} rows, {item['shards_done']} of {item['shards']} shards done{size}")
+        views = f" of {item['views']} views" if item["views"] > 1 else ""
+        lines.append(
+            f"  {name}: {item['rows']:,} rows{views}, {item['shards_done']} of {item['shards']} shards done{size}"
+        )
     if kept:
         packs = f"{kept['rows']:,} rows, {kept['packs_done']} of {kept['packs']} packs done"
         lines.append(f"  pixels ({kept['setting']}): {packs}, about {_size(kept['estimated_bytes'])} (an estimate)")
@@ -117,6 +120,7 @@ def _array_state(name: str, spec: ArraySpec, journal: Journal) -> dict[str, Any]
         "rows_left": left,
         "shards": spec.num_chunks,
         "shards_done": spec.num_chunks - len(missing),
+        "views": spec.shape[1] if len(spec.shape) == 3 else 1,
         "bytes": spec.num_bytes,
     }
 

@@ -23,7 +23,8 @@ def score_table(scores: Scores) -> str:
     if not items:
         return "no [evaluate.*] set in the config of these runs: nothing to score"
     tables = [_zero_shot(items), _beyond(items), _retrieval(items)]
-    return "\n\n".join(_laid_out(table) for table in tables if len(table) > 1)
+    shown = [_laid_out(table) for table in tables if len(table) > 1]
+    return "\n\n".join(shown + _notes(items))
 
 
 def _zero_shot(items: list[tuple[str, str, Item]]) -> Table:
@@ -46,6 +47,9 @@ def _beyond(items: list[tuple[str, str, Item]]) -> Table:
     """How sure the first table is, what neighbours and probes find, and how runs differ; only columns with numbers."""
     level = f"{100 * items[0][2]['bootstrap']['level']:.0f} %"
     header = ["run", "set", f"top-1, {level}", f"retention, {level}"]
+    own_text = any("student_top1_teacher_text" in item for _, _, item in items)
+    if own_text:
+        header += ["top-1 by teacher's text"]
     probes = any("probe" in item for _, _, item in items)
     others = any("versus" in item for _, _, item in items)
     if probes:
@@ -55,6 +59,8 @@ def _beyond(items: list[tuple[str, str, Item]]) -> Table:
     rows = []
     for run, name, item in items:
         row = [run, name, _range(item["student_top1_interval"]), _with_range(item, "retention")]
+        if own_text:
+            row += [_percent(item.get("student_top1_teacher_text"))]
         probe = item.get("probe")
         if probe:
             row += [probe["fitted_on"]]
@@ -82,6 +88,14 @@ def _retrieval(items: list[tuple[str, str, Item]]) -> Table:
             if found
         ]
     return rows
+
+
+def _notes(items: list[tuple[str, str, Item]]) -> list[str]:
+    """What a reader must know to take the tables for what they are."""
+    chosen = [f"{run} on {name} (step {item['step']:,})" for run, name, item in items if item.get("chosen_on")]
+    if not chosen:
+        return []
+    return [f"Optimistic, since the step that is scored was chosen on this very set: {', '.join(chosen)}."]
 
 
 def _percent(value: float | None, form: str = ".1f") -> str:

@@ -123,7 +123,15 @@ def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str
                 continue
             bad = damaged_chunks(report, array)
             item = compare_live(
-                config, trusted.layout, teacher, array, entry["rows"], bad, trusted.shard_rows, seed=time.time_ns()
+                config,
+                trusted.layout,
+                trusted.plan,
+                teacher,
+                array,
+                entry["rows"],
+                bad,
+                trusted.shard_rows,
+                seed=time.time_ns(),
             )
             compared[array] = item
             if item["differ"]:

@@ -4,7 +4,6 @@ The random numbers come from `counter_random.uniforms(key, row, pass)`, so a vie
 the image's row and how often it was seen before: not on threads, not on where a run was resumed.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,59 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .distill_settings import AugmentSettings
+from ..cache.settings import RandomCrop
+from .crops import crop_box, crop_of, is_flipped
 from .images import ImageError, decode_image
 from .jpeg import OpenJpeg
 
-_TRIES = 10
-NUM_UNIFORMS = 2 * _TRIES + 3
-"""Random numbers that one view takes at most: area and shape of ten tries, the position, the flip."""
 
-Box = tuple[int, int, int, int]
-
-
-def crop_box(
-    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float], numbers: Sequence[float]
-) -> Box:
-    """Choose a crop with the distribution of torchvision's `RandomResizedCrop.get_params`.
-
-    Args:
-        width, height: of the image, pixels.
-        scale: range of the crop's share of the area.
-        ratio: range of the crop's width / height, drawn log-uniformly.
-        numbers: `NUM_UNIFORMS` uniform numbers in [0, 1).
-
-    Returns:
-        (left, top, right, bottom), pixels, inside the image and never empty. If no try fits, the largest centred crop
-        whose shape is in range.
-    """
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    left_number, top_number = numbers[2 * _TRIES : 2 * _TRIES + 2]
-    for area_number, shape_number in zip(numbers[0 : 2 * _TRIES : 2], numbers[1 : 2 * _TRIES : 2]):
-        area = width * height * (scale[0] + area_number * (scale[1] - scale[0]))
-        shape = math.exp(low + shape_number * (high - low))
-        crop_width, crop_height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            left = int(left_number * (width - crop_width + 1))
-            top = int(top_number * (height - crop_height + 1))
-            return left, top, left + crop_width, top + crop_height
-    crop_width = min(width, max(1, round(height * ratio[1])))
-    crop_height = min(height, max(1, round(width / ratio[0])))
-    left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    return left, top, left + crop_width, top + crop_height
-
-
-def resample_filter(interpolation: str) -> Image.Resampling:
-    """Pillow's filter for a teacher's `interpolation`; like open_clip, anything but bilinear is bicubic."""
-    return Image.Resampling.BILINEAR if interpolation == "bilinear" else Image.Resampling.BICUBIC
-
-
-def is_flipped(numbers: Sequence[float]) -> bool:
-    """Whether this view would be mirrored, where mirroring is on: half of them are."""
-    return numbers[-1] < 0.5
-
-
-def jpeg_reduction(box: Box, image_size: int) -> int:
+def jpeg_reduction(box: tuple[float, float, float, float], image_size: int) -> int:
     """By how much a JPEG may be reduced while it is decoded: 1, 2, 4 or 8.
 
     The crop keeps at least twice the pixels of the output a side, so that the resize that follows still decides how the
@@ -82,18 +35,29 @@ class ViewMaker:
         settings: ranges of the crop, and whether views are mirrored.
         image_size: side of the square view, pixels.
         resample: filter of the resize: the teacher's own.
+        replays: whether these are the crops that stage one embedded: shares of the original's sides, so that they
+            lie on the same part of the picture whatever its size here.
     """
 
-    settings: AugmentSettings
+    settings: RandomCrop
     image_size: int
     resample: Image.Resampling
+    replays: bool = False
 
     def view(self, data: bytes | memoryview, numbers: Sequence[float]) -> NDArray[np.uint8]:
         """One view of an image file; see `make_views`."""
         return make_views([self], data, numbers)[0]
 
-    def box(self, size: tuple[int, int], numbers: Sequence[float]) -> Box:
-        """The crop of an image of this (width, height)."""
+    def box(
+        self, size: tuple[int, int], numbers: Sequence[float], original: tuple[int, int] | None = None
+    ) -> tuple[float, float, float, float]:
+        """The crop of an image of this (width, height), in its pixels.
+
+        Args:
+            original: size of what the image was made smaller from, where that is known.
+        """
+        if self.replays:
+            return crop_of(self.settings, original or size, numbers).on(size)
         return crop_box(*size, self.settings.scale, self.settings.ratio, numbers)
 
     def finish(
@@ -129,7 +93,7 @@ def make_views(
     views = []
     for maker in makers:
         if jpeg is not None:
-            box = maker.box(jpeg.size, numbers)
+            box = maker.box(jpeg.size, numbers, jpeg.original_size)
             reduction = jpeg_reduction(box, maker.image_size)
             if reduction not in reduced:
                 reduced[reduction] = _decode(jpeg, reduction)

@@ -5,7 +5,7 @@ Which worker makes what and when changes nothing, since every view and every ord
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -29,6 +29,10 @@ _BATCHES_AHEAD = 3
 _DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32, "int64": torch.int64}
 
 
+Tokens = Callable[[NDArray[np.int64]], Mapping[str, Tensor]]
+"""Makes token ids of sentences, (n,) rows of them, for each text tower."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one step trains on; everything is on the CPU and the caller's own.
@@ -37,10 +41,14 @@ class Batch:
         step: from 0.
         rows: (B,) int64 image rows.
         images: for each view maker (B, S, S, 3) uint8 views.
-        targets: (B, D) float16 teacher embeddings of the images, as emitted.
+        targets: (B, D) float16 teacher embeddings of the images, as emitted: of the very view, where it is one of the
+            cache's, else of the centre.
         sentences: (N, D) float16 teacher embeddings of the step's sentences; None where no loss wants any.
         bank: (M, D) float16 teacher embeddings of further images; None where no loss wants any.
+        tokens: for each text tower that is trained, by what it is built from, (n, its context length) int64 token ids
+            of the step's texts.
         wait_s: seconds that the training loop waited for this batch.
+        views: (B,) int64, which of the cache's views each image is; None where views are made here.
         sentence_cosines: (N,) float32, of a retrieved sentence to the image that brought it, NaN of others; None where
             nothing is retrieved.
         sampling: what makes up for sentences that are drawn more often than others; None is nothing.
@@ -52,7 +60,9 @@ class Batch:
     targets: Tensor
     sentences: Tensor | None
     bank: Tensor | None
+    tokens: Mapping[str, Tensor]
     wait_s: float
+    views: NDArray[np.int64] | None = None
     sentence_cosines: Tensor | None = None
     sampling: SamplingWeights | None = None
 
@@ -69,6 +79,7 @@ class BatchLoader:
         view_key: int,
         sentences: tuple[EmbeddingSet, Drawn] | None = None,
         bank: Drawn | None = None,
+        texts: tuple[Tokens, Drawn] | None = None,
         workers: int = 0,
         pin_memory: bool = False,
         *,
@@ -81,15 +92,17 @@ class BatchLoader:
             image_stream: the order in which they are drawn; every draw has as many rows as that of step 0.
             pixels: where their files' bytes come from.
             views: makers of one or several kinds of views, which all come from one reading of each image.
-            view_key: key that all views of the run derive from.
+            view_key: key that all views derive from: the run's, or that of the cache's crops where `image_stream` says
+                which of them are taken.
             sentences: the cached sentences and the order in which they are drawn, or None.
             bank: the order in which further image rows are drawn, whose targets alone are wanted, or None.
+            texts: what makes token ids of sentence rows, and the order in which these are drawn, or None.
             workers: how many read, decode and augment; 0 takes one for each core that this process may use.
             pin_memory: put tensors where a GPU can fetch them from on its own.
             processes: whether workers are processes or threads; None lets their number decide.
         """
         self._images, self._image_stream, self._pixels = images, image_stream, pixels
-        self._sentences, self._bank, self._pin = sentences, bank, pin_memory
+        self._sentences, self._bank, self._texts, self._pin = sentences, bank, texts, pin_memory
         batch = len(image_stream.draw(0).rows)
         self._pool = ViewPool(pixels, views, view_key, batch, _BATCHES_AHEAD, workers, processes)
         self._background: ThreadPoolExecutor
@@ -148,7 +161,8 @@ class BatchLoader:
 
     def _start(self, step: int, slot: int) -> "_Started":
         draw = self._image_stream.draw(step)
-        tasks = self._pool.start(slot, draw.rows, draw.passes, self._pixels.tickets(draw.rows))
+        numbers = draw.passes if draw.views is None else draw.views
+        tasks = self._pool.start(slot, draw.rows, numbers, self._pixels.tickets(draw.rows))
         return _Started(step, slot, draw, tasks)
 
     def _finish(self, one: "_Started") -> Batch:
@@ -162,13 +176,30 @@ class BatchLoader:
             if draw.weights is not None:
                 of = draw.weights
                 sampling = SamplingWeights(*(self._tensor(part) for part in (of.sentences, of.places, of.values)))
+        tokens = {} if self._texts is None else self._texts[0](self._texts[1].draw(one.step).rows)
+        if self._pin:
+            tokens = {name: ids.pin_memory() for name, ids in tokens.items()}
         for task in one.tasks:
             task.result()
-        images = tuple(self._tensor(views) for views in self._pool.slots[one.slot])
-        return Batch(one.step, one.draw.rows, images, targets, sentences, bank, 0.0, cosines, sampling)
+        return Batch(
+            one.step,
+            one.draw.rows,
+            images=tuple(self._tensor(views) for views in self._pool.slots[one.slot]),
+            targets=targets,
+            sentences=sentences,
+            bank=bank,
+            tokens=tokens,
+            wait_s=0.0,
+            views=one.draw.views,
+            sentence_cosines=cosines,
+            sampling=sampling,
+        )
 
     def _gather(self, embeddings: EmbeddingSet, draw: Draw) -> Tensor:
-        return self._tensor(embeddings.embeddings[draw.rows])
+        if draw.views is None:
+            return self._tensor(embeddings.embeddings[draw.rows])
+        assert embeddings.views is not None
+        return self._tensor(embeddings.views.at(draw.rows, draw.views))
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         """A copy of its own, so that a batch lives as long as its user wants."""

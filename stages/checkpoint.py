@@ -27,8 +27,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_bytes(path, buffer.getbuffer())
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, remedy: str = "delete it to train from the start") -> dict[str, Any]:
     """Read a state, onto the CPU, running no code from the file.
+
+    Args:
+        remedy: what to do about a damaged one, for the message.
 
     Raises:
         InputError: if the file is missing, damaged, or no checkpoint of this project.
@@ -38,10 +41,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise InputError(f"{path}: missing; train the student first") from error
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a readable checkpoint; delete it to train from the start") from error
+        raise InputError(f"{path}: not a readable checkpoint; {remedy}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise InputError(f"{path}: checkpoint format {found}, wanted {FORMAT}; delete it to train from the start")
+        raise InputError(f"{path}: checkpoint format {found}, wanted {FORMAT}; {remedy}")
     return state
 
 

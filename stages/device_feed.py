@@ -34,12 +34,13 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
                 sampling=None
                 if batch.sampling is None
                 else batch.sampling.map(lambda part: part.to(device, non_blocking=True)),
+                tokens={name: ids.to(device, non_blocking=True) for name, ids in batch.tokens.items()},
                 wait_s=0.0 if was_busy else batch.wait_s,
             )
         using = torch.cuda.current_stream(device)
         using.wait_stream(stream)
         weights = () if copied.sampling is None else copied.sampling.tensors()
-        of_sentences = copied.sentences, copied.sentence_cosines, *weights
+        of_sentences = copied.sentences, copied.sentence_cosines, *weights, *copied.tokens.values()
         for tensor in (*copied.images, copied.targets, *of_sentences, copied.bank):
             if tensor is not None:
                 tensor.record_stream(using)  # its memory is not handed out again while the step uses it

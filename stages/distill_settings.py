@@ -5,40 +5,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..cache.settings import Settings
-from .settings import Device, FilePath, Fraction
+from ..cache.settings import RandomCrop, Settings
+from .settings import Device, FilePath, Fraction, Weight
 
-Weight = Annotated[float, Field(ge=0.0)]
 Temperature = Annotated[float, Field(gt=0.0)]
 
 
-class AugmentSettings(Settings):
-    """`[distill.augment]`: the views that a student sees."""
+class AugmentSettings(RandomCrop):
+    """`[distill.augment]`: crops of the student's own. A flipped photo is another view than the one that was cached."""
 
     preset: Literal["light", "paper"] | None = None
     """`paper` is scale 0.08-1 with flips; `light` is the default. Keys beside it win over it."""
-    scale: tuple[Fraction, Fraction] = (0.65, 1.0)
-    """Range of the crop's share of the image's area."""
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    """Range of the crop's width / height."""
-    flip: bool = False
-    """Mirror half of the views. A flipped photo is another view than the one that was cached."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, keys: object) -> object:
         if isinstance(keys, dict) and keys.get("preset") == "paper":
-            keys = {"scale": [0.08, 1.0], "flip": True, **keys}
-        if isinstance(keys, dict):  # TOML has lists, strict tuples want tuples
-            keys = {name: tuple(value) if isinstance(value, list) else value for name, value in keys.items()}
+            keys = {"scale": (0.08, 1.0), "flip": True, **keys}
         return keys
-
-    @model_validator(mode="after")
-    def _ranges_run_upward(self) -> "AugmentSettings":
-        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
-            if not 0 < low <= high:
-                raise ValueError(f"{name} = [{low}, {high}]: wanted 0 < low <= high")
-        return self
 
 
 class LossSettings(Settings):
@@ -106,6 +90,8 @@ class DistillSettings(Settings):
     batch_images: int = Field(default=256, ge=1)
     batch_sentences: int = Field(default=4096, ge=0)
     """Sentences of a step; its own number, since their embeddings come from the cache."""
+    batch_texts: int = Field(default=256, ge=1)
+    """How many of them, the first, go through the text tower of a student that has one."""
     bank_images: int = Field(default=0, ge=0)
     """More images of each step whose teacher embeddings alone are columns of `pvl` and `icl`, beside the batch's."""
     accumulate: int = Field(default=1, ge=1)
@@ -135,10 +121,18 @@ class DistillSettings(Settings):
     pixels: Literal["auto", "files", "kept"] = "auto"
     """Where the pictures come from: `files`, the originals; `kept`, those that stage one has kept (`cache.pixels`);
     `auto`: kept ones where the cache has them. A run stays with what it began with."""
+    views: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """What a student sees: 0, crops of its own (`augment`) against the embedding of the centre; n, the first n crops
+    that the cache holds (`cache.views`), each against its own embedding; `auto`: all that it holds, or else 0."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = Field(default=200, ge=1)
     """Steps between checkpoints."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps between zero-shot scores on `evaluate_on`, the last step always among them; the best step's weights are
+    kept. 0: never."""
+    evaluate_on: str = "dev"
+    """The `[evaluate.*]` set that chooses the best step."""
     augment: AugmentSettings = AugmentSettings()
     loss: LossSettings = LossSettings(vl=0.7, pvl=0.3)
     temperature: TemperatureSettings = TemperatureSettings()
@@ -147,11 +141,13 @@ class DistillSettings(Settings):
     @model_validator(mode="after")
     def _retrieved_sentences_fit(self) -> "DistillSettings":
         most = self.pairs.per_image * self.batch_images
-        if most and not self.loss.vl:
-            raise ValueError("pairs.per_image is above 0, but only loss.vl looks at sentences, and it is off")
         if most > self.batch_sentences:
             raise ValueError(
                 f"pairs.per_image = {self.pairs.per_image} for {self.batch_images} images may retrieve {most} "
                 f"sentences, but batch_sentences = {self.batch_sentences}; lower the one or raise the other"
             )
         return self
+
+    def is_scored(self, step: int, total_steps: int) -> bool:
+        """Whether the student is scored after so many steps: each `evaluate_every`, and after the last."""
+        return self.evaluate_every > 0 and (step % self.evaluate_every == 0 or step == total_steps)

@@ -133,7 +133,9 @@ class PairScores:
                 yield rows.astype(np.int64)
 
 
-def allowed(pairs: PairScores, cap: int) -> NDArray[np.bool_]:
+def allowed(
+    pairs: PairScores, cap: int, first: int | None = None, min_cosine: float | None = None
+) -> NDArray[np.bool_]:
     """A cap for each sentence: of all images that retrieve it, the `cap` with the best corrected scores keep it.
 
     Exact, in two passes over the pairs. Memory: the answer, one byte for each pair (40 million images of 8: 320 MB); 8
@@ -142,6 +144,8 @@ def allowed(pairs: PairScores, cap: int) -> NDArray[np.bool_]:
 
     Args:
         cap: at least 1. Among equal scores the image of the lower row keeps the sentence.
+        first: candidates of an image that it may keep, the best by the ranking; None is all of them.
+        min_cosine: least cosine of a candidate that may be kept.
 
     Returns:
         (N, k) bool in the order of `pairs.rank`: whether the image keeps its first, second, ... candidate. False where
@@ -150,11 +154,11 @@ def allowed(pairs: PairScores, cap: int) -> NDArray[np.bool_]:
     if cap < 1:
         raise ValueError(f"cap = {cap}: wanted at least 1")
     keep = np.zeros((len(pairs), pairs.k), dtype=np.bool_)
-    crowded = in_degrees(pairs) > cap
+    crowded = in_degrees(pairs, first, min_cosine) > cap
     waiting = _Waiting(cap)
     for rows in pairs.blocks():
-        ids, _, scores = pairs.rank(rows)
-        there = ids >= 0
+        ids, cosines, scores = pairs.rank(rows)
+        there = counts(ids, cosines, first, min_cosine)
         contested = there & crowded[np.where(there, ids, 0)]
         keep[rows] = there & ~contested
         row, place = np.nonzero(contested)
@@ -163,24 +167,38 @@ def allowed(pairs: PairScores, cap: int) -> NDArray[np.bool_]:
     return keep
 
 
-def in_degrees(pairs: PairScores, first: int | None = None, keep: NDArray[np.bool_] | None = None) -> NDArray[np.int64]:
+def counts(
+    ids: NDArray[np.int64], cosines: NDArray[np.float32], first: int | None, min_cosine: float | None
+) -> NDArray[np.bool_]:
+    """Which of some images' ranked candidates are among their first and near enough.
+
+    Args:
+        ids, cosines: (B, k) from `PairScores.rank`.
+
+    Returns:
+        (B, k) bool.
+    """
+    there = ids >= 0
+    if first is not None:
+        there[:, first:] = False
+    return there if min_cosine is None else there & (np.nan_to_num(cosines, nan=-np.inf) >= min_cosine)
+
+
+def in_degrees(pairs: PairScores, first: int | None = None, min_cosine: float | None = None) -> NDArray[np.int64]:
     """How many usable images retrieve each sentence: the k-occurrences of Radovanovic et al. (JMLR 11, 2010).
 
     Args:
         first: candidates of an image that count, the best by the ranking; None counts all of them, whose number no
             ranking changes.
-        keep: (N, k) bool, what `allowed` returns: others do not count.
+        min_cosine: least cosine of a candidate that counts.
 
     Returns:
         (M,) int64; 0 for sentences that are not usable.
     """
     degrees = np.zeros(len(pairs.usable_sentences), dtype=np.int64)
     for rows in pairs.blocks():
-        ids = pairs.rank(rows)[0]
-        if keep is not None:
-            ids = np.where(keep[rows], ids, -1)
-        chosen = ids[:, :first]
-        found, times = np.unique(chosen[chosen >= 0], return_counts=True)
+        ids, cosines, _ = pairs.rank(rows)
+        found, times = np.unique(ids[counts(ids, cosines, first, min_cosine)], return_counts=True)
         degrees[found] += times
     return degrees
 

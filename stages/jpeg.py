@@ -1,6 +1,7 @@
 """JPEGs decoded to fewer pixels than they have, for views that are much smaller."""
 
 import io
+import re
 from dataclasses import dataclass
 
 from PIL import Image
@@ -27,6 +28,18 @@ _FROM_BELOW = (
 )
 """Turns that lay columns along rows, and those for which the stored picture runs the other way."""
 _JPEG_BEGINS = b"\xff\xd8"
+_ORIGINAL = re.compile(rb"dimefm: made from ([1-9]\d{0,5}) x ([1-9]\d{0,5}) pixels")
+
+
+def size_note(size: tuple[int, int]) -> bytes:
+    """The comment in a JPEG that was made smaller from an image of this (width, height)."""
+    return b"dimefm: made from %d x %d pixels" % size
+
+
+def noted_size(comment: object) -> tuple[int, int] | None:
+    """The (width, height) that a JPEG's comment says it was made from; None where it says nothing of the kind."""
+    match = _ORIGINAL.fullmatch(comment) if isinstance(comment, bytes) else None
+    return (int(match[1]), int(match[2])) if match else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +50,13 @@ class OpenJpeg:
         data: the file.
         stored_size: (width, height), pixels, as they lie in the file.
         turn: what makes the stored picture upright; None where it is.
+        original_size: (width, height) of the upright picture that this one was made smaller from, if it says so.
     """
 
     data: bytes | memoryview
     stored_size: tuple[int, int]
     turn: Image.Transpose | None
+    original_size: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, data: bytes | memoryview) -> "OpenJpeg | None":
@@ -54,7 +69,7 @@ class OpenJpeg:
             raise
         except Exception:
             return None
-        return cls(data, image.size, turn_of(image))
+        return cls(data, image.size, turn_of(image), noted_size(image.info.get("comment")))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -85,7 +100,7 @@ class OpenJpeg:
             raise ImageError("truncated" if "truncated" in str(error).lower() else "damaged") from error
         return to_rgb(image), 1 if image.size == self.stored_size else reduction
 
-    def stored_box(self, box: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    def stored_box(self, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
         """Where a box (left, top, right, bottom) of the upright picture lies in the stored one."""
         left, top, right, bottom = box
         width, height = self.stored_size

@@ -22,6 +22,7 @@ from ..cache.errors import InputError
 from ..cache.journal import ShardRecord
 from ..cache.pixels import PackWriter, writing_pack
 from .images import ImageError, decode_image, read_file
+from .jpeg import size_note
 
 QUALITY = 90
 SUBSAMPLING = "4:2:0"
@@ -64,6 +65,7 @@ class PackTask:
         side: shorter side of what is kept, pixels.
         shard_rows: rows of a full shard.
         kept: rows of a growing pack that were kept before.
+        note_size: of images that are made smaller, note the size that they had: crops are drawn from it.
     """
 
     path: Path
@@ -72,6 +74,7 @@ class PackTask:
     side: int
     shard_rows: int
     kept: KeptRows | None = None
+    note_size: bool = False
 
 
 @dataclass
@@ -116,7 +119,7 @@ def keeping(task: PackTask | None, skip: int = 0) -> Iterator[Keeper | None]:
         yield Keeper(task, writer, skip)
 
 
-def make_small(data: bytes, image: Image.Image, side: int) -> bytes:
+def make_small(data: bytes, image: Image.Image, side: int, *, note_size: bool = False) -> bytes:
     """A JPEG of an image, its shorter side at most `side` pixels. Metadata and colour profile are left behind.
 
     A file that is already what would come out, an upright RGB JPEG no larger than that and of at most a byte a pixel,
@@ -125,6 +128,7 @@ def make_small(data: bytes, image: Image.Image, side: int) -> bytes:
     Args:
         data: the file's bytes.
         image: decoded from it: upright, RGB.
+        note_size: say in a comment what size it had, if it is made smaller.
     """
     width, height = image.size
     share = min(1.0, side / min(width, height), LONGEST / max(width, height))
@@ -134,7 +138,8 @@ def make_small(data: bytes, image: Image.Image, side: int) -> bytes:
     small = image.resize(size, FILTER, reducing_gap=REDUCING_GAP) if share < 1 else image.copy()
     small.info = {}  # Pillow would write a comment that is in there
     out = io.BytesIO()
-    small.save(out, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING)
+    comment = size_note(image.size) if note_size and share < 1 else b""
+    small.save(out, "JPEG", quality=QUALITY, subsampling=SUBSAMPLING, comment=comment)
     return out.getvalue()
 
 
@@ -180,24 +185,24 @@ def keep_shard(task: PackTask, wanted: Iterable[Wanted | None], workers: int) ->
         pending: deque[Future[bytes]] = deque()
         try:
             for image in islice(upcoming, IN_FLIGHT * num_threads):
-                pending.append(pool.submit(_small_of, image, task.side))
+                pending.append(pool.submit(_small_of, image, task))
             while pending:
                 keeper.writer.add(pending.popleft().result())
-                pending.extend(pool.submit(_small_of, image, task.side) for image in islice(upcoming, 1))
+                pending.extend(pool.submit(_small_of, image, task) for image in islice(upcoming, 1))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
     return keeper.record
 
 
-def _small_of(image: Wanted | None, side: int) -> bytes:
+def _small_of(image: Wanted | None, task: PackTask) -> bytes:
     if image is None:
         return b""
     try:
         data = read_file(image.path)
         if len(data) != image.bytes or (image.digest is not None and digest(data) != image.digest):
             raise ImageError("it has changed since")
-        return make_small(data, decode_image(data), side)
+        return make_small(data, decode_image(data), task.side, note_size=task.note_size)
     except ImageError as error:
         if image.lost:
             return b""

@@ -16,14 +16,14 @@ from .distill_settings import DistillSettings
 from .learned_scale import LearnedScale
 from .loss_inputs import logit_factor
 from .losses import loss_terms
+from .mixed_precision import embed
 from .optim import build_optimizer, set_lr
 from .settings import StudentSettings
 from .students import build_student
 from .targets import Targets
+from .text_learner import TextLearner
 from .warm_start import WarmStart, warm_start
 from .world import World
-
-_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Learner:
@@ -31,9 +31,10 @@ class Learner:
 
     Attributes:
         step: steps that it has behind it.
+        text: its own text tower, learning beside it, or None. What else is said here is said of the image tower.
         warm: what its weights began with, or None.
         terms: of the last step, this process's share of each loss, by name.
-        loss: of the last step, this process's share of the weighted sum.
+        loss: of the last step, this process's share of the weighted sum, over both towers.
         embeddings: of the last step's images, (B, D), without gradient.
         gradient_norm: of the last step, before clipping; None where nothing is clipped.
         icl_factor: what the last step's `icl` multiplied cosines by; None where that is not learned.
@@ -84,6 +85,9 @@ class Learner:
         if world.rank:
             torch.manual_seed(key_of(settings.seed, "student", world.rank))  # another dropout for other images
         self._random = random_state(world.device)
+        self.text: TextLearner | None = None
+        if student.own_text is not None:
+            self.text = TextLearner(student.own_text, settings, embed_dim, world, precision, logit_scale)
         self.terms: dict[str, Tensor] = {}
         self.loss = torch.tensor(torch.nan)
         self.embeddings: Tensor | None = None
@@ -98,6 +102,16 @@ class Learner:
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def weights_to_use(self) -> tuple[str, dict[str, dict[str, Tensor]]]:
+        """What counts outside of training: `ema` or `model`, and those weights, of its text tower as `text_model`."""
+        towers: dict[str, Learner | TextLearner] = {"model": self}
+        if self.text is not None:
+            towers["text_model"] = self.text
+        weights = {
+            name: tower.model if tower.averaged is None else tower.averaged.module for name, tower in towers.items()
+        }
+        return "model" if self.averaged is None else "ema", {name: one.state_dict() for name, one in weights.items()}
 
     def notes(self) -> Iterator[str]:
         """What the person should know before it learns."""
@@ -115,13 +129,14 @@ class Learner:
         if norms and parts > 1:
             yield f"has batch norms: their statistics are those of {parts} parts of the batch each, not of the whole"
 
-    def learn(self, images: Tensor, inputs: Targets, lr: float) -> None:
+    def learn(self, images: Tensor, inputs: Targets, lr: float, tokens: Tensor | None = None) -> None:
         """One step. Nothing in it waits for a GPU.
 
         Args:
             images: (B, 3, S, S) float32, normalised: this process's.
             inputs: what the images' embeddings are held against.
             lr: learning rate of this step.
+            tokens: (n, context_length) int64, of this process's texts; wanted where it has a text tower.
         """
         with self._own_random_numbers():
             set_lr(self._optimizer, lr)
@@ -143,6 +158,10 @@ class Learner:
             self.step += 1
             if self.averaged is not None:
                 self.averaged.update(self.model, self.step)
+            if self.text is not None:
+                assert tokens is not None, "a text tower wants texts"
+                self.text.learn(tokens, inputs, lr, self.step)
+                self.loss = self.loss + self.text.loss
 
     def _add_gradients(self, images: Tensor, inputs: Targets) -> None:
         pieces = images.chunk(self._settings.accumulate)
@@ -173,10 +192,7 @@ class Learner:
         self.embeddings = embeddings.detach()
 
     def _embed(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
-        with torch.autocast(images.device.type, _AUTOCAST.get(self._precision), enabled=self._precision in _AUTOCAST):
-            embeddings: Tensor = (model or self._parallel or self.model)(images)
-        # Once, here: each loss would cast for itself, and gradients would be rounded for each and added in few bits.
-        return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        return embed(model or self._parallel or self.model, images, self._precision)
 
     def _losses(self, embeddings: Tensor, inputs: Targets) -> Tensor:
         """The loss as this process's backward pass wants it."""
@@ -204,6 +220,7 @@ class Learner:
         values = list(self.model.state_dict().values())
         if self._icl_scale is not None:
             values.append(self._icl_scale.log)
+        values += [] if self.text is None else self.text.tensors()
         sound = torch.stack([value.isfinite().all() for value in values]).all()
         return bool(self._world.least(sound.int()))
 
@@ -220,6 +237,8 @@ class Learner:
             state["ema"] = self.averaged.module.state_dict()
         if self._icl_scale is not None:
             state["icl_scale"] = self._icl_scale.state_dict()
+        if self.text is not None:
+            state |= self.text.state()
         if self._world.is_first:
             save_checkpoint(path, state)
 
@@ -237,6 +256,8 @@ class Learner:
             load_weights(self._icl_scale, state, path, key="icl_scale")
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
+        if self.text is not None:
+            self.text.restore(state, path)
         self.step = int(state["step"])
         of_ranks = state["random"] if isinstance(state["random"], list) else [state["random"]]
         self._processes_before = len(of_ranks)

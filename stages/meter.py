@@ -48,8 +48,12 @@ class Meter:
         self._images += num_images
         self._wait_s += wait_s
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that went to something else than steps."""
+        self._began += seconds
+
     def read(self) -> Speed:
-        """What was counted so far, over the time since the meter was made."""
+        """What was counted so far, over the time since the meter was made, less what was left out."""
         seconds = time.perf_counter() - self._began
         steps = max(1, self._steps)
         return Speed(

@@ -59,6 +59,7 @@ class Draw:
     Attributes:
         rows: (batch,) int64 row numbers. Distinct, unless the batch straddles the end of a pass.
         passes: (batch,) int64, how many whole passes came before each row: a row's view changes with it.
+        views: (batch,) int64, which of the cache's views of each row is taken; None where views are made here.
         cosines: (batch,) float32, of a retrieved sentence to the image that brought it, NaN of others; None where
             nothing is retrieved.
         weights: what makes up for rows that are drawn more often than others; None is nothing.
@@ -66,15 +67,17 @@ class Draw:
 
     rows: NDArray[np.int64]
     passes: NDArray[np.int64]
+    views: NDArray[np.int64] | None = None
     cosines: NDArray[np.float32] | None = None
     weights: "DrawnWeights | None" = None
 
     def part(self, number: int, num_parts: int) -> "Draw":
         """One of equal parts, with all that is said of its rows."""
         rows = _part(len(self.rows), number, num_parts)
+        views = None if self.views is None else self.views[rows]
         cosines = None if self.cosines is None else self.cosines[rows]
         weights = None if self.weights is None else self.weights.part(number, num_parts)
-        return Draw(self.rows[rows], self.passes[rows], cosines, weights)
+        return Draw(self.rows[rows], self.passes[rows], views, cosines, weights)
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,12 @@ class Stream:
         Args:
             step: from 0.
         """
-        passes, positions = np.divmod(np.arange(step * self.batch, (step + 1) * self.batch), len(self))
-        rows = np.empty(self.batch, dtype=np.int64)
+        return self.at(np.arange(step * self.batch, (step + 1) * self.batch))
+
+    def at(self, places: NDArray[np.int64]) -> Draw:
+        """The rows at some places of the endless sequence of passes, from 0."""
+        passes, positions = np.divmod(places, len(self))
+        rows = np.empty(len(places), dtype=np.int64)
         for number in np.unique(passes):
             here = passes == number
             permutation = KeyedPermutation(len(self), key_of(self._seed, self._name, number))
@@ -211,6 +218,31 @@ class WholeDrawn(Drawn, Protocol):
 
     def describe(self) -> dict[str, Any]:
         """All that the order depends on, but the rows themselves, for the record of a run."""
+
+
+class Beginning:
+    """The first rows of every step."""
+
+    def __init__(self, stream: Drawn, num_rows: int, setting: str) -> None:
+        """The beginning of every draw of a stream, which has at least as many rows.
+
+        Args:
+            setting: key of `num_rows`, for errors.
+        """
+        self._stream, self.batch, self.setting = stream, num_rows, setting
+
+    def draw(self, step: int) -> Draw:
+        """The rows of a step; a function of the step alone.
+
+        Args:
+            step: from 0.
+        """
+        whole = self._stream.draw(step)
+        return Draw(whole.rows[: self.batch], whole.passes[: self.batch])
+
+    def describe(self) -> dict[str, Any]:
+        """Where they are found, for the record of a run."""
+        return {"order": "the first of each step's sentences", "batch": self.batch}
 
 
 class Share:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
 from .counter_random import key_of, uniforms
 from .distill_settings import PairSampling
@@ -32,7 +33,9 @@ class Candidates:
         """
         self._settings, self._logit_scale = settings, logit_scale
         self.pairs = PairScores.of(cache, settings.rank, logit_scale)
-        self._keep = None if settings.cap is None else allowed(self.pairs, settings.cap)
+        self._keep = None if settings.cap is None else allowed(self.pairs, settings.cap, min_cosine=settings.min_score)
+        mixture = cache.sentences.mixture
+        self._drawn = None if mixture is None else mixture.drawn
 
     def of(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float64]]:
         """The candidates of some images.
@@ -53,6 +56,8 @@ class Candidates:
             there &= cosines >= self._settings.min_score
         if self._keep is not None:
             there &= self._keep[rows]
+        if self._drawn is not None:
+            there &= self._drawn[ids]  # a source of weight 0 gives no retrieved sentence either
         if self._settings.sampling == "uniform":
             return ids, cosines, np.where(there, 0.0, -np.inf)
         factor = {"cosine": self._logit_scale, "csls": self._logit_scale / 2, "inverted_softmax": 1.0}
@@ -82,11 +87,16 @@ class PairStream:
             logit_scale: multiplies cosines where an image chooses by score.
 
         Raises:
-            InputError: if the cache has no pairs.
+            InputError: if the cache has no pairs, or weights of sources are to be corrected as well.
             CacheError: if they are missing or damaged.
         """
         self._images, self._random, self._settings, self._seed = image_stream, sentence_stream, settings, seed
         self._candidates = Candidates(cache, settings, logit_scale)
+        if settings.correct and (cache.images.mixture is not None or cache.sentences.mixture is not None):
+            raise InputError(
+                "distill.pairs.correct = true: makes up for retrieval among rows that are drawn alike, not for "
+                "images.weights or sentences.weights; leave one of them out"
+            )
         self.batch, self.setting = sentence_stream.batch, sentence_stream.setting
         self.rates: SamplingRates | None = None
         if settings.correct:
@@ -120,7 +130,7 @@ class PairStream:
             ids, _, logits = candidates
             own = self.rates.own_log_weights(ids, logits)
             weights = DrawnWeights(self.rates.sentence_log_weights(rows), _places(ids, rows), own)
-        return Draw(rows, np.zeros_like(rows), cosines, weights)
+        return Draw(rows, np.zeros_like(rows), cosines=cosines, weights=weights)
 
     def _retrieve(
         self, images: Draw, ids: NDArray[np.int64], cosines: NDArray[np.float32], logits: NDArray[np.float64]

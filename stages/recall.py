@@ -49,13 +49,16 @@ def best_own_ranks(queries: Matrix, candidates: Matrix, pairs: Rows) -> Rows:
     return ranks
 
 
-def recall_scores(embedded: EmbeddedSet, captions: Matrix, image_of: Rows) -> dict[str, Any]:
+def recall_scores(
+    embedded: EmbeddedSet, captions: Matrix, image_of: Rows, student_captions: Matrix | None = None
+) -> dict[str, Any]:
     """Recall at 1, 5 and 10 of student and teacher on a set whose images have captions, as JSON values.
 
     Args:
         embedded: the images, as both see them. One that could not be read is never found, nor finds.
         captions: (M, D) embeddings by the teacher's text tower; at least one.
         image_of: (M,) the image that each belongs to.
+        student_captions: (M, D) by the student's own text tower, for its side; None: the teacher's serve both.
 
     Returns:
         `images` (those with captions), `captions`; `image_to_text` and `text_to_image`, each with `student_r1`,
@@ -68,10 +71,11 @@ def recall_scores(embedded: EmbeddedSet, captions: Matrix, image_of: Rows) -> di
     drawn = counts > 0
     to_text: dict[str, Any] = {}
     to_image: dict[str, Any] = {}
-    for side in ("student", "teacher"):
+    of_student = captions if student_captions is None else student_captions
+    for side, texts in (("student", of_student), ("teacher", captions)):
         images = getattr(embedded, side)
-        image_ranks = best_own_ranks(images, captions, pairs)
-        caption_ranks = best_own_ranks(captions, images, pairs[:, ::-1])
+        image_ranks = best_own_ranks(images, texts, pairs)
+        caption_ranks = best_own_ranks(texts, images, pairs[:, ::-1])
         for k in AT:
             found = np.bincount(image_of, weights=caption_ranks < k, minlength=num_images)
             to_text |= _recall(f"{side}_r{k}", image_ranks[drawn] < k, np.ones(int(drawn.sum())))

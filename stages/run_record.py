@@ -13,16 +13,28 @@ from .. import __version__
 from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from .crops import decoder
 from .distill_settings import DistillSettings
 from .kept_pixels import FILES
-from .settings import StudentSettings
+from .replay import OWN
+from .settings import TEACHER, StudentSettings
 
 RECORD = "run.json"
 CHECKPOINT = "checkpoint.pt"
 
-_FREE_TO_CHANGE = {"output", "log_every", "checkpoint_every", "workers", "device", "pixels"}
-"""Of `pixels`, what it came to counts, and is recorded beside the settings."""
-_FIXED = ("student", "distill", "cache", "rows", "masks", "pairs", "pixels")
+_FREE_TO_CHANGE = {
+    "output",
+    "log_every",
+    "checkpoint_every",
+    "evaluate_every",
+    "evaluate_on",
+    "workers",
+    "device",
+    "pixels",
+    "views",
+}
+"""Of `pixels` and `views`, what they came to counts, and is recorded beside the settings."""
+_FIXED = ("student", "distill", "cache", "rows", "masks", "row_weights", "pairs", "pixels", "views")
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
 
 
@@ -38,17 +50,21 @@ def describe_run(
     num_processes: int,
     pixels: str,
     order: dict[str, dict[str, object]],
+    views: dict[str, object],
     warm_start: dict[str, Any] | None,
+    parameters: dict[str, int],
 ) -> dict[str, Any]:
     """Everything that a reader, a resumed run or an evaluation needs to know about a run, as JSON values.
 
-    `student`, `distill`, `cache`, `rows`, `masks`, `pairs` and `pixels` must not change while a run lasts; the rest
-    says where and with what it was made.
+    `student`, `distill`, `cache`, `rows`, `masks`, `row_weights`, `pairs`, `pixels` and `views` must not change while
+    a run lasts; the rest says where and with what it was made.
 
     Args:
         pixels: where the pictures come from: `files`, or the setting of those that were kept (`jpeg-256`).
         order: how rows are drawn.
+        views: crops of the cache, replayed, or crops that it does not hold.
         warm_start: what the student's weights began with.
+        parameters: how many each tower of the student's own has.
     """
     return {
         "name": name,
@@ -58,9 +74,12 @@ def describe_run(
         "rows": {"images": len(cache.images.usable), "sentences": len(cache.sentences.usable)},
         "masks": {side: dict(mask) for side, mask in cache.masks.items()},
         "pairs": cache.manifest.get("pairs_settings") if settings.pairs.per_image else None,
+        "row_weights": cache.row_weights,
         "pixels": pixels,
         "order": order,
+        "views": views,
         "warm_start": warm_start,
+        "parameters": parameters,
         "embed_dim": cache.images.embeddings.shape[-1],
         "logit_scale": logit_scale_of(cache, settings),
         "preprocess": cache.teacher["preprocess"],
@@ -71,7 +90,7 @@ def describe_run(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "processes": num_processes,
-        "versions": {"dimefm": __version__, **{library: version(library) for library in _LIBRARIES}},
+        "versions": {"dimefm": __version__, **{library: version(library) for library in _LIBRARIES}, **decoder()},
     }
 
 
@@ -112,7 +131,10 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
         InputError: naming every key that differs.
     """
     before, now = (dict(_flat({key: record.get(key) for key in _FIXED})) for record in (found, wanted))
-    before = {**_what_older_runs_do_not_say(), **{key: value for key, value in before.items() if value is not None}}
+    before = {
+        **_what_older_runs_do_not_say(str(wanted["name"])),
+        **{key: value for key, value in before.items() if value is not None},
+    }
     differences = [
         "another cache, or this one before it grew"
         if key == "cache"
@@ -126,10 +148,11 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
         )
 
 
-def _what_older_runs_do_not_say() -> dict[str, Any]:
+def _what_older_runs_do_not_say(student: str) -> dict[str, Any]:
     """Keys that came after a run was begun stand for what it did without them: their defaults."""
     defaults = DistillSettings().model_dump(mode="json", exclude=_FREE_TO_CHANGE)
-    return {**dict(_flat({"distill": defaults})), "pixels": FILES}
+    since = {"pixels": FILES, "views.policy": OWN, f"student.{student}.text": TEACHER}
+    return {**dict(_flat({"distill": defaults})), **since}
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -39,6 +39,7 @@ class EmbeddedSet:
         labels: (N,) int64.
         class_ids: C of them, sorted.
         sources: N paths below the set's folder.
+        student_head: (C, D) class vectors by the student's own text tower, unit rows; None where it has none.
     """
 
     student: NDArray[np.float32]
@@ -47,6 +48,7 @@ class EmbeddedSet:
     labels: Labels
     class_ids: Sequence[str]
     sources: Sequence[str]
+    student_head: NDArray[np.float32] | None = None
 
     @classmethod
     def of(cls, student: NDArray[np.float32], labelled: EvaluateSet) -> "EmbeddedSet":
@@ -63,8 +65,9 @@ class EmbeddedSet:
         return np.asarray(np.isfinite(self.student).all(axis=1), dtype=np.bool_)
 
     def logits(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(N, C) cosines with the class vectors, of the student and of the teacher."""
-        return unit_rows(self.student) @ self.head.T, unit_rows(self.teacher) @ self.head.T
+        """(N, C) cosines with the class vectors, of the student (its own, where it has some) and of the teacher."""
+        own = self.head if self.student_head is None else self.student_head
+        return unit_rows(self.student) @ own.T, unit_rows(self.teacher) @ self.head.T
 
 
 def zero_shot_scores(embedded: EmbeddedSet) -> dict[str, Any]:
@@ -72,6 +75,7 @@ def zero_shot_scores(embedded: EmbeddedSet) -> dict[str, Any]:
 
     Returns:
         `n`, `unreadable`; of `student` and `teacher` each `_top1`, `_top5`, their `_interval`, and `_class_mean`;
+        `student_top1_teacher_text` with its interval, of a student with class vectors of its own;
         `retention` with its interval; `agreement` and `cosine`; `per_class`; `bootstrap`, how intervals were made.
         None where there is no such number, for want of a readable image or because the teacher is never right.
     """
@@ -90,6 +94,7 @@ def zero_shot_scores(embedded: EmbeddedSet) -> dict[str, Any]:
         "unreadable": int((~embedded.readable).sum()),
         **first,
         **{key: value for key, value in fifth.items() if not key.startswith("retention")},
+        **_with_teachers_text(embedded),
         "agreement": _number(agreement(student, teacher)),
         "cosine": _number(mean_cosine(embedded.student, embedded.teacher)),
         "per_class": {
@@ -97,6 +102,21 @@ def zero_shot_scores(embedded: EmbeddedSet) -> dict[str, Any]:
             for i, class_id in enumerate(embedded.class_ids)
         },
         "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "seed": SEED},
+    }
+
+
+def student_scores(embedded: EmbeddedSet) -> dict[str, Any]:
+    """Of `zero_shot_scores` those that say how a student in training fares: no interval, no class by itself.
+
+    Returns:
+        `student_top1`, `student_top5`, `agreement` and `cosine`.
+    """
+    student, teacher = embedded.logits()
+    hits = {k: top_k_hits(student, embedded.labels, k) for k in (1, 5)}
+    return {
+        **{f"student_top{k}": float(hit.mean()) for k, hit in hits.items()},
+        "agreement": _number(agreement(student, teacher)),
+        "cosine": _number(mean_cosine(embedded.student, embedded.teacher)),
     }
 
 
@@ -172,6 +192,15 @@ def _compared(student: Hits, teacher: Hits, key: str) -> dict[str, Any]:
         "retention": _number(retention(float(student.mean()), float(teacher.mean()))),
         "retention_interval": _pair(interval(ratios)),
     }
+
+
+def _with_teachers_text(embedded: EmbeddedSet) -> dict[str, Any]:
+    """What a student's images alone are worth, where its class vectors are its own too: top-1 with the teacher's."""
+    if embedded.student_head is None:
+        return {}
+    hits = top_k_hits(unit_rows(embedded.student) @ embedded.head.T, embedded.labels, 1)
+    key = "student_top1_teacher_text"
+    return {key: float(hits.mean()), f"{key}_interval": _pair(interval(bootstrap_means(hits[:, None])[:, 0]))}
 
 
 def _nearest_cosines(queries: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -10,7 +10,10 @@ from ..cache.settings import Settings
 FilePath = Annotated[Path, Field(strict=False)]
 PLAIN_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 """Ends of the names of files that tensors are read from without anything else."""
+TEACHER = "teacher"
+"""What a student's `text` says where it has no text tower of its own."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
@@ -40,6 +43,9 @@ class ImagesSettings(Settings):
     """Share of unreadable images above which stage one stops."""
     mask: str | None = None
     """Name of a mask of the cache: stage two draws the images that it keeps and no others."""
+    weights: dict[str, Weight] = Field(default_factory=dict)
+    """First folder below the source (`.`: files in none) -> how often stage two draws one of its images relative to
+    others. 1 is as without it, 0 never, 2 twice as often; folders that are not named have 1."""
     hash: bool = False
     """Keep a checksum of each image file, which reads all of them once more: it tells a changed file from one that was
     only copied. Without it, size and modification time have to do."""
@@ -64,6 +70,8 @@ class SentencesSettings(Settings):
     prompts: PromptSettings | None = None
     mask: str | None = None
     """Name of a mask of the cache: stage two draws the sentences that it keeps and no others."""
+    weights: dict[str, Weight] = Field(default_factory=dict)
+    """Name of a source file, or `prompts` -> how often stage two draws one of its sentences relative to others."""
 
 
 class EvaluateSettings(Settings):
@@ -92,9 +100,13 @@ class StudentSettings(Settings):
     """`timm:NAME`, `open_clip:ARCH` (its image tower) or `package.module:function`."""
     image_size: int = Field(default=224, ge=8)
     """Side of the square input, pixels."""
+    text: str = Field(default=TEACHER, min_length=1)
+    """`teacher`: its frozen text tower, which is not run in training. Else a text tower of the student's own, trained
+    from the cached sentence embeddings: an open_clip architecture or the path of a model config (.json), of which the
+    text tower counts and, of that, everything but the embedding's width."""
     init: str | None = None
-    """Weights to begin with: `run:FOLDER` of another run, `pretrained` (timm's own), `open_clip:TAG` of the same
-    architecture, or a .safetensors / .pt file. None: random ones."""
+    """Weights that the image tower begins with: `run:FOLDER` of another run, `pretrained` (timm's own),
+    `open_clip:TAG` of the same architecture, or a .safetensors / .pt file. None: random ones."""
 
     @model_validator(mode="after")
     def _init_suits_the_model(self) -> "StudentSettings":
@@ -113,3 +125,8 @@ class StudentSettings(Settings):
                 f"init = {init!r}: wanted run:FOLDER, pretrained, open_clip:TAG or a file ({', '.join(PLAIN_WEIGHTS)})"
             )
         return self
+
+    @property
+    def own_text(self) -> str | None:
+        """What its own text tower is built from; None where it has none."""
+        return None if self.text == TEACHER else self.text

@@ -11,7 +11,8 @@ import numpy as np
 from ..cache.arrays import ArraySpec, first_rows, write_chunk
 from ..cache.journal import ShardRecord
 from ..cache.rows import OK, RowTable
-from .embed import class_head, embed_image_shard, embed_sentence_shard
+from .crops import Crops
+from .embed import RowCrops, class_head, embed_image_shard, embed_sentence_shard
 from .keep_pixels import PackTask, keeping
 from .settings import TeacherSettings
 from .teacher import Teacher
@@ -42,6 +43,7 @@ class ShardTask:
         prompts: prompts of each class, for a head.
         kept: rows of a growing shard that were embedded before.
         pack: of images, where their pixels are kept meanwhile; None keeps none.
+        crops: of images, what is embedded beside the centre; None embeds that alone.
     """
 
     kind: Literal["images", "sentences", "head"]
@@ -54,6 +56,7 @@ class ShardTask:
     prompts: tuple[tuple[str, ...], ...] = ()
     kept: Kept | None = None
     pack: PackTask | None = None
+    crops: Crops | None = None
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,10 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
         if task.kind == "images":
             assert task.root is not None
             files = [None if source is None else task.root / source for source in given]
+            start = task.shard * task.spec.chunk_rows + first
+            crops = RowCrops(task.crops, np.arange(start, start + len(files))) if task.crops else None
             with keeping(task.pack, skip=num_kept - first) as keeper:
-                result = embed_image_shard(teacher, files, settings.batch_size, settings.workers, lock, keeper)
+                result = embed_image_shard(teacher, files, settings.batch_size, settings.workers, lock, keeper, crops)
             pack = keeper.record if keeper else None
         else:
             result = embed_sentence_shard(teacher, given, settings.batch_size, lock)

@@ -4,13 +4,16 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from .best_weights import BestWeights
 from .checkpoint import load_checkpoint
+from .dev_scores import DevScores
 from .distill_settings import DistillSettings
 from .health import FirstBad, read_metrics
 from .learner import Learner
@@ -24,7 +27,7 @@ from .targets import Targets
 from .world import World
 
 BAD_STEP = "not_finite.json"
-"""In a run's folder: the step whose loss was not a finite number, and its rows."""
+"""In a run's folder: the step whose loss was not a finite number, and its rows; of a text tower its texts' too."""
 
 Note = Callable[[str], None]
 """Told what the person should know, one line each."""
@@ -50,7 +53,9 @@ class TrainResult:
         loss: of the last step; NaN if there was none.
         speed: over this call; None if there was no step.
         peak_bytes: most GPU memory in use, or None on the CPU.
-        num_parameters: of the student.
+        num_parameters: of the student's image tower.
+        num_text_parameters: of its text tower, if it has its own.
+        best: scores of the best step so far, where this call looked for it.
     """
 
     run_dir: Path
@@ -61,6 +66,8 @@ class TrainResult:
     speed: Speed | None
     peak_bytes: int | None
     num_parameters: int
+    num_text_parameters: int | None
+    best: dict[str, Any] | None
 
     @property
     def finished(self) -> bool:
@@ -71,11 +78,17 @@ class TrainResult:
         if not self.steps_now or self.speed is None:
             return f"{self.run_dir}: nothing to do, {self.steps:,} of {self.total_steps:,} steps are done"
         memory = "" if self.peak_bytes is None else f", {self.peak_bytes / 2**30:.1f} GiB of GPU memory"
+        text = "" if self.num_text_parameters is None else f" and {self.num_text_parameters / 1e6:.1f} M (text tower)"
         return (
             f"{self.run_dir}: {self.steps:,} of {self.total_steps:,} steps, loss {self.loss:.4f}, "
-            f"{self.num_parameters / 1e6:.1f} M parameters, {self.speed.images_per_s:,.0f} images/s, "
-            f"{self.speed.data_wait:.0%} of the time waiting for data{memory}"
+            f"{self.num_parameters / 1e6:.1f} M parameters{text}, {self.speed.images_per_s:,.0f} images/s, "
+            f"{self.speed.data_wait:.0%} of the time waiting for data{memory}{self._best()}"
         )
+
+    def _best(self) -> str:
+        if self.best is None:
+            return ""
+        return f"; best on {self.best['set']} at step {self.best['step']:,}, {100 * self.best['student_top1']:.1f} %"
 
 
 class StudentRun:
@@ -105,12 +118,13 @@ class StudentRun:
         self.run, self._schedule, self._settings, self._world = run, schedule, settings, world
         self.path, self.loss = run.folder / CHECKPOINT, math.nan
         self._log: MetricsLog | None = None
+        self._best: BestWeights | None = None
         goes_on = _all_see(self.path, world)
         width = cache.images.embeddings.shape[-1]
         self.learner = Learner(
             run.student, settings, width, world, schedule.precision, schedule.logit_scale, fresh=not goes_on
         )
-        record = describe_run(
+        self._record = record = describe_run(
             cache,
             run.name,
             run.student,
@@ -121,7 +135,9 @@ class StudentRun:
             num_processes=world.size,
             pixels=pixels.name,
             order=schedule.order,
+            views=schedule.views,
             warm_start=None if self.learner.warm is None else self.learner.warm.record,
+            parameters=self._num_parameters(),
         )
         if goes_on:
             check_same_training(run.folder, read_run_record(run.folder), record)
@@ -141,8 +157,9 @@ class StudentRun:
         return self.failure is None and self.learner.step < self.end_step
 
     def open_log(self) -> None:
-        """Go on with `metrics.jsonl` after the steps that are done; the first process writes it."""
+        """Go on with the run's files after the steps that are done; the first process writes them."""
         if self._world.is_first:
+            self._best = BestWeights(self.run.folder, self.learner.step)
             self._log = MetricsLog(self.run.folder, self.learner.step)
 
     def close_log(self) -> None:
@@ -160,6 +177,24 @@ class StudentRun:
             facts = {"step": step, "epoch": self._schedule.epoch(step), "lr": self._schedule.lr(step - 1)}
             self._log.write({**facts, **values, **asdict(speed)})
 
+    @property
+    def last_score(self) -> dict[str, Any] | None:
+        """The last line of `scores.jsonl`; None in all processes but the first."""
+        return None if self._log is None else self._log.scores
+
+    def score(self, dev: DevScores) -> None:
+        """Score the student after its last step, and keep its weights if they are the best so far.
+
+        All processes take part: the first one scores, the others wait.
+        """
+        if not self._is_sound(weights_too=True):
+            return
+        if self._log is not None and self._best is not None:
+            scores = dev.score(self.learner, self._record)
+            is_best = self._best.offer(scores, *self.learner.weights_to_use())
+            self._log.write_scores({**scores, "best": is_best})  # after the weights: a line never says too much
+        self._world.wait_for_first()
+
     def save(self) -> None:
         """Write the checkpoint; all processes take part."""
         if self._is_sound(weights_too=True):
@@ -167,6 +202,8 @@ class StudentRun:
             if self._log is not None:
                 self._log.sync()
             self.learner.save(self.path)
+            if self._best is not None:
+                self._best.settle()
             if self._world.is_first:
                 (self.run.folder / BAD_STEP).unlink(missing_ok=True)  # of an attempt that got no further
 
@@ -181,7 +218,9 @@ class StudentRun:
         if bad is not None:
             rows = self._schedule.images.draw(bad).rows.tolist()
             if self._world.is_first:
-                write_json(self.run.folder / BAD_STEP, {"step": bad + 1, "rows": rows})
+                of_text = self._schedule.texts if self.learner.text is not None else None
+                texts = {} if of_text is None else {"sentences": of_text.draw(bad).rows.tolist()}
+                write_json(self.run.folder / BAD_STEP, {"step": bad + 1, "rows": rows, **texts})
             shown = ", ".join(map(str, rows[:4])) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
             where = f"rows {shown}, all in {BAD_STEP}"
             self.failure = f"{self.run.folder}: the loss of step {bad + 1} is not finite ({where}); {advice}"
@@ -201,7 +240,14 @@ class StudentRun:
             speed=speed,
             peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
             num_parameters=self.learner.num_parameters,
+            num_text_parameters=self._num_parameters().get("text_tower"),
+            best=None if self._best is None else self._best.scores,
         )
+
+    def _num_parameters(self) -> dict[str, int]:
+        text = self.learner.text
+        of_text = {} if text is None else {"text_tower": text.num_parameters}
+        return {"image_tower": self.learner.num_parameters, **of_text}
 
 
 def is_finished(folder: Path) -> bool:

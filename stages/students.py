@@ -4,18 +4,14 @@
 under which open_clip loads them again.
 """
 
-import difflib
 import importlib
 import inspect
-import json
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import timm
 import torch
 from open_clip.model import _build_vision_tower
@@ -23,6 +19,7 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from ..cache.errors import InputError
+from .architectures import close_to, model_config
 
 
 def build_student(spec: str, embed_dim: int, image_size: int) -> nn.Module:
@@ -100,7 +97,7 @@ def _resize_timm(student: TimmModel, embed_dim: int, vision: dict[str, Any]) -> 
 
 def _timm_cfg(name: str, embed_dim: int, image_size: int) -> dict[str, Any]:
     if not timm.is_model(name):
-        raise InputError(f"timm:{name}: timm {timm.__version__} has no such model{_close(name, timm.list_models())}")
+        raise InputError(f"timm:{name}: timm {timm.__version__} has no such model{close_to(name, timm.list_models())}")
     # The classifier as projection: `timm_proj = "linear"` miscounts the features of some models.
     vision = {"timm_model_name": name, "timm_pool": _timm_pool(name), "timm_proj": "", "image_size": image_size}
     return {"embed_dim": embed_dim, "vision_cfg": vision}
@@ -115,31 +112,11 @@ def _timm_pool(name: str) -> str:
 
 
 def _open_clip_cfg(name: str, embed_dim: int, image_size: int) -> dict[str, Any]:
-    config = _read_model_config(name) if name.endswith(".json") else _named_model_config(name)
+    config = model_config(name, "vision_cfg", shown=f"open_clip:{name}")
     vision = {**config["vision_cfg"], "image_size": image_size}
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
     return {"embed_dim": embed_dim, "vision_cfg": vision, "quick_gelu": bool(config.get("quick_gelu", False))}
-
-
-def _named_model_config(name: str) -> dict[str, Any]:
-    names = open_clip.list_models()
-    if name not in names:
-        raise InputError(f"open_clip:{name}: no such architecture{_close(name, names)}")
-    config = open_clip.get_model_config(name)
-    assert config is not None
-    return dict(config)
-
-
-def _read_model_config(path: str) -> dict[str, Any]:
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"open_clip:{path}: not a readable model config ({error})") from error
-    config = document.get("model_cfg", document) if isinstance(document, dict) else None
-    if not isinstance(config, dict) or not isinstance(config.get("vision_cfg"), dict):
-        raise InputError(f"open_clip:{path}: no vision_cfg in it; wanted an open_clip model config")
-    return config
 
 
 def _call_function(spec: str, embed_dim: int, image_size: int) -> nn.Module:
@@ -181,8 +158,3 @@ def _check_output(spec: str, student: nn.Module, embed_dim: int, image_size: int
 
 def _reason(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _close(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=3)
-    return f"; did you mean {', '.join(close)}?" if close else ""

@@ -41,8 +41,8 @@ class Targets:
         self.sampling = sampling
         self.all_sampling = None if sampling is None else sampling.map(world.gather)
         self.first_sentence = 0 if sentences is None else world.rank * len(sentences)
-        self.bank = None if bank is None else world.gather(bank)
         self._cosines = None if sentence_cosines is None else world.gather(sentence_cosines)
+        self.own_bank, self.bank = bank, None if bank is None else world.gather(bank)
         self._signs: dict[str, Tensor] | None = None
 
     def against(self, embeddings: Tensor, world: World) -> LossInputs:
@@ -77,7 +77,7 @@ class Targets:
         temperature, loss = settings.temperature, settings.loss
         pairs: dict[str, tuple[Tensor, Rows, float]] = {}
         weights: dict[str, LogWeights | None] = {}
-        if self.sentences is not None and self.all_sentences is not None:
+        if loss.vl and self.sentences is not None and self.all_sentences is not None:
             pairs["vl_candidates"] = self.own, self.all_sentences, temperature.vl
             pairs["vl_candidates_sentences"] = self.sentences, self.everybodys, temperature.vl
             both_ways = log_weights_both_ways(self.sampling, self.all_sampling, self.first_sentence)

@@ -15,6 +15,7 @@ from torchvision.transforms import Compose
 
 from ..cache.durable import digest, to_json
 from ..cache.errors import InputError
+from .crops import Crop, cut, resample_filter
 from .devices import memory_errors_as
 from .images import ImageError
 from .pretrained_tags import quiet_open_clip
@@ -89,6 +90,15 @@ class Teacher:
             return np.asarray(self._crop(image))
         except ValueError as error:
             raise ImageError("too narrow to resize") from error
+
+    def view(self, image: Image.Image, crop: Crop) -> np.ndarray:
+        """A crop of one RGB image, resized to this model's input with its own filter.
+
+        Returns:
+            (height, width, 3) uint8.
+        """
+        height, width = self.image_size
+        return cut(image, crop, (width, height), resample_filter(str(self.preprocess_cfg["interpolation"])))
 
     def normalise(self, crops: Tensor) -> Tensor:
         """Crops to the model's input: the same bits on a CPU as open_clip's own transform.

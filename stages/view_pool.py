@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..cache.errors import DimefmError, InputError
-from .augment import NUM_UNIFORMS, ViewMaker, make_views
+from .augment import ViewMaker, make_views
 from .counter_random import uniforms
+from .crops import NUM_UNIFORMS
 from .images import ImageError
 from .pixel_source import PixelSource
 

@@ -58,9 +58,9 @@ def warm_start(student: nn.Module, spec: str, init: str, image_size: int) -> War
     Args:
         student: from `build_student`, not compiled; changed in place, on whatever device it is.
         spec: what it was built from: `timm:NAME`, `open_clip:ARCH` or `package.module:function`.
-        init: `run:FOLDER` (another run, its averaged weights where it has some), `pretrained` (timm's own weights of a
-            `timm:` model), `open_clip:TAG` (the image tower of the same architecture's tag), or a `.safetensors` or
-            `.pt` file: of this tower, of timm's model, or of a CLIP that has it as `visual`.
+        init: `run:FOLDER` (another run's last step, its averaged weights where it has some), `pretrained` (timm's own
+            weights of a `timm:` model), `open_clip:TAG` (the image tower of the same architecture's tag), or a
+            `.safetensors` or `.pt` file: of this tower, of timm's model, or of a CLIP that has it as `visual`.
         image_size: side of the student's input, pixels.
 
     Raises:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from ..cache.errors import InputError
 from .devices import resolve_device
 from .view_pool import usable_cores
+
+PATIENCE = timedelta(days=7)
+"""How long processes wait for what the first one does alone; for all else torch's own limits hold, some minutes."""
 
 
 class World:
@@ -23,9 +27,16 @@ class World:
         device: of this process.
     """
 
-    def __init__(self, device: torch.device, rank: int = 0, size: int = 1, votes: Any = None) -> None:
-        """Use `open_world`. `votes` is a group over the CPU: what it says costs a GPU nothing."""
-        self.device, self.rank, self.size, self._votes = device, rank, size, votes
+    def __init__(
+        self, device: torch.device, rank: int = 0, size: int = 1, votes: Any = None, patient: Any = None
+    ) -> None:
+        """Use `open_world`.
+
+        Args:
+            votes: a group over the CPU: what it says costs a GPU nothing.
+            patient: another one, whose members wait for each other as long as `PATIENCE`.
+        """
+        self.device, self.rank, self.size, self._votes, self._patient = device, rank, size, votes, patient
 
     def share_of_cores(self, workers: int) -> int:
         """Loader workers of this process: as the setting says, or its part of the cores of this machine."""
@@ -56,6 +67,11 @@ class World:
         """Until all that was given to this process's GPU is done; on the CPU nothing ever waits."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def wait_for_first(self) -> None:
+        """Until the first process is here, too: after what it did alone, which may have taken longer than a step."""
+        if self.size > 1:
+            dist.all_reduce(torch.zeros(1), group=self._patient)
 
     def sum(self, numbers: Tensor) -> Tensor:
         """Element by element over all processes."""
@@ -132,7 +148,8 @@ def open_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if on_gpus else "gloo", device_id=own if on_gpus else None)
     try:
-        yield World(own, rank, size, dist.new_group(backend="gloo") if on_gpus else None)
+        votes = dist.new_group(backend="gloo") if on_gpus else None
+        yield World(own, rank, size, votes, dist.new_group(backend="gloo", timeout=PATIENCE))
     finally:
         dist.destroy_process_group()
 

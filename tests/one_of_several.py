@@ -1,4 +1,6 @@
-"""A process of a run of several: `torchrun --nproc-per-node 2 tests/one_of_several.py FOLDER RUN MODEL STEPS SETTINGS`.
+"""A process of a run of several.
+
+`torchrun --nproc-per-node 2 tests/one_of_several.py FOLDER RUN MODEL STEPS SETTINGS INTERRUPT_AT TEXT`
 
 Trains as `dimefm distill` does and leaves the gradients of each step in RUN-gradients-RANK.pt.
 """
@@ -21,7 +23,7 @@ from dimefm.stages.settings import StudentSettings
 from tests.training import gradients_of, train_one
 
 
-def main(folder: Path, run: str, model: str, steps: int, settings: str, interrupt_at: int = 0) -> None:
+def main(folder: Path, run: str, model: str, steps: int, settings: str, interrupt_at: int, text: str) -> None:
     torch.set_num_threads(1)
     sys.path.insert(0, str(folder))
     rank = int(os.environ["RANK"])
@@ -40,7 +42,7 @@ def main(folder: Path, run: str, model: str, steps: int, settings: str, interrup
         train_one(
             FeatureCache.open(folder / "cache"),
             folder / "images",
-            StudentSettings(model=f"own_students:{model}", image_size=8),
+            StudentSettings(model=f"own_students:{model}", image_size=8, text=text),
             DistillSettings.model_validate_json(settings),
             folder / run,
             stop_after=steps,
@@ -55,5 +57,5 @@ def main(folder: Path, run: str, model: str, steps: int, settings: str, interrup
 
 
 if __name__ == "__main__":
-    place, name, model_name, number, settings_json, *rest = sys.argv[1:]
-    main(Path(place), name, model_name, int(number), settings_json, *map(int, rest))
+    place, name, model_name, number, settings_json, stop, text_spec = sys.argv[1:]
+    main(Path(place), name, model_name, int(number), settings_json, int(stop), text_spec)

@@ -1,5 +1,6 @@
 """A finished cache made by hand: random embeddings, real rows, real image files. No teacher and no stage one."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,13 @@ def no_model(embed_dim, image_size):
 def other_arguments(width):
     return None
 """
+
+
+def text_config(folder: Path, **more: object) -> str:
+    """Write an open_clip model config with a tiny text tower; returns its path."""
+    text = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, **more}
+    (folder / "text.json").write_text(json.dumps({"embed_dim": 512, "text_cfg": text}))
+    return str(folder / "text.json")
 
 
 def photo(path: Path, seed: int, size: tuple[int, int] = (28, 24)) -> str:

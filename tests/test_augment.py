@@ -8,16 +8,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from dimefm.stages.augment import (
-    NUM_UNIFORMS,
-    ViewMaker,
-    crop_box,
-    is_flipped,
-    jpeg_reduction,
-    make_views,
-    resample_filter,
-)
+from dimefm.stages.augment import ViewMaker, jpeg_reduction, make_views
 from dimefm.stages.counter_random import uniforms
+from dimefm.stages.crops import NUM_UNIFORMS, crop_box, is_flipped, resample_filter
 from dimefm.stages.distill_settings import AugmentSettings
 from dimefm.stages.images import ImageError, decode_image
 from dimefm.stages.jpeg import OpenJpeg

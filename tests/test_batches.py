@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from dimefm.cache import InputError
-from dimefm.stages.augment import NUM_UNIFORMS, ViewMaker
+from dimefm.stages.augment import ViewMaker
 from dimefm.stages.batches import BatchLoader, normalise
 from dimefm.stages.counter_random import uniforms
+from dimefm.stages.crops import NUM_UNIFORMS
 from dimefm.stages.distill_settings import AugmentSettings
 from dimefm.stages.order import BankStream, Stream
 from dimefm.stages.pixel_source import ImageFiles

@@ -164,3 +164,19 @@ def test_plan_counts_what_is_done_without_loading_a_model(copy):
     found = json.loads(done.stdout)
     assert found["state"] == "finished" and found["rows_left"] == 0
     assert found["arrays"]["images/embedding"]["shards_done"] == 8
+
+
+def test_weights_of_sources_are_part_of_the_config_and_reach_the_run(copy):
+    copy.write_text(
+        copy.read_text() + '\n[images.weights]\n0 = 0.5\n"1" = 0\n\n[sentences.weights]\n"captions.txt" = 2\n'
+    )
+    distill(load_config(copy), ["small"], stop_after=1)
+    record = json.loads((copy.parent / "runs/small/run.json").read_bytes())
+    wanted = {"images": {"0": 0.5, "1": 0.0}, "sentences": {"captions.txt": 2.0}}
+    assert record["row_weights"] == wanted and record["rows"]["images"] == 20
+    copy.write_text(copy.read_text().replace('"captions.txt" = 2', '"web.txt" = 2'))
+    with pytest.raises(InputError, match=r"sentences\.weights\.web\.txt: no sentences come from there; there is: "):
+        distill(load_config(copy), ["small"], stop_after=1)
+    copy.write_text(copy.read_text().replace("0 = 0.5", "0 = -1"))
+    with pytest.raises(InputError, match=r"images\.weights\.0: Input should be greater than or equal to 0"):
+        load_config(copy)

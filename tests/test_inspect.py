@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from dimefm.cache import CacheError, FeatureCache
 from dimefm.cache.inspect import skewness
@@ -61,6 +62,23 @@ def test_hubs_are_counted_over_all_pairs(cache):
     assert found["mean"] == pytest.approx(28 * 3 / 21) and found["never"] == np.mean(counts == 0)
     away = counts - counts.mean()
     assert found["skewness"] == pytest.approx(np.mean(away**3) / np.std(counts) ** 3)
+
+
+def test_the_skew_of_first_sentences_is_shown_for_every_ranking(cache):
+    found = inspect(cache)
+    nearest = found["hubs"]["image_to_sentence"]["nearest"]
+    first = FeatureCache.open(cache).pairs("image_to_sentence").ids[:][:, 0]
+    counts = np.bincount(first[first >= 0], minlength=22)[:21]
+    assert nearest["cosine"] == {
+        "max": counts.max(),
+        "never": np.mean(counts == 0),
+        "skewness": pytest.approx(scipy.stats.skew(counts)),
+    }
+    assert list(nearest) == ["cosine", "csls", "inverted_softmax"]
+    assert len({item["skewness"] for item in nearest.values()}) > 1
+    assert "nearest" not in found["hubs"]["sentence_to_image"]
+    shown = [line for line in inspect_lines(found) if "first by" in line]
+    assert len(shown) == 3 and f"{nearest['csls']['skewness']:.2f}" in shown[1]
 
 
 def test_skewness_is_0_where_nothing_stands_out():

@@ -185,8 +185,12 @@ def test_random_sentences_come_equally_often(cache):
 def test_settings_that_cannot_be_served_are_refused():
     with pytest.raises(ValidationError, match="may retrieve 512 sentences, but batch_sentences = 300"):
         DistillSettings(batch_images=256, batch_sentences=300, pairs=PairSampling(per_image=2))
-    with pytest.raises(ValidationError, match=r"only loss\.vl looks at sentences, and it is off"):
-        DistillSettings(loss=LossSettings(feature=1.0), pairs=PairSampling(per_image=1))
+
+
+def test_retrieving_for_nobody_is_one_line(cache):
+    settings = DistillSettings(loss=LossSettings(feature=1.0), batch_images=8, pairs=PairSampling(per_image=1))
+    with open_world("cpu") as world, pytest.raises(InputError, match="nothing looks at sentences"):
+        Schedule(cache, settings, world)
 
 
 def test_a_cache_without_pairs_is_one_line(tmp_path):

@@ -12,6 +12,7 @@ from dimefm.stages.checkpoint import load_checkpoint
 from dimefm.stages.distill_settings import DistillSettings, LossSettings, PairSampling, TemperatureSettings
 from dimefm.stages.settings import StudentSettings
 
+from .small_cache import text_config
 from .small_pairs import add_pairs
 from .training import TIMES, gradients_of, train_one, weights_of
 
@@ -31,24 +32,24 @@ LEARNED = TemperatureSettings(icl_learned=True)
 WORKER = Path(__file__).with_name("one_of_several.py")
 
 
-def two_processes(folder, run, model, steps, settings=SETTINGS, interrupt_at=0):
+def two_processes(folder, run, model, steps, settings=SETTINGS, interrupt_at=0, text="teacher"):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(WORKER)]
-    command += [str(folder), run, model, str(steps), settings.model_dump_json(), str(interrupt_at)]
+    command += [str(folder), run, model, str(steps), settings.model_dump_json(), str(interrupt_at), text]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{run}-gradients-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def one_process(world, run, model, steps=None, settings=SETTINGS):
+def one_process(world, run, model, steps=None, settings=SETTINGS, text="teacher"):
     cache, folder = world
-    student = StudentSettings(model=f"own_students:{model}", image_size=8)
+    student = StudentSettings(model=f"own_students:{model}", image_size=8, text=text)
     notes = []
     train_one(cache, folder / "images", student, settings, folder / run, stop_after=steps, note=notes.append)
     return notes
 
 
-def lines(folder, run):
-    text = (folder / run / "metrics.jsonl").read_text().splitlines()
+def lines(folder, run, file="metrics.jsonl"):
+    text = (folder / run / file).read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text]
 
 
@@ -56,10 +57,15 @@ def notes_of(folder, run, rank=0):
     return json.loads((folder / f"{run}-notes-{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("more", [{}, {"accumulate": 2, "clip_grad_norm": 0.5, "ema": 0.9, "temperature": LEARNED}])
-def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more):
-    settings = SETTINGS.model_copy(update=more)
+MORE = {"accumulate": 2, "clip_grad_norm": 0.5, "ema": 0.9, "temperature": LEARNED, "evaluate_every": 2}
+
+
+@pytest.mark.parametrize("own_text", [False, True])
+@pytest.mark.parametrize("more", [{}, MORE])
+def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more, own_text):
+    settings = SETTINGS.model_copy(update={**more, "batch_texts": 6})
     folder = world[1]
+    text = text_config(folder) if own_text else "teacher"
     alone = []
 
     def remember(self, *arguments):
@@ -70,14 +76,18 @@ def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more
 
     learn = Learner.learn
     monkeypatch.setattr(Learner, "learn", remember)
-    one_process(world, "one", "plain", 3, settings)
-    first, second = two_processes(folder, "two", "plain", 3, settings)
+    one_process(world, "one", "plain", 3, settings, text)
+    first, second = two_processes(folder, "two", "plain", 3, settings, text=text)
     for wanted, *found in zip(alone, first, second, strict=True):
         for name, gradient in wanted.items():
             assert torch.equal(found[0][name], found[1][name])
             torch.testing.assert_close(found[0][name], gradient, rtol=1e-3, atol=1e-5)
     for wanted, found in zip(lines(folder, "one"), lines(folder, "two"), strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
+    if more:  # the first process scored, the other waited
+        wanted, found = (lines(folder, run, "scores.jsonl") for run in ("one", "two"))
+        assert [line["step"] for line in found] == [2]
+        assert found[0]["cosine"] == pytest.approx(wanted[0]["cosine"], abs=1e-3)
     one, two = weights_of(folder / "one"), weights_of(folder / "two")
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 

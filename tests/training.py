@@ -7,6 +7,7 @@ import torch
 
 from dimefm.cache.feature_cache import FeatureCache
 from dimefm.stages.checkpoint import load_checkpoint
+from dimefm.stages.dev_scores import DevScores
 from dimefm.stages.distill_settings import DistillSettings
 from dimefm.stages.learner import Learner
 from dimefm.stages.pixel_source import ImageFiles
@@ -19,6 +20,9 @@ from dimefm.stages.world import open_world
 TIMES = {"images_per_s", "step_s", "wait_s", "compute_s", "data_wait"}
 """Keys of a line of metrics that no run repeats."""
 
+PROMPTS = [["a red thing", "red"], ["a green thing"], ["a blue thing"]]
+"""Of the small cache's classes, for students with a text tower of their own."""
+
 
 def train_one(
     cache: FeatureCache,
@@ -28,9 +32,12 @@ def train_one(
     run_dir: Path,
     **options: Any,
 ) -> TrainResult:
-    """Train the student `own`."""
+    """Train the student `own`; where it is to be scored, on the images of `dev/` beside the others."""
     with open_world(settings.device) as world:
         source = ImageFiles(images, cache.images)
+        if settings.evaluate_every:
+            folder, prompts = images.parent / "dev", PROMPTS
+            options["dev"] = DevScores(cache, settings.evaluate_on, folder, world.device, workers=1, prompts=prompts)
         (result,) = train(cache, source, [Run("own", student, run_dir)], settings, world, **options)
     return result
 
@@ -40,9 +47,13 @@ def gradients_of(learner: Learner) -> dict[str, torch.Tensor]:
     learned = dict(learner.model.named_parameters())
     if learner._icl_scale is not None:
         learned["icl_scale"] = learner._icl_scale.log
+    if learner.text is not None:
+        learned |= {f"text.{name}": parameter for name, parameter in learner.text.model.named_parameters()}
+        if learner.text._icl_scale is not None:
+            learned["text.icl_scale"] = learner.text._icl_scale.log
     return {name: parameter.grad.clone() for name, parameter in learned.items()}
 
 
-def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
-    """The student's weights in its checkpoint."""
-    return load_checkpoint(run_dir / CHECKPOINT)["model"]
+def weights_of(run_dir: Path, key: str = "model") -> dict[str, torch.Tensor]:
+    """The student's weights in its checkpoint: its image tower's, or what else has a key there."""
+    return load_checkpoint(run_dir / CHECKPOINT)[key]
