@@ -18,12 +18,15 @@ from torch import Tensor
 
 from ..cache.feature_cache import EmbeddingSet
 from .augment import ViewMaker
+from .loss_inputs import SamplingWeights
 from .order import Draw, Drawn
 from .pixel_source import PixelSource
 from .view_pool import ViewPool
 
 _BATCHES_AHEAD = 3
 """Batches whose views are in the making. Two more are held: the one that is trained on and the next."""
+
+_DTYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32, "int64": torch.int64}
 
 
 Tokens = Callable[[NDArray[np.int64]], Mapping[str, Tensor]]
@@ -46,6 +49,9 @@ class Batch:
             of the step's texts.
         wait_s: seconds that the training loop waited for this batch.
         views: (B,) int64, which of the cache's views each image is; None where views are made here.
+        sentence_cosines: (N,) float32, of a retrieved sentence to the image that brought it, NaN of others; None where
+            nothing is retrieved.
+        sampling: what makes up for sentences that are drawn more often than others; None is nothing.
     """
 
     step: int
@@ -57,6 +63,8 @@ class Batch:
     tokens: Mapping[str, Tensor]
     wait_s: float
     views: NDArray[np.int64] | None = None
+    sentence_cosines: Tensor | None = None
+    sampling: SamplingWeights | None = None
 
 
 class BatchLoader:
@@ -160,17 +168,32 @@ class BatchLoader:
     def _finish(self, one: "_Started") -> Batch:
         targets = self._gather(self._images, one.draw)
         bank = None if self._bank is None else self._gather(self._images, self._bank.draw(one.step))
-        sentences = (
-            None if self._sentences is None else self._gather(self._sentences[0], self._sentences[1].draw(one.step))
-        )
+        sentences = cosines = sampling = None
+        if self._sentences is not None:
+            draw = self._sentences[1].draw(one.step)
+            sentences = self._gather(self._sentences[0], draw)
+            cosines = None if draw.cosines is None else self._tensor(draw.cosines)
+            if draw.weights is not None:
+                of = draw.weights
+                sampling = SamplingWeights(*(self._tensor(part) for part in (of.sentences, of.places, of.values)))
         tokens = {} if self._texts is None else self._texts[0](self._texts[1].draw(one.step).rows)
         if self._pin:
             tokens = {name: ids.pin_memory() for name, ids in tokens.items()}
         for task in one.tasks:
             task.result()
-        images = tuple(self._tensor(views) for views in self._pool.slots[one.slot])
-        views = one.draw.views
-        return Batch(one.step, one.draw.rows, images, targets, sentences, bank, tokens, wait_s=0.0, views=views)
+        return Batch(
+            one.step,
+            one.draw.rows,
+            images=tuple(self._tensor(views) for views in self._pool.slots[one.slot]),
+            targets=targets,
+            sentences=sentences,
+            bank=bank,
+            tokens=tokens,
+            wait_s=0.0,
+            views=one.draw.views,
+            sentence_cosines=cosines,
+            sampling=sampling,
+        )
 
     def _gather(self, embeddings: EmbeddingSet, draw: Draw) -> Tensor:
         if draw.views is None:
@@ -180,9 +203,7 @@ class BatchLoader:
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         """A copy of its own, so that a batch lives as long as its user wants."""
-        own = torch.empty(
-            array.shape, dtype=torch.uint8 if array.dtype == np.uint8 else torch.float16, pin_memory=self._pin
-        )
+        own = torch.empty(array.shape, dtype=_DTYPES[array.dtype.name], pin_memory=self._pin)
         np.copyto(own.numpy(), array)
         return own
 

@@ -30,12 +30,18 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
                 targets=batch.targets.to(device, non_blocking=True),
                 sentences=_copy(batch.sentences, device),
                 bank=_copy(batch.bank, device),
+                sentence_cosines=_copy(batch.sentence_cosines, device),
+                sampling=None
+                if batch.sampling is None
+                else batch.sampling.map(lambda part: part.to(device, non_blocking=True)),
                 tokens={name: ids.to(device, non_blocking=True) for name, ids in batch.tokens.items()},
                 wait_s=0.0 if was_busy else batch.wait_s,
             )
         using = torch.cuda.current_stream(device)
         using.wait_stream(stream)
-        for tensor in (*copied.images, copied.targets, copied.sentences, copied.bank, *copied.tokens.values()):
+        weights = () if copied.sampling is None else copied.sampling.tensors()
+        of_sentences = copied.sentences, copied.sentence_cosines, *weights, *copied.tokens.values()
+        for tensor in (*copied.images, copied.targets, *of_sentences, copied.bank):
             if tensor is not None:
                 tensor.record_stream(using)  # its memory is not handed out again while the step uses it
         yield copied

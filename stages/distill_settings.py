@@ -63,6 +63,23 @@ class TemperatureSettings(Settings):
     """Whether `icl` only begins with its temperature and learns it, as CLIP-KD does."""
 
 
+class PairSampling(Settings):
+    """`[distill.pairs]`: which of a step's sentences are retrieved for its images; the rest are drawn at random."""
+
+    per_image: int = Field(default=0, ge=0)
+    """Retrieved sentences that each image of the step brings along; fewer where it has fewer."""
+    min_score: float | None = Field(default=None, ge=-1.0, le=1.0)
+    """Least cosine of a retrieved sentence to its image."""
+    sampling: Literal["score", "uniform"] = "score"
+    """How an image chooses among its candidates: by the softmax of their scores, or each alike."""
+    rank: Literal["cosine", "csls", "inverted_softmax"] = "cosine"
+    """The score that candidates are judged by: the cosine, or one that takes account of hubs."""
+    cap: int | None = Field(default=None, ge=1)
+    """At most so many images keep one sentence as their candidate."""
+    correct: bool = False
+    """Weigh images and sentences in `vl` by how seldom steps hold them together, as if all had been drawn at random."""
+
+
 class DistillSettings(Settings):
     """`[distill]`: stage two."""
 
@@ -119,6 +136,17 @@ class DistillSettings(Settings):
     augment: AugmentSettings = AugmentSettings()
     loss: LossSettings = LossSettings(vl=0.7, pvl=0.3)
     temperature: TemperatureSettings = TemperatureSettings()
+    pairs: PairSampling = PairSampling()
+
+    @model_validator(mode="after")
+    def _retrieved_sentences_fit(self) -> "DistillSettings":
+        most = self.pairs.per_image * self.batch_images
+        if most > self.batch_sentences:
+            raise ValueError(
+                f"pairs.per_image = {self.pairs.per_image} for {self.batch_images} images may retrieve {most} "
+                f"sentences, but batch_sentences = {self.batch_sentences}; lower the one or raise the other"
+            )
+        return self
 
     def is_scored(self, step: int, total_steps: int) -> bool:
         """Whether the student is scored after so many steps: each `evaluate_every`, and after the last."""

@@ -55,6 +55,8 @@ def read_metrics(
         means |= _of_text(held.signs(settings, logit_scale))
     summed = world.sum(torch.stack([*shares.values(), *(value / world.size for value in means.values())]))
     values: dict[str, float] = dict(zip([*shares, *means], summed.tolist()))  # the one moment that waits for a GPU
+    if math.isnan(values.get("pairs_cosine", 0.0)):
+        del values["pairs_cosine"]  # no image of the step had a candidate
     values |= _numbers_of(learner)
     if text is not None:
         values |= _of_text(_numbers_of(text))

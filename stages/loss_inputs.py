@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import overload
 
 from torch import Tensor
 
-from .similarity_blocks import Rows
+from .similarity_blocks import LogWeights, Rows
+
+
+@dataclass(frozen=True)
+class SamplingWeights:
+    """Log weights of sentences that were not all drawn at random, and of images beside their own candidates.
+
+    Attributes:
+        sentences: (n,) added to all logits of each sentence.
+        places: (b, k) int64, of each image some of the step's sentences (of all processes), none twice, -1 for none; or
+            None.
+        values: (b, k) added to the logits of an image and the sentence at that place.
+    """
+
+    sentences: Tensor
+    places: Tensor | None = None
+    values: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that there is."""
+        return tuple(part for part in (self.sentences, self.places, self.values) if part is not None)
+
+    def map(self, do: Callable[[Tensor], Tensor]) -> SamplingWeights:
+        """The same, each tensor as `do` makes it."""
+        return SamplingWeights(*map(do, self.tensors()))
 
 
 @dataclass(frozen=True)
@@ -25,6 +50,9 @@ class LossInputs:
         all_sentences: (N, D) v of all processes.
         bank_images: (M, D) more teacher images for `pvl` and `icl`, the same in every process, or None.
         first_image: where this process's images begin among everybody's; `icl` wants it where these are more.
+        sampling: of this process's sentences and images; None where all sentences are random.
+        all_sampling: of everybody's.
+        first_sentence: where this process's sentences begin among everybody's; `sampling` wants it.
     """
 
     student_images: Tensor
@@ -35,6 +63,9 @@ class LossInputs:
     all_sentences: Tensor | None = None
     bank_images: Tensor | None = None
     first_image: int | None = None
+    sampling: SamplingWeights | None = None
+    all_sampling: SamplingWeights | None = None
+    first_sentence: int = 0
 
     @classmethod
     def of_one_process(
@@ -43,6 +74,7 @@ class LossInputs:
         teacher_images: Tensor,
         sentences: Tensor | None = None,
         bank_images: Tensor | None = None,
+        sampling: SamplingWeights | None = None,
     ) -> LossInputs:
         """A batch that is all there is."""
         return cls(
@@ -53,6 +85,8 @@ class LossInputs:
             sentences=sentences,
             all_sentences=sentences,
             bank_images=bank_images,
+            sampling=sampling,
+            all_sampling=sampling,
         )
 
     def check(self, *, same_width: bool) -> None:
@@ -71,11 +105,21 @@ class LossInputs:
         ):
             if matrix is not None:
                 _check_matrix(name, matrix, width)
+        if (self.sampling is None) != (self.all_sampling is None):
+            raise ValueError("sampling without all_sampling, or the other way round: wanted both or neither")
+        if self.sampling is not None:
+            _check_sampling(self.sampling, self.teacher_images, self.sentences)
+        if self.all_sampling is not None and self.all_sampling is not self.sampling:
+            _check_sampling(self.all_sampling, self.all_teacher_images, self.all_sentences)
 
     def pseudo_sentences(self) -> Rows:
         """(B + M, D) teacher images in the place of sentences: everybody's, then the bank's; cut off from gradients."""
         everybodys = self.all_teacher_images.detach()
         return everybodys if self.bank_images is None else (everybodys, self.bank_images.detach())
+
+    def log_weights(self) -> tuple[LogWeights | None, LogWeights | None]:
+        """For logits of this process's images over everybody's sentences, and of its sentences over all images."""
+        return log_weights_both_ways(self.sampling, self.all_sampling, self.first_sentence)
 
     def place(self) -> int:
         """Where this process's images begin among everybody's.
@@ -91,6 +135,24 @@ class LossInputs:
                 f"{len(self.all_teacher_images)} of all processes"
             )
         return first
+
+
+def log_weights_both_ways(
+    own: SamplingWeights | None, everybodys: SamplingWeights | None, first_sentence: int
+) -> tuple[LogWeights | None, LogWeights | None]:
+    """For logits of this process's images over everybody's sentences, and of its sentences over everybody's images.
+
+    Args:
+        own: this process's.
+        everybodys: those of all.
+        first_sentence: where this process's sentences begin among everybody's.
+    """
+    if own is None or everybodys is None:
+        return None, None
+    over_sentences = LogWeights(everybodys.sentences, own.places, own.values)
+    # A sentence's own weight is the same in all logits of its row, and changes no softmax over images.
+    places = None if everybodys.places is None else everybodys.places - first_sentence
+    return over_sentences, LogWeights(None, places, everybodys.values, along=0)
 
 
 @overload
@@ -119,6 +181,23 @@ def _check_images(student_images: Tensor, teacher_images: Tensor, *, same_width:
         raise ValueError(f"{len(student_images)} student images against {len(teacher_images)} teacher images")
     if same_width and student_images.shape[1] != teacher_images.shape[1]:
         raise ValueError(f"student embeddings {student_images.shape[1]} wide, the teacher's {teacher_images.shape[1]}")
+
+
+def _check_sampling(weights: SamplingWeights, images: Tensor, sentences: Tensor | None) -> None:
+    num = None if sentences is None else len(sentences)
+    if weights.sentences.shape != (num,) or not weights.sentences.is_floating_point():
+        found = f"{tuple(weights.sentences.shape)} {weights.sentences.dtype}"
+        raise ValueError(f"sentence_log_weights: {found}; wanted a float for each of {num} sentences")
+    places, values = weights.places, weights.values
+    if places is None and values is None:
+        return
+    if places is None or values is None or places.shape != values.shape or places.ndim != 2:
+        raise ValueError("own_log_weights: wanted places and values of one shape, (images, candidates)")
+    if len(places) != len(images) or places.dtype.is_floating_point or not values.is_floating_point():
+        raise ValueError(
+            f"own_log_weights: {tuple(places.shape)} {places.dtype} and {values.dtype}; wanted int64 places and floats "
+            f"for {len(images)} images"
+        )
 
 
 def _check_matrix(name: str, matrix: Tensor, width: int | None = None) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .distill_settings import LossSettings, TemperatureSettings
 from .feature_losses import icl_share, mse_share
-from .loss_inputs import LossInputs, logit_factor
-from .similarity_blocks import Rows, dtype_of, no_autocast
+from .loss_inputs import LossInputs, SamplingWeights, logit_factor
+from .similarity_blocks import LogWeights, Rows, dtype_of, no_autocast
 from .wide_kl import kl_both_ways, kl_rows, row_entropies
 
 
@@ -27,8 +27,14 @@ def vl_loss(
     teacher_sentences: Tensor,
     temperature: float = 1.0,
     logit_scale: float = 100.0,
+    sentence_log_weights: Tensor | None = None,
+    own_log_weights: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Vision-language loss: K(s·u·vᵀ ‖ s·û·vᵀ) + K(s·v·uᵀ ‖ s·v·ûᵀ), images over sentences plus sentences over images.
+
+    Sentences that were not drawn alike can be weighed: self-normalised importance sampling (Owen, Monte Carlo theory,
+    methods and examples, chapter 9), the weight of a cell being one over the probability that a step holds it. Its
+    logarithm is added to teacher's and student's logits; the sentences' rows have the mean by their own weights.
 
     Args:
         student_images: (B, D) û, any float dtype, any norm.
@@ -36,14 +42,22 @@ def vl_loss(
         teacher_sentences: (N, D) v, paired with nothing.
         temperature: T, the same for teacher and student.
         logit_scale: s, multiplies cosines.
+        sentence_log_weights: (N,) float, of each sentence; only their differences count. None: all alike.
+        own_log_weights: places (B, k) int64 and values (B, k): for each image some sentences, by their position (none
+            twice, -1 for none), that it has another weight with than others have: the difference of the logarithms.
 
     Returns:
-        Scalar, float32 or, if an input is, float64.
+        Scalar, float32 or, if an embedding is, float64.
 
     Raises:
         ValueError: if shapes or dtypes do not fit, or temperature or logit_scale is not positive.
     """
-    inputs = LossInputs.of_one_process(student_images, teacher_images, sentences=teacher_sentences)
+    sampling = None
+    if sentence_log_weights is not None or own_log_weights is not None:
+        equal = teacher_sentences.new_zeros(len(teacher_sentences))
+        columns = equal if sentence_log_weights is None else sentence_log_weights
+        sampling = SamplingWeights(columns, *(own_log_weights or ()))
+    inputs = LossInputs.of_one_process(student_images, teacher_images, sentences=teacher_sentences, sampling=sampling)
     return _vl(inputs, logit_factor(logit_scale, temperature))
 
 
@@ -152,7 +166,9 @@ def loss_terms(
     return terms
 
 
-def effective_candidates(rows: Rows, columns: Rows, temperature: float, logit_scale: float) -> Tensor:
+def effective_candidates(
+    rows: Rows, columns: Rows, temperature: float, logit_scale: float, log_weights: LogWeights | None = None
+) -> Tensor:
     """How many columns a row's softmax spreads over: exp(entropy), mean over the rows.
 
     1 says that the target is one-hot, `len(columns)` that it says nothing: either way the loss teaches little.
@@ -162,12 +178,13 @@ def effective_candidates(rows: Rows, columns: Rows, temperature: float, logit_sc
         columns: (N, D) embeddings that each row is compared to; several matrices in a tuple stand below one another.
         temperature: of the softmax.
         logit_scale: multiplies cosines.
+        log_weights: added to the logits.
 
     Returns:
         Scalar between 1 and N.
     """
     factor = logit_factor(logit_scale, temperature)
-    return row_entropies(rows, columns, factor).exp().mean()
+    return row_entropies(rows, columns, factor, log_weights=log_weights).exp().mean()
 
 
 def _vl(inputs: LossInputs, factor: float) -> Tensor:
@@ -178,13 +195,29 @@ def _vl(inputs: LossInputs, factor: float) -> Tensor:
     sentences, all_sentences = inputs.sentences.detach(), inputs.all_sentences.detach()
     student, all_students = inputs.student_images, inputs.all_student_images
     num_images, num_sentences = len(all_students), len(all_sentences)
+    over_sentences, over_images = inputs.log_weights()
+    weights = _sentence_weights(inputs)
     if inputs.all_sentences is inputs.sentences and all_students is student:
         # The second matrix is the first one transposed: its rows are our columns.
-        weights = 1 / num_images, 1 / num_sentences
-        return kl_both_ways(teacher, student, sentences, sentences, factor, *weights)
-    over_sentences = kl_rows(teacher, student, all_sentences, all_sentences, factor)
-    over_images = kl_rows(sentences, sentences, all_teachers, all_students, factor)
-    return over_sentences / num_images + over_images / num_sentences
+        return kl_both_ways(
+            *(teacher, student, sentences, sentences, factor),
+            row_weight=1 / num_images,
+            column_weight=1 / num_sentences if weights is None else weights,
+            log_weights=over_sentences,
+        )
+    kl_images = kl_rows(teacher, student, all_sentences, all_sentences, factor, log_weights=over_sentences)
+    sides = sentences, sentences, all_teachers, all_students
+    kl_sentences = kl_rows(*sides, factor, log_weights=over_images, row_weights=weights)
+    return kl_images / num_images + (kl_sentences / num_sentences if weights is None else kl_sentences)
+
+
+def _sentence_weights(inputs: LossInputs) -> Tensor | None:
+    """(n,) what each of this process's sentences counts in the mean over everybody's; None: all alike."""
+    if inputs.sampling is None or inputs.all_sampling is None:
+        return None
+    dtype = dtype_of(inputs.student_images, inputs.sampling.sentences)
+    own, everybodys = inputs.sampling.sentences.to(dtype), inputs.all_sampling.sentences.to(dtype)
+    return (own - everybodys.logsumexp(0)).exp()
 
 
 def _pvl(inputs: LossInputs, factor: float) -> Tensor:

@@ -70,6 +70,6 @@ def see(
     return seen, teacher, student
 
 
-def slope(seen: Seen, p: Tensor, q: Tensor, weight: float) -> Tensor:
-    """weight · (softmax(s) - softmax(t)) from their exponentials; uses up `q`."""
+def slope(seen: Seen, p: Tensor, q: Tensor, weight: float | Tensor) -> Tensor:
+    """weight · (softmax(s) - softmax(t)) from their exponentials; uses up `q`. A tensor has one for each softmax."""
     return q.mul_(weight / seen.student_sum).addcmul_(p, weight / seen.teacher_sum, value=-1)

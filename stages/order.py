@@ -60,11 +60,46 @@ class Draw:
         rows: (batch,) int64 row numbers. Distinct, unless the batch straddles the end of a pass.
         passes: (batch,) int64, how many whole passes came before each row: a row's view changes with it.
         views: (batch,) int64, which of the cache's views of each row is taken; None where views are made here.
+        cosines: (batch,) float32, of a retrieved sentence to the image that brought it, NaN of others; None where
+            nothing is retrieved.
+        weights: what makes up for rows that are drawn more often than others; None is nothing.
     """
 
     rows: NDArray[np.int64]
     passes: NDArray[np.int64]
     views: NDArray[np.int64] | None = None
+    cosines: NDArray[np.float32] | None = None
+    weights: "DrawnWeights | None" = None
+
+    def part(self, number: int, num_parts: int) -> "Draw":
+        """One of equal parts, with all that is said of its rows."""
+        rows = _part(len(self.rows), number, num_parts)
+        views = None if self.views is None else self.views[rows]
+        cosines = None if self.cosines is None else self.cosines[rows]
+        weights = None if self.weights is None else self.weights.part(number, num_parts)
+        return Draw(self.rows[rows], self.passes[rows], views, cosines, weights)
+
+
+@dataclass(frozen=True)
+class DrawnWeights:
+    """What a step's logits of images and sentences lack to be those of a step that was drawn at random, as logarithms.
+
+    Attributes:
+        sentences: (N,) float32, for each sentence of the step.
+        places: (B, k) int64, for each image of the step where its own candidates stand among the step's sentences,
+            those of all processes; -1 where they do not.
+        values: (B, k) float32, for an image and such a candidate, beside what the sentence has.
+    """
+
+    sentences: NDArray[np.float32]
+    places: NDArray[np.int64]
+    values: NDArray[np.float32]
+
+    def part(self, number: int, num_parts: int) -> "DrawnWeights":
+        """Those of one of equal parts of the images and of the sentences."""
+        images = _part(len(self.places), number, num_parts)
+        sentences = self.sentences[_part(len(self.sentences), number, num_parts)]
+        return DrawnWeights(sentences, self.places[images], self.values[images])
 
 
 class Drawn(Protocol):
@@ -122,7 +157,7 @@ class Stream:
         """All that the order depends on, but the rows themselves, for the record of a run."""
         return {
             "order": "a keyed permutation of the rows for each pass, cut into batches",
-            **_describe_permutation(self._seed, f"({self._name}, pass)"),
+            **describe_permutation(self._seed, f"({self._name}, pass)"),
             "rows": len(self),
             "batch": self.batch,
         }
@@ -167,10 +202,22 @@ class BankStream:
         """All that the order depends on, but the rows themselves, for the record of a run."""
         return {
             "order": "the beginning of a keyed permutation of the images for each step, without the step's own",
-            **_describe_permutation(self._seed, "(bank, step)"),
+            **describe_permutation(self._seed, "(bank, step)"),
             "rows": len(self._images),
             "batch": self.batch,
         }
+
+
+class WholeDrawn(Drawn, Protocol):
+    """One that draws for all processes."""
+
+    batch: int
+    """Rows of one step."""
+    setting: str
+    """Full name of the key that says how many."""
+
+    def describe(self) -> dict[str, Any]:
+        """All that the order depends on, but the rows themselves, for the record of a run."""
 
 
 class Beginning:
@@ -201,7 +248,7 @@ class Beginning:
 class Share:
     """One rank's part of every step: of as many equal parts as there are ranks, in order, the one that is its own."""
 
-    def __init__(self, stream: Stream | BankStream | Beginning, rank: int, num_ranks: int) -> None:
+    def __init__(self, stream: WholeDrawn, rank: int, num_ranks: int) -> None:
         """A part of a stream.
 
         Args:
@@ -216,7 +263,7 @@ class Share:
                 f"{stream.setting} = {stream.batch}: does not divide evenly among {num_ranks} processes; "
                 f"wanted a multiple of {num_ranks}"
             )
-        self._stream, self._rank = stream, rank
+        self._stream, self._rank, self._num_ranks = stream, rank, num_ranks
         self.batch = stream.batch // num_ranks
 
     def draw(self, step: int) -> Draw:
@@ -225,16 +272,20 @@ class Share:
         Args:
             step: from 0.
         """
-        whole = self._stream.draw(step)
-        part = slice(self._rank * self.batch, (self._rank + 1) * self.batch)
-        return Draw(whole.rows[part], whole.passes[part])
+        return self._stream.draw(step).part(self._rank, self._num_ranks)
 
     def describe(self) -> dict[str, Any]:
         """The whole stream's: a share is no order of its own."""
         return self._stream.describe()
 
 
-def _describe_permutation(seed: int, key: str) -> dict[str, Any]:
+def _part(num_rows: int, number: int, num_parts: int) -> slice:
+    size = num_rows // num_parts
+    return slice(number * size, (number + 1) * size)
+
+
+def describe_permutation(seed: int, key: str) -> dict[str, Any]:
+    """What a keyed permutation depends on."""
     return {
         "permutation": "Feistel network with cycle walking, SplitMix64 finaliser",
         "rounds": _ROUNDS,

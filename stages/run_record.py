@@ -34,7 +34,7 @@ _FREE_TO_CHANGE = {
     "views",
 }
 """Of `pixels` and `views`, what they came to counts, and is recorded beside the settings."""
-_FIXED = ("student", "distill", "cache", "rows", "masks", "row_weights", "pixels", "views")
+_FIXED = ("student", "distill", "cache", "rows", "masks", "row_weights", "pairs", "pixels", "views")
 _LIBRARIES = ("torch", "torchvision", "timm", "open_clip_torch", "pillow", "numpy")
 
 
@@ -56,8 +56,8 @@ def describe_run(
 ) -> dict[str, Any]:
     """Everything that a reader, a resumed run or an evaluation needs to know about a run, as JSON values.
 
-    `student`, `distill`, `cache`, `rows`, `masks`, `row_weights`, `pixels` and `views` must not change while a run
-    lasts; the rest says where and with what it was made.
+    `student`, `distill`, `cache`, `rows`, `masks`, `row_weights`, `pairs`, `pixels` and `views` must not change while
+    a run lasts; the rest says where and with what it was made.
 
     Args:
         pixels: where the pictures come from: `files`, or the setting of those that were kept (`jpeg-256`).
@@ -73,6 +73,7 @@ def describe_run(
         "cache": cache.identity,
         "rows": {"images": len(cache.images.usable), "sentences": len(cache.sentences.usable)},
         "masks": {side: dict(mask) for side, mask in cache.masks.items()},
+        "pairs": cache.manifest.get("pairs_settings") if settings.pairs.per_image else None,
         "row_weights": cache.row_weights,
         "pixels": pixels,
         "order": order,

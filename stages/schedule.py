@@ -12,7 +12,8 @@ from .crops import resample_filter
 from .distill_settings import DistillSettings
 from .mixture import row_stream
 from .optim import lr_at
-from .order import BankStream, Beginning, Drawn, Share, Stream
+from .order import BankStream, Beginning, Drawn, Share, Stream, WholeDrawn
+from .pair_stream import PairStream
 from .replay import OWN, Replayed, choose_replay
 from .run_record import logit_scale_of
 from .world import World
@@ -48,7 +49,13 @@ class Schedule:
         self.logit_scale = logit_scale_of(cache, settings)
         self.replay = choose_replay(settings, cache)
         self.images = row_stream(cache.images, settings.batch_images, settings.seed, "images")
-        self.sentences = _sentence_stream(cache, settings) if settings.loss.vl or trains_text else None
+        wants_sentences = settings.loss.vl or trains_text
+        self.sentences = self._sentence_stream(cache) if wants_sentences else None
+        if settings.pairs.per_image and not wants_sentences:
+            raise InputError(
+                f"distill.pairs.per_image = {settings.pairs.per_image}, but nothing looks at sentences: "
+                "distill.loss.vl is off and no text tower is trained; set it to 0 or give vl a weight"
+            )
         self.texts = _texts(self.sentences, settings) if trains_text and self.sentences is not None else None
         loss = settings.loss
         wants_bank = settings.bank_images and (loss.pvl or loss.icl or (trains_text and loss.vl))
@@ -97,14 +104,22 @@ class Schedule:
         Raises:
             InputError: if it cannot be divided equally.
         """
-        stream: Stream | BankStream | Beginning | None = getattr(self, name)
+        stream: WholeDrawn | None = getattr(self, name)
         if stream is None:
             return None
         drawn: Drawn = stream if self._world.size == 1 else Share(stream, self._world.rank, self._world.size)
         return Replayed(drawn, self.replay) if self.replay and name == "images" else drawn
 
+    def _sentence_stream(self, cache: FeatureCache) -> Stream | PairStream:
+        """Random sentences, or retrieved ones among them."""
+        settings = self._settings
+        random = _random_sentences(cache, settings)
+        if not settings.pairs.per_image:
+            return random
+        return PairStream(cache, self.images, random, settings.pairs, settings.seed, self.logit_scale)
 
-def _sentence_stream(cache: FeatureCache, settings: DistillSettings) -> Stream:
+
+def _random_sentences(cache: FeatureCache, settings: DistillSettings) -> Stream:
     if not settings.batch_sentences:
         raise InputError(
             "distill.batch_sentences = 0, but distill.loss.vl is on; raise the one or set the other to 0"
@@ -114,7 +129,7 @@ def _sentence_stream(cache: FeatureCache, settings: DistillSettings) -> Stream:
     return row_stream(cache.sentences, settings.batch_sentences, settings.seed, "sentences")
 
 
-def _texts(sentences: Stream, settings: DistillSettings) -> Beginning:
+def _texts(sentences: WholeDrawn, settings: DistillSettings) -> Beginning:
     if settings.batch_texts > settings.batch_sentences:
         raise InputError(
             f"distill.batch_texts = {settings.batch_texts}: more than distill.batch_sentences = "

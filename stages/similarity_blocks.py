@@ -71,16 +71,54 @@ class Side:
 
 
 @dataclass(frozen=True)
+class LogWeights:
+    """What is added to logits before a softmax, in place of drawing columns or cells more or less often.
+
+    Attributes:
+        columns: (C,) for every column, or None.
+        places: (L, k) int64, of some single cells: `along` 1 names for each of L rows its columns, 0 for each of L
+            columns its rows, none twice. Places that do not exist (-1) are passed over. None is no such cell.
+        values: (L, k) for the cells at those places, beside what their columns have.
+        along: 1 or 0.
+    """
+
+    columns: Tensor | None = None
+    places: Tensor | None = None
+    values: Tensor | None = None
+    along: int = 1
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that there is."""
+        return tuple(part for part in (self.columns, self.places, self.values) if part is not None)
+
+    def add_to(self, logits: Tensor, rows: range, columns: range) -> None:
+        """Add them to a block of logits, in place; nothing here makes the host wait for a GPU."""
+        if self.columns is not None:
+            logits += self.columns[columns.start : columns.stop].to(logits.dtype)
+        if self.places is not None and self.values is not None:
+            lines, others = (rows, columns) if self.along else (columns, rows)
+            at = self.places[lines.start : lines.stop] - others.start
+            values = self.values[lines.start : lines.stop].to(logits.dtype)
+            values = values.masked_fill((at < 0) | (at >= len(others)), 0.0)  # those cells are of another block
+            at = at.clamp(0, len(others) - 1)
+            logits.scatter_add_(self.along, at if self.along else at.T, values if self.along else values.T)
+
+
+@dataclass(frozen=True)
 class Cosines:
-    """The matrix of factor x cosine between two sides, which never exists as a whole."""
+    """The matrix of factor x cosine + log weight between two sides, which never exists as a whole."""
 
     rows: Side
     columns: Side
     factor: float
+    log_weights: LogWeights | None = None
 
     def block(self, rows: range, columns: range) -> Tensor:
         """(len(rows), len(columns)) logits, a tensor of the caller's own. Call it within `full_precision`."""
-        return (self.factor * self.rows.take(rows)) @ self.columns.take(columns).T
+        logits = (self.factor * self.rows.take(rows)) @ self.columns.take(columns).T
+        if self.log_weights is not None:
+            self.log_weights.add_to(logits, rows, columns)
+        return logits
 
     def forget(self) -> None:
         """Let go of what was read last."""

@@ -4,9 +4,9 @@ from torch import Tensor
 
 from .distill_settings import DistillSettings
 from .info_nce import masked_share
-from .loss_inputs import LossInputs
+from .loss_inputs import LossInputs, SamplingWeights, log_weights_both_ways
 from .losses import effective_candidates
-from .similarity_blocks import Rows
+from .similarity_blocks import LogWeights, Rows
 from .world import World
 
 
@@ -16,18 +16,32 @@ class Targets:
     Made once a step; every student that learns from the batch uses it.
     """
 
-    def __init__(self, targets: Tensor, sentences: Tensor | None, bank: Tensor | None, world: World) -> None:
+    def __init__(
+        self,
+        targets: Tensor,
+        sentences: Tensor | None,
+        bank: Tensor | None,
+        world: World,
+        sentence_cosines: Tensor | None = None,
+        sampling: SamplingWeights | None = None,
+    ) -> None:
         """Gather what the other processes drew.
 
         Args:
             targets: (B, D) teacher embeddings of this process's images.
             sentences: (N, D) of its sentences, or None.
             bank: (M, D) of its part of the bank, or None.
+            sentence_cosines: (N,) of retrieved sentences, NaN of others; None where nothing is retrieved.
+            sampling: of its sentences and images, or None.
         """
         self.own, self.sentences = targets, sentences
         self.first_image = world.rank * len(targets)  # every process has as many
         self.everybodys = world.gather(targets)
         self.all_sentences = None if sentences is None else world.gather(sentences)
+        self.sampling = sampling
+        self.all_sampling = None if sampling is None else sampling.map(world.gather)
+        self.first_sentence = 0 if sentences is None else world.rank * len(sentences)
+        self._cosines = None if sentence_cosines is None else world.gather(sentence_cosines)
         self.own_bank, self.bank = bank, None if bank is None else world.gather(bank)
         self._signs: dict[str, Tensor] | None = None
 
@@ -42,6 +56,9 @@ class Targets:
             all_teacher_images=self.everybodys,
             all_sentences=self.all_sentences,
             first_image=self.first_image,
+            sampling=self.sampling,
+            all_sampling=self.all_sampling,
+            first_sentence=self.first_sentence,
         )
 
     def signs(self, settings: DistillSettings, logit_scale: float) -> dict[str, Tensor]:
@@ -49,7 +66,8 @@ class Targets:
 
         Returns:
             For each relational loss `…_candidates`, how many columns a row spreads over: exp(entropy), mean over the
-            rows. For `icl` with a threshold `icl_masked`, the share of other images that are no negatives.
+            rows. For `icl` with a threshold `icl_masked`, the share of other images that are no negatives. Where
+            sentences are retrieved, `pairs_share` of them were, at the mean `pairs_cosine`, NaN if none was.
         """
         if self._signs is None:
             self._signs = self._compute_signs(settings, logit_scale)
@@ -58,15 +76,24 @@ class Targets:
     def _compute_signs(self, settings: DistillSettings, logit_scale: float) -> dict[str, Tensor]:
         temperature, loss = settings.temperature, settings.loss
         pairs: dict[str, tuple[Tensor, Rows, float]] = {}
+        weights: dict[str, LogWeights | None] = {}
         if loss.vl and self.sentences is not None and self.all_sentences is not None:
             pairs["vl_candidates"] = self.own, self.all_sentences, temperature.vl
             pairs["vl_candidates_sentences"] = self.sentences, self.everybodys, temperature.vl
+            both_ways = log_weights_both_ways(self.sampling, self.all_sampling, self.first_sentence)
+            weights = dict(zip(pairs, both_ways))
         columns = self.everybodys if self.bank is None else (self.everybodys, self.bank)
         if loss.pvl:
             pairs["pvl_candidates"] = self.own, columns, temperature.pvl
         if loss.udist:
             pairs["udist_candidates"] = self.own, self.everybodys, temperature.udist
-        signs = {key: effective_candidates(rows, over, of, logit_scale) for key, (rows, over, of) in pairs.items()}
+        signs = {
+            key: effective_candidates(rows, over, of, logit_scale, weights.get(key))
+            for key, (rows, over, of) in pairs.items()
+        }
         if loss.icl and loss.icl_threshold is not None:
             signs["icl_masked"] = masked_share(self.own, columns, self.first_image, loss.icl_threshold)
+        if self._cosines is not None:
+            signs["pairs_share"] = self._cosines.isfinite().to(self._cosines.dtype).mean()
+            signs["pairs_cosine"] = self._cosines.nanmean()
         return signs

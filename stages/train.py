@@ -166,7 +166,9 @@ class _Loop:
     def step(self, batch: Batch, stop: StopSignals) -> None:
         """One batch, to every student that stands at its step; one that is ahead of the others waits for them."""
         schedule, settings = self._schedule, self._settings
-        targets = Targets(batch.targets, batch.sentences, batch.bank, self._world)
+        targets = Targets(
+            batch.targets, batch.sentences, batch.bank, self._world, batch.sentence_cosines, batch.sampling
+        )
         inputs = {size: normalise(view, schedule.mean, schedule.std) for size, view in zip(self._sizes, batch.images)}
         here = [one for one in self._training if one.wants_more and one.learner.step == batch.step]
         for one in here:

@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection, context, resource_tracker
@@ -178,7 +178,9 @@ class ViewPool:
     def abandon(self, tasks: Sequence[Future[None]]) -> None:
         """Leave a batch unfinished; afterwards nothing writes into its slot any more."""
         self.stop()
-        wait(tasks)
+        for task in tasks:  # `concurrent.futures.wait` would wait forever for one that a closing pool has cancelled
+            with suppress(CancelledError):
+                task.exception()
         self.go_on()
 
     def _fill_here(self, task: _Task) -> None:

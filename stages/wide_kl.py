@@ -17,9 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .online_softmax import Seen, see, slope
-from .similarity_blocks import Cosines, Rows, Shape, Side, block_shape, blocks, dtype_of, full_precision, no_autocast
+from .similarity_blocks import (
+    Cosines,
+    LogWeights,
+    Rows,
+    Shape,
+    Side,
+    block_shape,
+    blocks,
+    dtype_of,
+    full_precision,
+    no_autocast,
+)
 
 _Gradients = tuple[Tensor | None, Tensor | None]  # of the student's rows and columns
+_Weights = dict[int, float | Tensor]  # by the axis that a softmax runs along; a tensor has one for each softmax
 
 _OVER_COLUMNS, _OVER_ROWS = 1, 0  # the axis of a matrix of logits that a softmax runs along
 
@@ -31,6 +43,9 @@ def kl_rows(
     student_columns: Rows,
     factor: float,
     block: Shape | None = None,
+    *,
+    log_weights: LogWeights | None = None,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """Sum over the rows of KL(softmax(factor · teacher's cosines) ‖ softmax(factor · student's cosines)).
 
@@ -45,11 +60,14 @@ def kl_rows(
         student_columns: (C, width of the student's rows); the same object as `teacher_columns` where these stand in.
         factor: multiplies cosines: logit scale / temperature.
         block: rows and columns that are computed at once; None lets size and device decide.
+        log_weights: added to the logits of both before their softmax; no gradient reaches them.
+        row_weights: (R,) what each row's KL is multiplied by, or None; no gradient reaches them.
 
     Returns:
         Scalar, float32 or, if an input is, float64.
     """
-    return _apply(teacher_rows, student_rows, teacher_columns, student_columns, factor, {_OVER_COLUMNS: 1.0}, block)
+    weights: _Weights = {_OVER_COLUMNS: 1.0 if row_weights is None else row_weights}
+    return _apply(teacher_rows, student_rows, teacher_columns, student_columns, factor, weights, block, log_weights)
 
 
 def kl_both_ways(
@@ -59,29 +77,33 @@ def kl_both_ways(
     student_columns: Rows,
     factor: float,
     row_weight: float,
-    column_weight: float,
+    column_weight: float | Tensor,
     block: Shape | None = None,
+    *,
+    log_weights: LogWeights | None = None,
 ) -> Tensor:
     """`row_weight` · KL of rows over columns + `column_weight` · KL of columns over rows, each summed, products shared.
 
     The weights go in because one gradient then serves both. Otherwise as `kl_rows`; where neither side fits into a
-    block, a few numbers are kept for each column too.
+    block, a few numbers are kept for each column too. A tensor of `column_weight` has one for each column, (C,).
     """
-    weights = {_OVER_COLUMNS: row_weight, _OVER_ROWS: column_weight}
-    return _apply(teacher_rows, student_rows, teacher_columns, student_columns, factor, weights, block)
+    weights: _Weights = {_OVER_COLUMNS: row_weight, _OVER_ROWS: column_weight}
+    return _apply(teacher_rows, student_rows, teacher_columns, student_columns, factor, weights, block, log_weights)
 
 
-def row_entropies(rows: Rows, columns: Rows, factor: float, block: Shape | None = None) -> Tensor:
+def row_entropies(
+    rows: Rows, columns: Rows, factor: float, block: Shape | None = None, log_weights: LogWeights | None = None
+) -> Tensor:
     """(R,) entropy in nats of every row's softmax(factor · cosine) over the columns. No gradient; memory of one block.
 
     Args:
         rows: (R, D), any float dtype, any norm.
         columns: (C, D).
         factor: multiplies cosines.
-        block: as in `kl_rows`.
+        block, log_weights: as in `kl_rows`.
     """
     dtype, device = dtype_of(rows, columns), _device(rows)
-    cosines = Cosines(Side(rows, dtype), Side(columns, dtype), factor)
+    cosines = Cosines(Side(rows, dtype), Side(columns, dtype), factor, log_weights)
     size = len(cosines.rows), len(cosines.columns)
     shape = block or block_shape(*size, cosines.rows.width, device, both_ways=False)
     entropies = []
@@ -112,7 +134,7 @@ class _Work:
 
     teacher: Cosines
     student: Cosines
-    weights: dict[int, float]  # by the axis that a softmax runs along
+    weights: _Weights
     size: Shape
     shape: Shape  # of a block
     wanted: tuple[bool, bool]  # gradients of the student's rows and columns
@@ -121,7 +143,9 @@ class _Work:
     def tensors(self) -> tuple[Tensor, ...]:
         """All that the work reads."""
         sides = (self.teacher.rows, self.teacher.columns, self.student.rows, self.student.columns)
-        return tuple(part for side in sides for part in side.parts)
+        weights = [weight for weight in self.weights.values() if isinstance(weight, Tensor)]
+        logs = () if self.teacher.log_weights is None else self.teacher.log_weights.tensors()
+        return (*(part for side in sides for part in side.parts), *weights, *logs)
 
     def whole(self, axis: int) -> bool:
         """Whether every block has all that this axis' softmax runs over."""
@@ -135,12 +159,13 @@ class _Work:
         for rows, columns in blocks(*self.size, self.shape):
             teacher, student = self.teacher.block(rows, columns), self.student.block(rows, columns)
             slopes = []
-            for turn, (axis, weight) in enumerate(self.weights.items(), start=1):
+            for turn, axis in enumerate(self.weights, start=1):
                 spend = turn == len(self.weights)
-                key = axis, (columns if axis == _OVER_ROWS else rows).start
+                lines = columns if axis == _OVER_ROWS else rows
+                key, weight = (axis, lines.start), self._weight(axis, lines.start, len(lines))
                 seen, p, q = see(self.seen.pop(key, None), teacher, student, axis, spend=spend)
                 if self.whole(axis):
-                    loss += weight * seen.kl().sum()
+                    loss += _weighted_sum(weight, seen.kl())
                 else:
                     self.seen[key] = seen
                 if at_once and any(self.wanted):
@@ -148,8 +173,9 @@ class _Work:
                 del p, q
             if slopes:
                 self._add(gradients, slopes, rows, columns)
-        for (axis, _), seen in self.seen.items():
-            loss += self.weights[axis] * seen.kl().sum()
+        for (axis, first), seen in self.seen.items():
+            kl = seen.kl()
+            loss += _weighted_sum(self._weight(axis, first, kl.numel()), kl)
         self._forget()
         return loss, gradients if at_once else None
 
@@ -159,19 +185,27 @@ class _Work:
         for rows, columns in blocks(*self.size, self.shape):
             teacher, student = self.teacher.block(rows, columns), self.student.block(rows, columns)
             slopes = []
-            for turn, (axis, weight) in enumerate(self.weights.items(), start=1):
+            for turn, axis in enumerate(self.weights, start=1):
                 spend = turn == len(self.weights)
+                lines = columns if axis == _OVER_ROWS else rows
                 if self.whole(axis):
                     seen, p, q = see(None, teacher, student, axis, spend=spend)
                 else:
-                    seen = self.seen[axis, (columns if axis == _OVER_ROWS else rows).start]
+                    seen = self.seen[axis, lines.start]
                     p = torch.sub(teacher, seen.teacher_max, out=teacher if spend else None).exp_()
                     q = torch.sub(student, seen.student_max, out=student if spend else None).exp_()
-                slopes.append(slope(seen, p, q, weight))
+                slopes.append(slope(seen, p, q, self._weight(axis, lines.start, len(lines))))
                 del p, q
             self._add(gradients, slopes, rows, columns)
         self._forget()
         return gradients
+
+    def _weight(self, axis: int, first: int, num: int) -> float | Tensor:
+        """Of `num` softmaxes along an axis: one number, or one for each, shaped to stand beside a block."""
+        weight = self.weights[axis]
+        if not isinstance(weight, Tensor):
+            return weight
+        return weight[first : first + num].unsqueeze(axis)
 
     def _no_gradients(self) -> _Gradients:
         sides = self.student.rows, self.student.columns
@@ -194,6 +228,10 @@ class _Work:
     def _forget(self) -> None:
         self.teacher.forget()
         self.student.forget()
+
+
+def _weighted_sum(weight: float | Tensor, kl: Tensor) -> Tensor:
+    return (weight * kl).sum() if isinstance(weight, Tensor) else weight * kl.sum()
 
 
 class _WideKL(torch.autograd.Function):
@@ -228,8 +266,9 @@ def _apply(
     teacher_columns: Rows,
     student_columns: Rows,
     factor: float,
-    weights: dict[int, float],
+    weights: _Weights,
     block: Shape | None,
+    log_weights: LogWeights | None,
 ) -> Tensor:
     dtype, device = dtype_of(teacher_rows, student_rows, teacher_columns, student_columns), _device(teacher_rows)
     with no_autocast(device):
@@ -241,12 +280,16 @@ def _apply(
             return Side(unit, dtype, unit=True)
         return teachers_side if rows is teachers else Side(rows, dtype)
 
-    teacher = Cosines(Side(teacher_rows, dtype), Side(teacher_columns, dtype), factor)
+    teacher = Cosines(Side(teacher_rows, dtype), Side(teacher_columns, dtype), factor, log_weights)
     student = Cosines(
         side(student_rows, unit_rows, teacher_rows, teacher.rows),
         side(student_columns, unit_columns, teacher_columns, teacher.columns),
         factor,
+        log_weights,
     )
+    weights = {
+        axis: weight.detach().to(dtype) if isinstance(weight, Tensor) else weight for axis, weight in weights.items()
+    }
     size, width = (len(teacher.rows), len(teacher.columns)), max(teacher.rows.width, student.rows.width)
     shape = block or block_shape(*size, width, device, both_ways=len(weights) > 1)
     work = _Work(teacher, student, weights, size, shape, (unit_rows is not None, unit_columns is not None))

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dimefm.stages.checkpoint import load_checkpoint
-from dimefm.stages.distill_settings import DistillSettings, LossSettings, TemperatureSettings
+from dimefm.stages.distill_settings import DistillSettings, LossSettings, PairSampling, TemperatureSettings
 from dimefm.stages.settings import StudentSettings
 
 from .small_cache import text_config
+from .small_pairs import add_pairs
 from .training import TIMES, gradients_of, train_one, weights_of
 
 SETTINGS = DistillSettings(
@@ -89,6 +90,21 @@ def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more
         assert found[0]["cosine"] == pytest.approx(wanted[0]["cosine"], abs=1e-3)
     one, two = weights_of(folder / "one"), weights_of(folder / "two")
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
+def test_two_processes_weigh_retrieved_sentences_as_one_does(world):
+    pairs = PairSampling(per_image=1, correct=True)
+    settings = SETTINGS.model_copy(update={"pairs": pairs, "loss": LossSettings(vl=1.0)})
+    cache, folder = add_pairs(world[0]), world[1]
+    one_process((cache, folder), "one", "plain", 3, settings)
+    two_processes(folder, "two", "plain", 3, settings)
+    for wanted, found in zip(lines(folder, "one"), lines(folder, "two"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4) and found["pairs_share"] > 0.1
+    one, two = weights_of(folder / "one"), weights_of(folder / "two")
+    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+    unweighted = settings.model_copy(update={"pairs": PairSampling(per_image=1)})
+    one_process((cache, folder), "unweighted", "plain", 3, unweighted)
+    assert lines(folder, "unweighted")[0]["loss"] != pytest.approx(lines(folder, "one")[0]["loss"], rel=1e-3)
 
 
 def test_a_run_goes_on_with_another_number_of_processes_and_says_so(world):
