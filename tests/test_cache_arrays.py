@@ -86,7 +86,7 @@ def test_chunks_of_whole_pages_are_gathered_alike(tmp_path, monkeypatch, views):
         write_chunk(tmp_path, "rows", spec, chunk, values[chunk * 64 : chunk * 64 + 64])
     rows = np.random.default_rng(1).integers(0, 150, 400)
     joined = MappedArray.open(tmp_path, "rows")
-    monkeypatch.setattr("dimefm.cache.arrays.map_side_by_side", lambda paths, chunk_bytes: None)
+    monkeypatch.setattr("dimefm.cache.mapped.map_side_by_side", lambda paths, chunk_bytes: None)
     apart = MappedArray.open(tmp_path, "rows")
     assert joined._joined_items is not None and apart._joined_items is None
     for array in (joined, apart):

@@ -101,7 +101,7 @@ def test_one_view_of_an_array_is_an_array_over_the_same_files(tmp_path, monkeypa
         write_chunk(tmp_path, "rows", spec, chunk, values[chunk * 64 : chunk * 64 + 64])
     rows, views = np.random.default_rng(1).integers(0, 150, 400), np.random.default_rng(2).integers(0, 3, 400)
     joined = MappedArray.open(tmp_path, "rows")
-    monkeypatch.setattr("dimefm.cache.arrays.map_side_by_side", lambda paths, chunk_bytes: None)
+    monkeypatch.setattr("dimefm.cache.mapped.map_side_by_side", lambda paths, chunk_bytes: None)
     for array in (joined, MappedArray.open(tmp_path, "rows")):
         assert array.num_views == 3 and array.view(1).shape == (150, 32)
         assert np.array_equal(array.view(1)[rows], values[rows, 1])
