@@ -21,6 +21,7 @@ from .augment import ViewMaker
 from .loss_inputs import SamplingWeights
 from .order import Draw, Drawn
 from .pixel_source import PixelSource
+from .replay import Replay
 from .view_pool import ViewPool
 
 _BATCHES_AHEAD = 3
@@ -45,6 +46,8 @@ class Batch:
             cache's, else of the centre.
         sentences: (N, D) float16 teacher embeddings of the step's sentences; None where no loss wants any.
         bank: (M, D) float16 teacher embeddings of further images; None where no loss wants any.
+        other_views: (B · (n - 1), D) float16 teacher embeddings of the images' other replayed crops; None where no loss
+            wants any.
         tokens: for each text tower that is trained, by what it is built from, (n, its context length) int64 token ids
             of the step's texts.
         wait_s: seconds that the training loop waited for this batch.
@@ -65,6 +68,7 @@ class Batch:
     views: NDArray[np.int64] | None = None
     sentence_cosines: Tensor | None = None
     sampling: SamplingWeights | None = None
+    other_views: Tensor | None = None
 
 
 class BatchLoader:
@@ -79,6 +83,7 @@ class BatchLoader:
         view_key: int,
         sentences: tuple[EmbeddingSet, Drawn] | None = None,
         bank: Drawn | None = None,
+        other_views: Replay | None = None,
         texts: tuple[Tokens, Drawn] | None = None,
         workers: int = 0,
         pin_memory: bool = False,
@@ -96,6 +101,7 @@ class BatchLoader:
                 which of them are taken.
             sentences: the cached sentences and the order in which they are drawn, or None.
             bank: the order in which further image rows are drawn, whose targets alone are wanted, or None.
+            other_views: what the images' other crops are taken from, whose targets alone are wanted, or None.
             texts: what makes token ids of sentence rows, and the order in which these are drawn, or None.
             workers: how many read, decode and augment; 0 takes one for each core that this process may use.
             pin_memory: put tensors where a GPU can fetch them from on its own.
@@ -103,6 +109,7 @@ class BatchLoader:
         """
         self._images, self._image_stream, self._pixels = images, image_stream, pixels
         self._sentences, self._bank, self._texts, self._pin = sentences, bank, texts, pin_memory
+        self._other_views = other_views
         batch = len(image_stream.draw(0).rows)
         self._pool = ViewPool(pixels, views, view_key, batch, _BATCHES_AHEAD, workers, processes)
         self._background: ThreadPoolExecutor
@@ -193,6 +200,7 @@ class BatchLoader:
             views=one.draw.views,
             sentence_cosines=cosines,
             sampling=sampling,
+            other_views=self._gather_others(one.draw),
         )
 
     def _gather(self, embeddings: EmbeddingSet, draw: Draw) -> Tensor:
@@ -200,6 +208,12 @@ class BatchLoader:
             return self._tensor(embeddings.embeddings[draw.rows])
         assert embeddings.views is not None
         return self._tensor(embeddings.views.at(draw.rows, draw.views))
+
+    def _gather_others(self, draw: Draw) -> Tensor | None:
+        if self._other_views is None:
+            return None
+        assert self._images.views is not None
+        return self._tensor(self._other_views.others(draw, self._images.views))
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         """A copy of its own, so that a batch lives as long as its user wants."""

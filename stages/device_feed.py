@@ -30,6 +30,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
                 targets=batch.targets.to(device, non_blocking=True),
                 sentences=_copy(batch.sentences, device),
                 bank=_copy(batch.bank, device),
+                other_views=_copy(batch.other_views, device),
                 sentence_cosines=_copy(batch.sentence_cosines, device),
                 sampling=None
                 if batch.sampling is None
@@ -41,7 +42,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
         using.wait_stream(stream)
         weights = () if copied.sampling is None else copied.sampling.tensors()
         of_sentences = copied.sentences, copied.sentence_cosines, *weights, *copied.tokens.values()
-        for tensor in (*copied.images, copied.targets, *of_sentences, copied.bank):
+        for tensor in (*copied.images, copied.targets, *of_sentences, copied.bank, copied.other_views):
             if tensor is not None:
                 tensor.record_stream(using)  # its memory is not handed out again while the step uses it
         yield copied

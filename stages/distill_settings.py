@@ -40,6 +40,9 @@ class LossSettings(Settings):
     """CLIP-KD's feature loss, the mean squared error between unit embeddings: `feature` at 2 / embed_dim its weight."""
     icl: Weight = 0.0
     """CLIP-KD's interactive contrastive loss, the teacher's image embeddings in the place of texts."""
+    views: Weight = 0.0
+    """View relation: each image's view against the other cached views of the batch's images; wants two or more that
+    are replayed (`distill.views`)."""
     icl_threshold: float | None = Field(default=None, gt=-1.0, le=1.0)
     """Images whose teacher embeddings have at least this cosine are no negatives of each other in `icl`."""
     logit_scale: Literal["teacher"] | Annotated[float, Field(gt=0.0)] = "teacher"
@@ -47,8 +50,8 @@ class LossSettings(Settings):
 
     @model_validator(mode="after")
     def _something_is_on(self) -> "LossSettings":
-        if not any((self.vl, self.pvl, self.udist, self.feature, self.mse, self.icl)):
-            raise ValueError("every loss is off; give one of vl, pvl, udist, feature, mse, icl a weight above 0")
+        if not any((self.vl, self.pvl, self.udist, self.feature, self.mse, self.icl, self.views)):
+            raise ValueError("every loss is off; give one of vl, pvl, udist, feature, mse, icl, views a weight above 0")
         return self
 
 
@@ -58,6 +61,7 @@ class TemperatureSettings(Settings):
     vl: Temperature = 1.0
     pvl: Temperature = 3.0
     udist: Temperature = 7.0
+    views: Temperature = 3.0
     icl: Temperature = 1.0
     icl_learned: bool = False
     """Whether `icl` only begins with its temperature and learns it, as CLIP-KD does."""

@@ -53,6 +53,7 @@ class LossInputs:
         sampling: of this process's sentences and images; None where all sentences are random.
         all_sampling: of everybody's.
         first_sentence: where this process's sentences begin among everybody's; `sampling` wants it.
+        other_views: (V, D) teacher embeddings of other cached views of the images, those of all processes, or None.
     """
 
     student_images: Tensor
@@ -66,6 +67,7 @@ class LossInputs:
     sampling: SamplingWeights | None = None
     all_sampling: SamplingWeights | None = None
     first_sentence: int = 0
+    other_views: Tensor | None = None
 
     @classmethod
     def of_one_process(
@@ -75,6 +77,7 @@ class LossInputs:
         sentences: Tensor | None = None,
         bank_images: Tensor | None = None,
         sampling: SamplingWeights | None = None,
+        other_views: Tensor | None = None,
     ) -> LossInputs:
         """A batch that is all there is."""
         return cls(
@@ -87,6 +90,7 @@ class LossInputs:
             bank_images=bank_images,
             sampling=sampling,
             all_sampling=sampling,
+            other_views=other_views,
         )
 
     def check(self, *, same_width: bool) -> None:
@@ -102,6 +106,7 @@ class LossInputs:
             ("teacher_sentences", self.sentences),
             ("all_sentences", self.all_sentences),
             ("bank_images", self.bank_images),
+            ("other_views", self.other_views),
         ):
             if matrix is not None:
                 _check_matrix(name, matrix, width)

@@ -18,6 +18,7 @@ from .distill_settings import LossSettings, TemperatureSettings
 from .feature_losses import icl_share, mse_share
 from .loss_inputs import LossInputs, SamplingWeights, logit_factor
 from .similarity_blocks import LogWeights, Rows, dtype_of, no_autocast
+from .view_losses import view_relation_share
 from .wide_kl import kl_both_ways, kl_rows, row_entropies
 
 
@@ -163,6 +164,8 @@ def loss_terms(
     if weights.icl:
         factor = logit_factor(logit_scale, temperature.icl) if icl_factor is None else icl_factor
         terms["icl"] = icl_share(inputs, factor, weights.icl_threshold)
+    if weights.views and inputs.other_views is not None:  # texts have no views
+        terms["views"] = view_relation_share(inputs, logit_factor(logit_scale, temperature.views))
     return terms
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
+from ..cache.mapped import MappedArray
 from .counter_random import key_of, uniforms
 from .crops import Crops
 from .distill_settings import DistillSettings
@@ -43,6 +44,20 @@ class Replay:
         first = uniforms(key_of(self.seed, "first crop"), rows, np.zeros_like(rows), 1)[:, 0] * self.count
         return 1 + (first.astype(np.int64) + passes) % self.count
 
+    def others(self, draw: Draw, views: MappedArray) -> NDArray[np.float16]:
+        """Embeddings of the crops that the images of a draw are not seen in, image after image.
+
+        Args:
+            draw: (B,) rows and the view of each.
+            views: (N, 1 + K, D) of the cache.
+
+        Returns:
+            (B · (count - 1), D).
+        """
+        assert draw.views is not None
+        kept = np.arange(1, self.count + 1) != draw.views[:, None]
+        return np.asarray(views[draw.rows][:, 1 : self.count + 1][kept])
+
     def document(self) -> dict[str, Any]:
         """`views` of a run's record."""
         return {"policy": "replay", "count": self.count, "crops": self.crops.settings.model_dump(mode="json")}
@@ -73,16 +88,17 @@ def choose_replay(settings: DistillSettings, cache: FeatureCache) -> Replay | No
     crops, setting = Crops.read(cache.crops), settings.views
     there = crops.count if crops else 0
     count = there if setting == "auto" else setting
-    if crops is None or count > there:
-        if count:
-            holds = (
-                f"{there} crops of each image" if there else 'the centre of each image alone (cache.views = "center")'
-            )
-            raise InputError(
-                f"distill.views = {count}: {cache.layout.root} holds {holds}; wanted at most {there}, or another cache"
-            )
-        return None
-    if not count:
+    if count > there:
+        holds = f"{there} crops of each image" if there else 'the centre of each image alone (cache.views = "center")'
+        raise InputError(
+            f"distill.views = {count}: {cache.layout.root} holds {holds}; wanted at most {there}, or another cache"
+        )
+    if settings.loss.views and count < 2:
+        raise InputError(
+            f"distill.loss.views: holds a view against the other cached views of its batch, but {count} crops are "
+            "replayed; wanted distill.views of 2 or more, from a cache that has them (cache.views)"
+        )
+    if crops is None or not count:
         return None
     if settings.augment.model_fields_set:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from .batches import Batch
 from .distill_settings import DistillSettings
 from .info_nce import masked_share
 from .loss_inputs import LossInputs, SamplingWeights, log_weights_both_ways
@@ -24,6 +25,7 @@ class Targets:
         world: World,
         sentence_cosines: Tensor | None = None,
         sampling: SamplingWeights | None = None,
+        other_views: Tensor | None = None,
     ) -> None:
         """Gather what the other processes drew.
 
@@ -33,6 +35,7 @@ class Targets:
             bank: (M, D) of its part of the bank, or None.
             sentence_cosines: (N,) of retrieved sentences, NaN of others; None where nothing is retrieved.
             sampling: of its sentences and images, or None.
+            other_views: (M, D) of its images' other cached views, or None.
         """
         self.own, self.sentences = targets, sentences
         self.first_image = world.rank * len(targets)  # every process has as many
@@ -43,7 +46,21 @@ class Targets:
         self.first_sentence = 0 if sentences is None else world.rank * len(sentences)
         self._cosines = None if sentence_cosines is None else world.gather(sentence_cosines)
         self.own_bank, self.bank = bank, None if bank is None else world.gather(bank)
+        self.other_views = None if other_views is None else world.gather(other_views)
         self._signs: dict[str, Tensor] | None = None
+
+    @classmethod
+    def of(cls, batch: Batch, world: World) -> "Targets":
+        """What a batch brings along, on the device where it is."""
+        return cls(
+            batch.targets,
+            batch.sentences,
+            batch.bank,
+            world,
+            batch.sentence_cosines,
+            batch.sampling,
+            batch.other_views,
+        )
 
     def against(self, embeddings: Tensor, world: World) -> LossInputs:
         """Embeddings of this process's images beside all of that."""
@@ -59,6 +76,7 @@ class Targets:
             sampling=self.sampling,
             all_sampling=self.all_sampling,
             first_sentence=self.first_sentence,
+            other_views=self.other_views,
         )
 
     def signs(self, settings: DistillSettings, logit_scale: float) -> dict[str, Tensor]:
@@ -87,6 +105,8 @@ class Targets:
             pairs["pvl_candidates"] = self.own, columns, temperature.pvl
         if loss.udist:
             pairs["udist_candidates"] = self.own, self.everybodys, temperature.udist
+        if loss.views and self.other_views is not None:
+            pairs["views_candidates"] = self.own, self.other_views, temperature.views
         signs = {
             key: effective_candidates(rows, over, of, logit_scale, weights.get(key))
             for key, (rows, over, of) in pairs.items()

@@ -105,6 +105,7 @@ def _learn(
         view_key=schedule.view_key,
         sentences=None if sentences is None else (cache.sentences, sentences),
         bank=schedule.share("bank"),
+        other_views=schedule.replay if settings.loss.views else None,
         texts=(SentenceTokens(cache.sentences, own_texts), texts) if texts is not None and own_texts else None,
         workers=world.share_of_cores(settings.workers),
         pin_memory=world.device.type == "cuda",
@@ -166,9 +167,7 @@ class _Loop:
     def step(self, batch: Batch, stop: StopSignals) -> None:
         """One batch, to every student that stands at its step; one that is ahead of the others waits for them."""
         schedule, settings = self._schedule, self._settings
-        targets = Targets(
-            batch.targets, batch.sentences, batch.bank, self._world, batch.sentence_cosines, batch.sampling
-        )
+        targets = Targets.of(batch, self._world)
         inputs = {size: normalise(view, schedule.mean, schedule.std) for size, view in zip(self._sizes, batch.images)}
         here = [one for one in self._training if one.wants_more and one.learner.step == batch.step]
         for one in here:

@@ -169,6 +169,20 @@ def test_a_run_says_what_it_replays_repeats_when_it_goes_on_and_refuses_other_vi
         distill(fewer, ["small"])
 
 
+def test_a_view_is_held_against_the_other_views_where_there_are_some(config, tmp_path):
+    related = ("pvl = 0.3", "pvl = 0.3\nviews = 0.5")
+    run = in_folder(config, tmp_path / "related", related)
+    distill(run, ["small"])
+    first = metrics(tmp_path / "related/small")[0]
+    assert first["views"] > 0 and 1 < first["views_candidates"] <= 8 * (K - 1)
+    weights = {name: weight for name, weight in run.distill.loss.model_dump().items() if name in first}
+    assert weights["views"] == 0.5
+    assert first["loss"] == pytest.approx(sum(weight * first[name] for name, weight in weights.items()), rel=1e-5)
+    alone = in_folder(config, tmp_path / "alone", related, ("epochs = 3", "epochs = 3\nviews = 1"))
+    with pytest.raises(InputError, match=r"distill\.loss\.views: .* but 1 crops are replayed"):
+        distill(alone, ["small"])
+
+
 def test_crops_that_the_cache_does_not_hold_are_named_and_runs_of_before_are_of_that_kind(config, tmp_path):
     own = in_folder(config, tmp_path / "own", ("epochs = 3", "epochs = 3\nviews = 0"))
     distill(own, ["small"], stop_after=2)
