@@ -13,6 +13,7 @@ is finished is not done again, what was interrupted goes on from its checkpoint.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -134,6 +135,9 @@ def configure(out: Path, job: str) -> Any:
         common["cache"] = views_cache()
     for change in (common, changes):
         document = merged(document, change)
+    for student in document["student"].values():
+        if "text" in student:
+            student["text"] = str(ROOT / "benchmarks" / student["text"])
     return Config.model_validate(document)
 
 
@@ -149,10 +153,11 @@ def merged(base: Document, changes: Document, path: str = "") -> Document:
 def train_and_score(out: Path, job: str, name: str) -> None:
     from dimefm.cache.durable import write_json
     from dimefm.cache.feature_cache import FeatureCache
+    from dimefm.pipeline.class_prompts import cached_set_prompts
     from dimefm.pipeline.distill import distill
     from dimefm.stages.predictions import write_predictions, zero_shot_predictions
     from dimefm.stages.scores import zero_shot_scores
-    from dimefm.stages.zero_shot import embed_set, load_student
+    from dimefm.stages.zero_shot import embed_set, load_student, load_text_student
 
     config = configure(out, job)
     distill(config, [])
@@ -160,6 +165,9 @@ def train_and_score(out: Path, job: str, name: str) -> None:
     cache = FeatureCache.open(config.cache.dir)
     student, record = load_student(run)
     embedded = embed_set(student, record, cache, name, config.evaluate[name].images, device="cpu", workers=1)
+    if (text := load_text_student(run)) is not None:
+        head = text.class_head(cached_set_prompts(cache, name, config.evaluate[name].templates))
+        embedded = dataclasses.replace(embedded, student_head=head)
     write_predictions(out / job / f"{name}.parquet", zero_shot_predictions(embedded))
     scores = {key: value for key, value in zero_shot_scores(embedded).items() if key != "per_class"}
     write_json(out / job / f"{name}.json", {**scores, "steps": record["step"]})
