@@ -101,8 +101,8 @@ class DistillSettings(Settings):
     accumulate: int = Field(default=1, ge=1)
     """Pieces in which a step's images go through the student, one after the other; the losses still see all of them."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    lr: float = Field(default=1e-3, gt=0.0)
-    """Peak learning rate of AdamW."""
+    lr: float = Field(default=3e-3, gt=0.0)
+    """Peak learning rate of AdamW. The default suits small students at batches of some hundred images."""
     lr_min: float = Field(default=1e-5, ge=0.0)
     """Learning rate that the cosine ends at."""
     warmup: Fraction = 0.05
@@ -138,7 +138,7 @@ class DistillSettings(Settings):
     evaluate_on: str = "dev"
     """The `[evaluate.*]` set that chooses the best step."""
     augment: AugmentSettings = AugmentSettings()
-    loss: LossSettings = LossSettings(vl=0.7, pvl=0.3)
+    loss: LossSettings = LossSettings(vl=0.7, pvl=0.3, icl=1.0)
     temperature: TemperatureSettings = TemperatureSettings()
     pairs: PairSampling = PairSampling()
 

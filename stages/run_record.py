@@ -14,7 +14,7 @@ from ..cache.durable import write_json
 from ..cache.errors import InputError
 from ..cache.feature_cache import FeatureCache
 from .crops import decoder
-from .distill_settings import DistillSettings
+from .distill_settings import DistillSettings, LossSettings
 from .kept_pixels import FILES
 from .replay import OWN
 from .settings import TEACHER, StudentSettings
@@ -150,7 +150,8 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
 
 def _what_older_runs_do_not_say(student: str) -> dict[str, Any]:
     """Keys that came after a run was begun stand for what it did without them: their defaults."""
-    defaults = DistillSettings().model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+    before = LossSettings(vl=0.7, pvl=0.3)  # the losses that were on before any other had a name
+    defaults = DistillSettings(loss=before).model_dump(mode="json", exclude=_FREE_TO_CHANGE)
     since = {"pixels": FILES, "views.policy": OWN, f"student.{student}.text": TEACHER}
     return {**dict(_flat({"distill": defaults})), **since}
 

@@ -102,6 +102,15 @@ def test_the_papers_augmentation_is_a_preset(tmp_path):
     assert config.distill.augment.flip is False
 
 
+def test_losses_that_are_not_named_are_on_by_default_and_off_beside_one_that_is(tmp_path):
+    def loss(text: str) -> dict[str, float]:
+        weights = load_config(write(tmp_path, MINIMAL + text)).distill.loss.model_dump()
+        return {name: weight for name, weight in weights.items() if isinstance(weight, float) and weight}
+
+    assert loss("") == loss("[distill]\nepochs = 1\n") == {"vl": 0.7, "pvl": 0.3, "icl": 1.0}
+    assert loss("[distill.loss]\nvl = 1.0\n") == {"vl": 1.0}
+
+
 def test_a_missing_file_and_a_folder_are_one_line_each(tmp_path):
     for path, says in ((tmp_path / "none.toml", "no such config file"), (tmp_path, "a folder")):
         with pytest.raises(InputError, match=says):
