@@ -185,20 +185,22 @@ def of_recipe(out: Path, recipe: str, family: str, name: str) -> dict[int, Docum
 
 
 def table(out: Path, known: dict[str, Document]) -> Iterator[str]:
-    """What every recipe gave on dev, and what that is beside the one that it differs from by one thing."""
+    """What every recipe gave on dev so far, and what that is beside the one that it differs from by one thing."""
     yield "| recipe | conv: top-1 % | cosine | transformer: top-1 % | cosine | top-1 beside | seeds |"
     yield "|---|---|---|---|---|---|---|"
     for name, recipe in known.items():
-        cells, gains, seeds = [], [], set()
+        cells, gains, seeds = [], [], []
         for family in FAMILIES:
             mine = of_recipe(out, name, family, "dev")
             cells += [spread([one["student_top1"] for one in mine.values()])]
             cells += [f"{statistics.mean(one['cosine'] for one in mine.values()):.2f}" if mine else ""]
             others = of_recipe(out, recipe.get("against", name), family, "dev")
             gains += [mine[seed]["student_top1"] - others[seed]["student_top1"] for seed in mine if seed in others]
-            seeds.add(len(mine))
+            seeds.append(len(mine))
+        if not any(seeds):
+            continue
         beside = f"{100 * statistics.mean(gains):+.1f} ({recipe['against']})" if gains and "against" in recipe else ""
-        yield f"| `{name}`: {recipe['about']} | {' | '.join(cells)} | {beside} | {min(seeds)} |"
+        yield f"| `{name}`: {recipe['about']} | {' | '.join(cells)} | {beside} | {' / '.join(map(str, seeds))} |"
 
 
 def spread(values: Sequence[float]) -> str:
