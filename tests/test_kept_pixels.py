@@ -447,7 +447,8 @@ def test_students_learn_from_kept_pixels_when_the_originals_are_gone(config):
 
 
 def test_a_run_is_not_continued_on_other_pixels(tmp_path):
-    same = {"distill": DistillSettings().model_dump(mode="json", exclude={"output", "workers", "device", "pixels"})}
+    settings = DistillSettings().model_dump(mode="json", exclude={"output", "workers", "device", "pixels"})
+    same = {"name": "small", "distill": settings}
     check_same_training(tmp_path, same, same | {"pixels": "files"})  # a run from before there was a choice
     with pytest.raises(InputError, match="pixels = 'files', but this run asks for 'jpeg-24'"):
         check_same_training(tmp_path, same, same | {"pixels": "jpeg-24"})
