@@ -193,10 +193,6 @@ batch_sentences = 1024
 lr = 4e-3
 [distill.augment]
 scale = [0.9, 1.0]              # the scenes are small: a tighter crop cuts things off that the teacher saw
-[distill.loss]
-vl = 0.7
-pvl = 0.3
-feature = 10.0
 
 [evaluate.dev]                  # one thing to name: 40 compositions of colour and shape
 images = "dev/"

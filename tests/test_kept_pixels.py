@@ -25,6 +25,7 @@ from dimefm.pipeline.repair import repair
 from dimefm.pipeline.verify import verify
 from dimefm.stages.distill_settings import DistillSettings
 from dimefm.stages.kept_pixels import choose_pixels
+from dimefm.stages.replay import OWN
 from dimefm.stages.run_record import check_same_training
 
 from .commands import tree
@@ -448,7 +449,7 @@ def test_students_learn_from_kept_pixels_when_the_originals_are_gone(config):
 
 def test_a_run_is_not_continued_on_other_pixels(tmp_path):
     settings = DistillSettings().model_dump(mode="json", exclude={"output", "workers", "device", "pixels"})
-    same = {"name": "small", "distill": settings}
+    same = {"name": "small", "distill": settings, "student": {"small": {"text": "teacher"}}, "views": {"policy": OWN}}
     check_same_training(tmp_path, same, same | {"pixels": "files"})  # a run from before there was a choice
     with pytest.raises(InputError, match="pixels = 'files', but this run asks for 'jpeg-24'"):
         check_same_training(tmp_path, same, same | {"pixels": "jpeg-24"})
