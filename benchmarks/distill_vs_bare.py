@@ -37,7 +37,7 @@ from dimefm.cache.feature_cache import FeatureCache
 from dimefm.stages import batches, train
 from dimefm.stages.augment import ViewMaker
 from dimefm.stages.counter_random import key_of
-from dimefm.stages.distill_settings import DistillSettings
+from dimefm.stages.distill_settings import DistillSettings, LossSettings
 from dimefm.stages.losses import pvl_loss, vl_loss
 from dimefm.stages.optim import build_optimizer
 from dimefm.stages.pixel_source import ImageFiles
@@ -86,6 +86,7 @@ class Bench:
             workers=options.workers,
             checkpoint_every=10**6,
             compile=options.compile,
+            loss=LossSettings(vl=0.7, pvl=0.3),  # those of the bare step
         )
         self._schedule = Schedule(cache, self._settings, world)
         self._files = ImageFiles(folder / "images", cache.images)
