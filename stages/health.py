@@ -10,8 +10,8 @@ from .distill_settings import DistillSettings
 from .learner import Learner
 from .losses import feature_loss
 from .targets import Targets
-from .text_learner import TextLearner
 from .text_targets import TextTargets
+from .tower import Tower
 from .world import World
 
 Value = TypeVar("Value")
@@ -63,7 +63,7 @@ def read_metrics(
     return values
 
 
-def _numbers_of(tower: Learner | TextLearner) -> dict[str, float]:
+def _numbers_of(tower: Tower) -> dict[str, float]:
     """What is the same in every process."""
     values: dict[str, float] = {}
     if tower.gradient_norm is not None and math.isfinite(norm := tower.gradient_norm.item()):

@@ -6,27 +6,25 @@ from pathlib import Path
 
 import torch
 from timm.layers import convert_sync_batchnorm
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import load_checkpoint, load_weights, random_state, restore_random_state, save_checkpoint
+from .checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from .counter_random import key_of
 from .distill_settings import DistillSettings
-from .learned_scale import LearnedScale
-from .loss_inputs import logit_factor
-from .losses import loss_terms
 from .mixed_precision import embed
-from .optim import build_optimizer, set_lr
 from .settings import StudentSettings
 from .students import build_student
 from .targets import Targets
 from .text_learner import TextLearner
+from .tower import Tower
 from .warm_start import WarmStart, warm_start
 from .world import World
 
+TEXT = "text_"
+"""Keys of a checkpoint that are the text tower's begin so."""
 
-class Learner:
+
+class Learner(Tower):
     """A student that learns; any number of them can learn from the same batches, each as if it were alone.
 
     Attributes:
@@ -60,8 +58,6 @@ class Learner:
         Raises:
             InputError: if the student cannot be built, or its first weights not be read.
         """
-        self._settings, self._world = settings, world
-        self._precision, self._logit_scale = precision, logit_scale
         self.step, self._processes_before = 0, world.size
         torch.manual_seed(key_of(settings.seed, "student"))
         model = build_student(student.model, embed_dim, student.image_size)
@@ -71,41 +67,18 @@ class Learner:
         model = model.to(world.device).train()
         if world.size > 1 and world.device.type == "cuda":  # refuses the CPU, where each process keeps its own
             model = share_batch_statistics(model)
-        self.model = model.to(memory_format=torch.channels_last)  # as images are: convolutions gain up to twofold
-        self._optimizer = build_optimizer(self.model, settings)
-        self._icl_scale: LearnedScale | None = None
-        if settings.loss.icl and settings.temperature.icl_learned:
-            self._icl_scale = LearnedScale(logit_factor(logit_scale, settings.temperature.icl), world.device)
-            self._optimizer.add_param_group({"params": [self._icl_scale.log], "weight_decay": 0.0})
-        self._scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-        self.averaged = None if settings.ema is None else ModelEmaV3(self.model, settings.ema, use_warmup=True)
-        if settings.compile:
-            self.model.compile()  # in place: the names of the weights stay
-        self._parallel = None if world.size == 1 else DistributedDataParallel(self.model, broadcast_buffers=False)
+        # Channels last, as images are: convolutions gain up to twofold.
+        super().__init__(model.to(memory_format=torch.channels_last), settings, world, precision, logit_scale)
         if world.rank:
             torch.manual_seed(key_of(settings.seed, "student", world.rank))  # another dropout for other images
         self._random = random_state(world.device)
         self.text: TextLearner | None = None
         if student.own_text is not None:
             self.text = TextLearner(student.own_text, settings, embed_dim, world, precision, logit_scale)
-        self.terms: dict[str, Tensor] = {}
-        self.loss = torch.tensor(torch.nan)
-        self.embeddings: Tensor | None = None
-        self.gradient_norm: Tensor | None = None
-        self.icl_factor: Tensor | None = None
-
-    @property
-    def gradient_scale(self) -> float | None:
-        """What fp16 multiplies the loss by; None in other formats."""
-        return self._scaler.get_scale() if self._scaler.is_enabled() else None
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def weights_to_use(self) -> tuple[str, dict[str, dict[str, Tensor]]]:
         """What counts outside of training: `ema` or `model`, and those weights, of its text tower as `text_model`."""
-        towers: dict[str, Learner | TextLearner] = {"model": self}
+        towers: dict[str, Tower] = {"model": self}
         if self.text is not None:
             towers["text_model"] = self.text
         weights = {
@@ -139,25 +112,10 @@ class Learner:
             tokens: (n, context_length) int64, of this process's texts; wanted where it has a text tower.
         """
         with self._own_random_numbers():
-            set_lr(self._optimizer, lr)
-            self._optimizer.zero_grad(set_to_none=True)
+            self._begin(lr)
             self._add_gradients(images, inputs)
-            if self._icl_scale is not None and self._world.size > 1:
-                # It is nothing that DistributedDataParallel knows: the same mean over the processes, by hand.
-                gradient = self._icl_scale.log.grad
-                assert gradient is not None
-                self._icl_scale.log.grad = self._world.sum(gradient) / self._world.size
-            if self._settings.clip_grad_norm is not None:
-                self._scaler.unscale_(self._optimizer)
-                limit = self._settings.clip_grad_norm
-                self.gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-            if self._icl_scale is not None:
-                self._icl_scale.keep_within_bounds()
             self.step += 1
-            if self.averaged is not None:
-                self.averaged.update(self.model, self.step)
+            self._update(self.step)
             if self.text is not None:
                 assert tokens is not None, "a text tower wants texts"
                 self.text.learn(tokens, inputs, lr, self.step)
@@ -195,18 +153,7 @@ class Learner:
         return embed(model or self._parallel or self.model, images, self._precision)
 
     def _losses(self, embeddings: Tensor, inputs: Targets) -> Tensor:
-        """The loss as this process's backward pass wants it."""
-        settings = self._settings
-        held = inputs.against(embeddings, self._world)
-        factor = None if self._icl_scale is None else self._icl_scale()
-        self.terms = loss_terms(held, settings.loss, settings.temperature, self._logit_scale, factor)
-        weighted = [getattr(settings.loss, name) * term for name, term in self.terms.items()]
-        loss = torch.stack(weighted).sum()
-        self.terms = {name: term.detach() for name, term in self.terms.items()}
-        self.loss = loss.detach()
-        self.icl_factor = None if factor is None else factor.detach()
-        # DistributedDataParallel takes the mean of the processes' gradients; the shares of a loss add up.
-        return self._scaler.scale(loss * self._world.size) if self._world.size > 1 else self._scaler.scale(loss)
+        return self._weigh(inputs.against(embeddings, self._world))
 
     @contextmanager
     def _own_random_numbers(self) -> Iterator[None]:
@@ -217,28 +164,15 @@ class Learner:
 
     def is_finite(self) -> bool:
         """Whether every weight is a number, in every process: batch statistics may be a process's own."""
-        values = list(self.model.state_dict().values())
-        if self._icl_scale is not None:
-            values.append(self._icl_scale.log)
-        values += [] if self.text is None else self.text.tensors()
+        values = self.tensors() + ([] if self.text is None else self.text.tensors())
         sound = torch.stack([value.isfinite().all() for value in values]).all()
         return bool(self._world.least(sound.int()))
 
     def save(self, path: Path) -> None:
         """Write its state; all processes take part, the first one writes."""
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
-            "random": self._world.gather_objects(self._random),
-        }
-        if self.averaged is not None:
-            state["ema"] = self.averaged.module.state_dict()
-        if self._icl_scale is not None:
-            state["icl_scale"] = self._icl_scale.state_dict()
+        state = {"step": self.step, **self.state(), "random": self._world.gather_objects(self._random)}
         if self.text is not None:
-            state |= self.text.state()
+            state |= self.text.state(TEXT)
         if self._world.is_first:
             save_checkpoint(path, state)
 
@@ -249,15 +183,9 @@ class Learner:
             InputError: if it is damaged or another student's.
         """
         state = load_checkpoint(path)
-        load_weights(self.model, state, path)
-        if self.averaged is not None:
-            load_weights(self.averaged.module, {"model": state.get("ema", state["model"])}, path)
-        if self._icl_scale is not None:
-            load_weights(self._icl_scale, state, path, key="icl_scale")
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
+        self.take_up(state, path)
         if self.text is not None:
-            self.text.restore(state, path)
+            self.text.take_up(state, path, TEXT)
         self.step = int(state["step"])
         of_ranks = state["random"] if isinstance(state["random"], list) else [state["random"]]
         self._processes_before = len(of_ranks)

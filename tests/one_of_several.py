@@ -30,7 +30,7 @@ def main(folder: Path, run: str, model: str, steps: int, settings: str, interrup
     gradients = []
     learn = learner.Learner.learn
 
-    def remember(self, *arguments):  # type: ignore[no-untyped-def]
+    def remember(self, *arguments):
         learn(self, *arguments)
         gradients.append(gradients_of(self))
         if rank == 1 and self.step == interrupt_at:
