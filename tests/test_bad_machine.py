@@ -261,7 +261,7 @@ def test_a_teacher_that_does_not_fit_into_memory_names_itself(fresh, capfd, monk
 def test_a_device_out_of_memory_in_stage_two_names_the_settings_and_keeps_the_checkpoint(copy, capfd, monkeypatch):
     assert run_dimefm(capfd, "distill", copy, "--student", "small", "--steps", "1").code == 0
     before = tree(copy.parent / "runs")
-    monkeypatch.setattr("dimefm.stages.learner.loss_terms", no_memory)
+    monkeypatch.setattr("dimefm.stages.tower.loss_terms", no_memory)
     line = refused(capfd, "distill", copy, "--student", "small")
     assert "student.small" in line and "distill.batch_images = 8" in line and "lower" in line
     kept = {name: value for name, value in tree(copy.parent / "runs").items() if "tensorboard" not in name}

@@ -292,7 +292,7 @@ def test_the_logged_losses_are_those_of_the_pure_functions(world, monkeypatch):
         seen.append(inputs)
         return loss_terms(inputs, *rest)
 
-    monkeypatch.setattr("dimefm.stages.learner.loss_terms", keep)
+    monkeypatch.setattr("dimefm.stages.tower.loss_terms", keep)
     train(world, settings=settings, stop_after=1)
     (line,), (inputs,) = lines(world), seen
     student, teacher, sentences, bank = (
