@@ -5,7 +5,7 @@
 Both sides train the same image tower, in the same precision, on the same batch of images, which is in the device's
 memory already (decoding is another benchmark's):
 
-- `stage two`: the step of the trainer itself, `stages.learner.Learner.learn`, with the default losses (`vl` and `pvl`).
+- `stage two`: the step of the trainer itself, `stages.learner.Learner.learn`, with the losses `vl` and `pvl`.
   Its targets and sentences are gathered in every step, at random rows, from memory-mapped arrays of a cache on disk.
   Logging, checks and checkpoints are left out on both sides.
 - `online`: open_clip's own training loop, `open_clip_train.train.train_one_epoch`, on a batch of pairs in memory, with
