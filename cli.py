@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .cache.errors import DimefmError, os_advice
-from .stages.interrupt import Interrupted
+from .stages.train.interrupt import Interrupted
 
 EXIT_KNOWN_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -60,8 +60,8 @@ def demo(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to wr
 @app.command()
 def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
     """Say, loading no model, what is done and what is left, and what it will take."""
-    from .pipeline.config import load_config
-    from .pipeline.plan import describe_plan, plan_lines
+    from .pipeline.config.load import load_config
+    from .pipeline.upkeep.plan import describe_plan, plan_lines
 
     found = describe_plan(load_config(config))
     typer.echo(_document(found) if as_json else "\n".join(plan_lines(found)))
@@ -73,10 +73,10 @@ def cache_teacher(
     scheduler: SchedulerOption = None,
 ) -> None:
     """Stage one: embeddings, indexes, pseudo-pairs. Safe to repeat: finished shards are skipped."""
-    from .pipeline.config import load_config
+    from .pipeline.config.load import load_config
 
     loaded = load_config(config)
-    from .pipeline.cache_teacher import cache_teacher as run
+    from .pipeline.stage_one.cache_teacher import cache_teacher as run
 
     run(loaded, scheduler)
 
@@ -98,10 +98,10 @@ def distill(
 
     `torchrun --nproc-per-node N -m dimefm distill CONFIG` trains on N devices: a batch is divided among them.
     """
-    from .pipeline.config import load_config
+    from .pipeline.config.load import load_config
 
     loaded = load_config(config)
-    from .pipeline.distill import distill as run
+    from .pipeline.stage_two.distill import distill as run
 
     run(loaded, student or [], steps, together=together)
 
@@ -116,8 +116,8 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Score finished runs on every [evaluate.*] set; writes evaluation.json into each."""
-    from .pipeline.evaluate import evaluate as run
-    from .pipeline.score_table import score_table
+    from .pipeline.stage_two.evaluate import evaluate as run
+    from .pipeline.stage_two.score_table import score_table
 
     scores = run(runs, weights)
     typer.echo(_document(scores) if as_json else score_table(scores))
@@ -126,7 +126,7 @@ def evaluate(
 @cache_app.command("inspect")
 def cache_inspect(folder: CacheArgument, as_json: JsonOption = False) -> None:
     """A screenful on what is in a cache: teacher, counts, sizes, failures, masks, recall, similarities, hubs."""
-    from .pipeline.inspect import inspect, inspect_lines
+    from .pipeline.upkeep.inspect import inspect, inspect_lines
 
     found = inspect(folder)
     typer.echo(_document(found) if as_json else "\n".join(inspect_lines(found)))
@@ -142,7 +142,7 @@ def cache_duplicates(
     as_json: JsonOption = False,
 ) -> None:
     """Find rows that nearly repeat an earlier one, by the teacher's cosine."""
-    from .pipeline.duplicates import duplicate_lines, duplicates
+    from .pipeline.row_masks.duplicates import duplicate_lines, duplicates
 
     found = duplicates(folder, threshold, side, mask, within)
     typer.echo(_document(found) if as_json else "\n".join(duplicate_lines(found)))
@@ -157,7 +157,7 @@ def cache_leakage(
     as_json: JsonOption = False,
 ) -> None:
     """Find training images that are too close to an image of an evaluation set."""
-    from .pipeline.duplicates import leakage, leakage_lines
+    from .pipeline.row_masks.duplicates import leakage, leakage_lines
 
     found = leakage(folder, threshold, mask, within)
     typer.echo(_document(found) if as_json else "\n".join(leakage_lines(found)))
@@ -182,7 +182,7 @@ def cache_select(
     as_json: JsonOption = False,
 ) -> None:
     """Choose the sentences that images retrieve, as a mask for `sentences.mask`, and report what they cover."""
-    from .pipeline.select import select, select_lines
+    from .pipeline.row_masks.select import select, select_lines
 
     found = select(
         folder,
@@ -212,8 +212,8 @@ def cache_verify(
     config: ConfigOption = None,
 ) -> None:
     """Read every file of a cache and say whether it is sound; if not, which rows and files, and what to do."""
-    from .pipeline.verify import report_lines, require_sound
-    from .pipeline.verify import verify as run
+    from .pipeline.upkeep.verify import report_lines, require_sound
+    from .pipeline.upkeep.verify import verify as run
 
     found = run(folder, config, teacher=teacher, sources=sources)
     typer.echo(_document(found) if as_json else "\n".join(report_lines(found)))
@@ -223,8 +223,8 @@ def cache_verify(
 @cache_app.command("repair")
 def cache_repair(folder: CacheArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Mend what `verify` finds: recompute the bad shards, indexes and pairs; mark rows that cannot be as lost."""
-    from .pipeline.repair import outcome_lines, require_mended
-    from .pipeline.repair import repair as run
+    from .pipeline.upkeep.repair.repair import outcome_lines, require_mended
+    from .pipeline.upkeep.repair.repair import repair as run
 
     found = run(folder, config)
     typer.echo(_document(found) if as_json else "\n".join(outcome_lines(found)))
@@ -238,7 +238,7 @@ def cache_append(
     scheduler: SchedulerOption = None,
 ) -> None:
     """Take in images, sentences and evaluation sets that have come since; what is there is not embedded again."""
-    from .pipeline.append import append_to
+    from .pipeline.upkeep.append import append_to
 
     append_to(folder, config, scheduler)
 
@@ -253,7 +253,7 @@ def cache_mask(
     side: Annotated[str, typer.Option(help="images or sentences")] = "images",
 ) -> None:
     """Name a choice of rows: `images.mask` and `sentences.mask` select it for a run."""
-    from .pipeline.mask import mask_from_file
+    from .pipeline.row_masks.mask import mask_from_file
 
     typer.echo(mask_from_file(folder, name, side, keep))
 

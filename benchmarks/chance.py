@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from dimefm.cache import FeatureCache
-from dimefm.stages.students import build_student
-from dimefm.stages.zero_shot import evaluate_student, load_student
+from dimefm.stages.models.image_student import build_student
+from dimefm.stages.run_folder.load_student import load_student
+from dimefm.stages.score.embed_set import evaluate_student
 
 
 def main() -> None:

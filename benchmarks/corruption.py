@@ -19,15 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from dimefm.cache.durable import digest
-from dimefm.cache.layout import Layout
-from dimefm.cache.manifest import read_manifest
-from dimefm.cache.masks import Side, add_mask
-from dimefm.pipeline.append import append_to
-from dimefm.pipeline.cache_teacher import cache_teacher
-from dimefm.pipeline.config import load_config
-from dimefm.pipeline.repair import repair
-from dimefm.pipeline.verify import verify
+from dimefm.cache.disk.durable import digest
+from dimefm.cache.disk.layout import Layout
+from dimefm.cache.reader.masks import Side, add_mask
+from dimefm.cache.version.manifest import read_manifest
+from dimefm.pipeline.config.load import load_config
+from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
+from dimefm.pipeline.upkeep.append import append_to
+from dimefm.pipeline.upkeep.repair.repair import repair
+from dimefm.pipeline.upkeep.verify import verify
 
 KINDS = {
     "manifest": ("manifest.json", "manifest.xxh3"),
@@ -131,8 +131,8 @@ def table(results: list[dict[str, object]]) -> str:
 def small_world(folder: Path) -> Path:
     """A cache with every kind of file in it, grown once, with a random teacher; returns the config."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from tests.teachers import make_teacher
-    from tests.worlds import make_world, picture
+    from tests.support.teachers import make_teacher
+    from tests.support.worlds import make_world, picture
 
     config = make_world(folder, make_teacher(folder / "teacher"), num_images=60, num_sentences=40)
     config.write_text(config.read_text().replace("shard_rows = 4", 'shard_rows = 4\npixels = "jpeg-24"'))

@@ -38,21 +38,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from named_steps import Steps
 
 # What the jobs import late is imported here, once for all forks: else a good part of the moments fall into imports.
-import dimefm.pipeline.cluster
-import dimefm.pipeline.repair
-import dimefm.stages.check
-import dimefm.stages.shard
-import dimefm.stages.text_tower
-from dimefm.cache.durable import PARTIAL, digest
+import dimefm.pipeline.stage_one.cluster
+import dimefm.pipeline.upkeep.repair.repair
+import dimefm.stages.embed.shard
+import dimefm.stages.models.frozen_text_tower
+import dimefm.stages.models.teacher_check
+from dimefm.cache.disk.durable import PARTIAL, digest
+from dimefm.cache.disk.layout import Layout
 from dimefm.cache.errors import CacheError
-from dimefm.cache.feature_cache import FeatureCache
-from dimefm.cache.layout import Layout
-from dimefm.cache.manifest import read_manifest
-from dimefm.pipeline.append import append_to
-from dimefm.pipeline.cache_teacher import cache_teacher
-from dimefm.pipeline.config import load_config
-from tests.teachers import make_teacher
-from tests.worlds import COLOURS, make_world, picture
+from dimefm.cache.reader.feature_cache import FeatureCache
+from dimefm.cache.version.manifest import read_manifest
+from dimefm.pipeline.config.load import load_config
+from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
+from dimefm.pipeline.upkeep.append import append_to
+from tests.support.teachers import make_teacher
+from tests.support.worlds import COLOURS, make_world, picture
 
 torch.set_num_threads(1)
 
@@ -119,7 +119,7 @@ def damage_and_lose(config: Path) -> None:
 
 
 def repair(config: Path) -> None:
-    dimefm.pipeline.repair.repair(load_config(config).cache.dir, config)
+    dimefm.pipeline.upkeep.repair.repair.repair(load_config(config).cache.dir, config)
 
 
 JOBS = {

@@ -33,21 +33,22 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dimefm.cache.feature_cache import FeatureCache
-from dimefm.stages import batches, train
-from dimefm.stages.augment import ViewMaker
+from dimefm.cache.reader.feature_cache import FeatureCache
 from dimefm.stages.counter_random import key_of
-from dimefm.stages.distill_settings import DistillSettings, LossSettings
-from dimefm.stages.losses import pvl_loss, vl_loss
-from dimefm.stages.optim import build_optimizer
-from dimefm.stages.pixel_source import ImageFiles
-from dimefm.stages.schedule import Schedule
-from dimefm.stages.settings import StudentSettings
-from dimefm.stages.student_run import Run
-from dimefm.stages.students import build_student
-from dimefm.stages.view_pool import ViewPool
-from dimefm.stages.world import World, open_world
-from tests.small_cache import make_cache
+from dimefm.stages.images.views import ViewMaker
+from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.load import batches
+from dimefm.stages.load.workers import ViewPool
+from dimefm.stages.losses.dime import pvl_loss, vl_loss
+from dimefm.stages.models.image_student import build_student
+from dimefm.stages.settings.distill import DistillSettings, LossSettings
+from dimefm.stages.settings.models import StudentSettings
+from dimefm.stages.train import loop as train
+from dimefm.stages.train.optim import build_optimizer
+from dimefm.stages.train.processes import World, open_world
+from dimefm.stages.train.schedule import Schedule
+from dimefm.stages.train.student_run import Run
+from tests.support.small_cache import make_cache
 
 LIMIT = 0.95
 WARM_STEPS = 4

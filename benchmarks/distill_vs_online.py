@@ -42,15 +42,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dimefm.cache.arrays import ArraySpec, declare_arrays, write_chunk
-from dimefm.cache.layout import IMAGES, SENTENCES
-from dimefm.cache.mapped import MappedArray
+from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
+from dimefm.cache.disk.layout import IMAGES, SENTENCES
+from dimefm.cache.disk.mapped import MappedArray
 from dimefm.stages.devices import resolve_device
-from dimefm.stages.distill_settings import DistillSettings, LossSettings
-from dimefm.stages.learner import Learner
-from dimefm.stages.settings import StudentSettings
-from dimefm.stages.targets import Targets
-from dimefm.stages.world import World
+from dimefm.stages.settings.distill import DistillSettings, LossSettings
+from dimefm.stages.settings.models import StudentSettings
+from dimefm.stages.train.learner import Learner
+from dimefm.stages.train.processes import World
+from dimefm.stages.train.targets import Targets
 
 SIDES = ("stage two", "online, text frozen", "online, text trained")
 TEXT = {"context_length": 77, "vocab_size": 49408}

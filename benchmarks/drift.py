@@ -17,13 +17,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dimefm.cache.feature_cache import FeatureCache
-from dimefm.pipeline.config import load_config
-from dimefm.stages.augment import ViewMaker, make_views
-from dimefm.stages.crops import Crops, resample_filter
+from dimefm.cache.reader.feature_cache import FeatureCache
+from dimefm.pipeline.config.load import load_config
 from dimefm.stages.devices import resolve_device
-from dimefm.stages.pixel_source import ImageFiles
-from dimefm.stages.teacher import Teacher, load_teacher
+from dimefm.stages.images.crops import Crops, resample_filter
+from dimefm.stages.images.views import ViewMaker, make_views
+from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.models.open_clip_teacher import Teacher, load_teacher
 
 LIMIT = 0.9999
 

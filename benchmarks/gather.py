@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dimefm.cache.arrays import ArraySpec, declare_arrays, write_chunk
-from dimefm.cache.mapped import MappedArray
+from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
+from dimefm.cache.disk.mapped import MappedArray
 
 NAME = "images/embedding"
 LIMIT = 1.5

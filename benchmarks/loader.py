@@ -36,21 +36,21 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, InterpolationMode, PILToTensor, RandomResizedCrop
 
-from dimefm.cache.arrays import ArraySpec, declare_arrays, write_chunk
-from dimefm.cache.feature_cache import EmbeddingSet
-from dimefm.cache.mapped import MappedArray
-from dimefm.cache.pixels import PixelPacks, pack_path, writing_pack
-from dimefm.cache.rows import IMAGE_COLUMNS, RowTable, write_rows
-from dimefm.stages.augment import ViewMaker
-from dimefm.stages.batches import BatchLoader
+from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
+from dimefm.cache.disk.mapped import MappedArray
+from dimefm.cache.disk.row_tables import IMAGE_COLUMNS, RowTable, write_rows
+from dimefm.cache.reader.feature_cache import EmbeddingSet
+from dimefm.cache.reader.pixel_packs import PixelPacks, pack_path, writing_pack
 from dimefm.stages.counter_random import uniforms
-from dimefm.stages.crops import NUM_UNIFORMS
-from dimefm.stages.distill_settings import AugmentSettings
-from dimefm.stages.images import decode_image
-from dimefm.stages.keep_pixels import make_small
-from dimefm.stages.kept_pixels import KeptPixels
-from dimefm.stages.order import Stream
-from dimefm.stages.pixel_source import ImageFiles
+from dimefm.stages.embed.pack_pixels import make_small
+from dimefm.stages.images.crops import NUM_UNIFORMS
+from dimefm.stages.images.decode import decode_image
+from dimefm.stages.images.views import ViewMaker
+from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.inputs.kept_pixels import KeptPixels
+from dimefm.stages.load.batches import BatchLoader
+from dimefm.stages.sample.order import Stream
+from dimefm.stages.settings.distill import AugmentSettings
 
 PHOTOS = {"large": (2048, 1536), "medium": (1024, 768), "imagenet": (500, 375), "small": (320, 240)}
 NUM_PICTURES = 12

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dimefm.cache.durable import PARTIAL
+from dimefm.cache.disk.durable import PARTIAL
 
 KINDS = {
     r"log/shards\.jsonl": "journal",

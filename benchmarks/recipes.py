@@ -90,11 +90,11 @@ def prepare() -> None:
     """What recipes want beside the images: the caches and the masks that `recipes.toml` names."""
     import numpy as np
 
-    from dimefm.cache.feature_cache import FeatureCache
-    from dimefm.cache.masks import add_mask, mask_names
-    from dimefm.pipeline.cache_teacher import cache_teacher
-    from dimefm.pipeline.config import Config, load_config
-    from dimefm.pipeline.select import select
+    from dimefm.cache.reader.feature_cache import FeatureCache
+    from dimefm.cache.reader.masks import add_mask, mask_names
+    from dimefm.pipeline.config.load import Config, load_config
+    from dimefm.pipeline.row_masks.select import select
+    from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 
     config = load_config(ROOT / "configs/photos.toml")
     cache_teacher(config)
@@ -118,7 +118,7 @@ def views_cache() -> Document:
 
 def configure(out: Path, job: str) -> Any:
     """The config of one job: that of the photos with the recipe's changes."""
-    from dimefm.pipeline.config import Config, load_config
+    from dimefm.pipeline.config.load import Config, load_config
 
     recipe, family, seed = job.split("/")
     changes = {key: value for key, value in read_recipes()[recipe].items() if key not in ("about", "against")}
@@ -151,13 +151,14 @@ def merged(base: Document, changes: Document, path: str = "") -> Document:
 
 
 def train_and_score(out: Path, job: str, name: str) -> None:
-    from dimefm.cache.durable import write_json
-    from dimefm.cache.feature_cache import FeatureCache
-    from dimefm.pipeline.class_prompts import cached_set_prompts
-    from dimefm.pipeline.distill import distill
-    from dimefm.stages.predictions import write_predictions, zero_shot_predictions
-    from dimefm.stages.scores import zero_shot_scores
-    from dimefm.stages.zero_shot import embed_set, load_student, load_text_student
+    from dimefm.cache.disk.durable import write_json
+    from dimefm.cache.reader.feature_cache import FeatureCache
+    from dimefm.pipeline.stage_two.class_prompts import cached_set_prompts
+    from dimefm.pipeline.stage_two.distill import distill
+    from dimefm.stages.run_folder.load_student import load_student, load_text_student
+    from dimefm.stages.score.embed_set import embed_set
+    from dimefm.stages.score.predictions import write_predictions, zero_shot_predictions
+    from dimefm.stages.score.zero_shot import zero_shot_scores
 
     config = configure(out, job)
     distill(config, [])
@@ -216,8 +217,8 @@ def test_table(out: Path, known: dict[str, Document], recipes: Sequence[str]) ->
     import numpy as np
     import pyarrow.parquet as pq
 
-    from dimefm.stages.bootstrap import paired_interval
-    from dimefm.stages.predictions import hits
+    from dimefm.stages.score.bootstrap import paired_interval
+    from dimefm.stages.score.predictions import hits
 
     yield "| recipe | student | top-1 on test, % | retention | gain over the first, points (95 %) |"
     yield "|---|---|---|---|---|"

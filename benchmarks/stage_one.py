@@ -25,15 +25,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dimefm.cache.arrays import ArraySpec, declare_arrays
-from dimefm.cache.layout import IMAGES
-from dimefm.cache.rows import IMAGE_COLUMNS, write_rows
-from dimefm.pipeline.cluster import TEACHERS, run_shards
+from dimefm.cache.disk.arrays import ArraySpec, declare_arrays
+from dimefm.cache.disk.layout import IMAGES
+from dimefm.cache.disk.row_tables import IMAGE_COLUMNS, write_rows
+from dimefm.pipeline.stage_one.cluster import TEACHERS, run_shards
 from dimefm.stages.devices import resolve_device
-from dimefm.stages.images import read_image
-from dimefm.stages.settings import TeacherSettings
-from dimefm.stages.shard import ShardTask
-from dimefm.stages.teacher import Teacher, load_teacher
+from dimefm.stages.embed.shard import ShardTask
+from dimefm.stages.inputs.image_folder import read_image
+from dimefm.stages.models.open_clip_teacher import Teacher, load_teacher
+from dimefm.stages.settings.models import TeacherSettings
 
 
 def write_photo(path: Path, seed: int) -> None:

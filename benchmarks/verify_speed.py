@@ -25,16 +25,16 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from dimefm.cache.arrays import ArraySpec, declare_arrays, write_chunk
-from dimefm.cache.durable import digest, make_folder
-from dimefm.cache.inventory import pieces
-from dimefm.cache.journal import Journal, ShardRecord
-from dimefm.cache.layout import IMAGES, SENTENCES, Layout
-from dimefm.cache.manifest import file_entry, read_manifest, write_manifest
-from dimefm.cache.plan import read_plan, write_plan
-from dimefm.cache.rows import IMAGE_COLUMNS, SENTENCE_COLUMNS, write_rows
-from dimefm.cache.scan import scan
-from dimefm.cache.verify import verify_cache
+from dimefm.cache.audit.inventory import pieces
+from dimefm.cache.audit.scan import scan
+from dimefm.cache.audit.verify import verify_cache
+from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
+from dimefm.cache.disk.durable import digest, make_folder
+from dimefm.cache.disk.layout import IMAGES, SENTENCES, Layout
+from dimefm.cache.disk.row_tables import IMAGE_COLUMNS, SENTENCE_COLUMNS, write_rows
+from dimefm.cache.version.journal import Journal, ShardRecord
+from dimefm.cache.version.manifest import file_entry, read_manifest, write_manifest
+from dimefm.cache.version.plan_file import read_plan, write_plan
 
 SHARD_ROWS = 8192
 

@@ -33,9 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dimefm.stages.feature_losses import icl_loss
-from dimefm.stages.losses import effective_candidates, pvl_loss, vl_loss
-from dimefm.stages.students import build_student
+from dimefm.stages.losses.clip_kd import icl_loss
+from dimefm.stages.losses.diagnostics import effective_candidates
+from dimefm.stages.losses.dime import pvl_loss, vl_loss
+from dimefm.stages.models.image_student import build_student
 
 MIB = 2**20
 SHARE_LIMIT = 0.05

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import CacheError, DimefmError, InputError
 
 if TYPE_CHECKING:
-    from .feature_cache import EmbeddingSet, EvaluateSet, FeatureCache, Pairs
+    from .reader.feature_cache import EmbeddingSet, EvaluateSet, FeatureCache, Pairs
 
 __all__ = ["CacheError", "DimefmError", "EmbeddingSet", "EvaluateSet", "FeatureCache", "InputError", "Pairs"]
 
@@ -13,7 +13,7 @@ __all__ = ["CacheError", "DimefmError", "EmbeddingSet", "EvaluateSet", "FeatureC
 def __getattr__(name: str) -> Any:
     # zarr and pyarrow take a second to load; `--help` and a refused config do without them.
     if name in __all__:
-        from . import feature_cache
+        from .reader import feature_cache
 
         return getattr(feature_cache, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,11 +5,11 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..cache.durable import PARTIAL, make_folder, to_json, write_bytes, write_json
+from ..cache.disk.durable import PARTIAL, make_folder, to_json, write_bytes, write_json
 from ..cache.errors import InputError
-from ..stages.scene_captions import TEMPLATES, caption, class_id, classes
-from ..stages.scene_pictures import draw, jpeg_bytes
-from ..stages.scenes import HELD_OUT, SEEN, Composition, Scene, Source, make_scene
+from ..stages.demo.scene_captions import TEMPLATES, caption, class_id, classes
+from ..stages.demo.scene_pictures import draw, jpeg_bytes
+from ..stages.demo.scenes import HELD_OUT, SEEN, Composition, Scene, Source, make_scene
 from .progress import Bar, bar, say
 
 VERSION = 1
@@ -147,7 +147,7 @@ def _write_teacher(folder: Path, size: DemoSize, tell: Progress) -> None:
         return
     from safetensors.torch import save  # imports torch, which a finished demo does not need
 
-    from ..stages.demo_teacher import MODEL_CONFIG, TeacherRecipe, train_teacher
+    from ..stages.demo.tiny_teacher import MODEL_CONFIG, TeacherRecipe, train_teacher
 
     names = [name for held_out in (False, True) for names in classes(held_out).values() for name in names]
     prompts = [template.format(name) for template in TEMPLATES for name in names]

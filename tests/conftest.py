@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .small_cache import STUDENTS, make_cache
+from .support.small_cache import STUDENTS, make_cache
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +13,7 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(config .json, weights .safetensors) of a random teacher: embed_dim 32, images of 32 px, 16 tokens."""
     import torch
 
-    from .teachers import make_teacher
+    from .support.teachers import make_teacher
 
     torch.set_num_threads(1)  # models this small only lose by more
     return make_teacher(tmp_path_factory.mktemp("teacher"))

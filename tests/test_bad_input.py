@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from dimefm.cache import FeatureCache
-from dimefm.pipeline import embedding
-from dimefm.pipeline.cache_teacher import cache_teacher
-from dimefm.pipeline.config import load_config
+from dimefm.pipeline.config.load import load_config
+from dimefm.pipeline.stage_one import embed_shards as embedding
+from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 
-from .commands import refused, run_dimefm
-from .test_images import bomb, encoded
-from .worlds import make_world, picture
+from .stages.inputs.test_image_folder import bomb, encoded
+from .support.commands import refused, run_dimefm
+from .support.worlds import make_world, picture
 
 TURNED = Image.Exif()
 TURNED[0x0112] = 6
@@ -128,7 +128,7 @@ def test_an_image_that_vanishes_during_the_run_costs_its_own_row(fresh, monkeypa
         vanished.unlink()
         embed(*arguments)
 
-    monkeypatch.setattr("dimefm.pipeline.cache_teacher.embed_shards", vanish_first)
+    monkeypatch.setattr("dimefm.pipeline.stage_one.cache_teacher.embed_shards", vanish_first)
     fresh.write_text(fresh.read_text().replace('source = "images/"', 'source = "images/"\nmax_failed = 0.1'))
     cache_teacher(load_config(fresh))
     cache = FeatureCache.open(fresh.parent / "cache")

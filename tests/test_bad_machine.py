@@ -17,15 +17,15 @@ import pytest
 import torch
 
 from dimefm.cache import FeatureCache
-from dimefm.cache.durable import digest, write_json
+from dimefm.cache.disk.durable import digest, write_json
 from dimefm.cache.errors import os_advice
-from dimefm.cache.manifest import digest_lines
-from dimefm.pipeline.cache_teacher import cache_teacher
-from dimefm.pipeline.config import load_config
-from dimefm.stages.teacher import Teacher
+from dimefm.cache.version.manifest import digest_lines
+from dimefm.pipeline.config.load import load_config
+from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
+from dimefm.stages.models.open_clip_teacher import Teacher
 
-from .commands import refused, run_dimefm, tree
-from .worlds import make_world
+from .support.commands import refused, run_dimefm, tree
+from .support.worlds import make_world
 
 
 @pytest.fixture
@@ -261,7 +261,7 @@ def test_a_teacher_that_does_not_fit_into_memory_names_itself(fresh, capfd, monk
 def test_a_device_out_of_memory_in_stage_two_names_the_settings_and_keeps_the_checkpoint(copy, capfd, monkeypatch):
     assert run_dimefm(capfd, "distill", copy, "--student", "small", "--steps", "1").code == 0
     before = tree(copy.parent / "runs")
-    monkeypatch.setattr("dimefm.stages.tower.loss_terms", no_memory)
+    monkeypatch.setattr("dimefm.stages.train.tower.loss_terms", no_memory)
     line = refused(capfd, "distill", copy, "--student", "small")
     assert "student.small" in line and "distill.batch_images = 8" in line and "lower" in line
     kept = {name: value for name, value in tree(copy.parent / "runs").items() if "tensorboard" not in name}
@@ -272,7 +272,7 @@ def test_a_full_machine_is_one_line(copy, capfd, monkeypatch):
     def full(*arguments: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("dimefm.cache.inspect.unit_rows", full)
+    monkeypatch.setattr("dimefm.cache.audit.inspect.unit_rows", full)
     assert "memory of this machine is full" in refused(capfd, "cache", "inspect", copy.parent / "cache")
 
 
@@ -280,7 +280,7 @@ def test_what_is_no_fault_of_the_machine_keeps_its_traceback(copy, capfd, monkey
     def broken(*arguments: object) -> None:
         raise OSError(9, "Bad file descriptor")
 
-    monkeypatch.setattr("dimefm.cache.inspect.unit_rows", broken)
+    monkeypatch.setattr("dimefm.cache.audit.inspect.unit_rows", broken)
     with pytest.raises(OSError, match="Bad file descriptor"):
         run_dimefm(capfd, "cache", "inspect", copy.parent / "cache")
     assert os_advice(OSError(9, "Bad file descriptor")) is None

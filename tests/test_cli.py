@@ -15,11 +15,12 @@ import typer
 
 from dimefm.cache import FeatureCache
 from dimefm.cli import app
-from dimefm.pipeline.cache_teacher import cache_teacher
-from dimefm.pipeline.config import load_config
+from dimefm.pipeline.config.load import load_config
+from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 
-from .commands import refused, run_dimefm, tree
-from .worlds import make_world
+from .support.commands import refused, run_dimefm, tree
+from .support.paths import ROOT
+from .support.worlds import make_world
 
 
 def commands(group: typer.core.TyperGroup, words: tuple[str, ...] = ()) -> Iterator[list[str]]:
@@ -47,7 +48,7 @@ def copy(finished, tmp_path) -> Path:
 
 
 def test_the_commands_are_those_of_the_contract():
-    contract = (Path(__file__).parents[1] / "docs/contract.md").read_text()
+    contract = (ROOT / "docs/contract.md").read_text()
     for words in COMMANDS[1:]:
         *group, name = words
         assert f"dimefm {' '.join(words)}" in contract or (group and f"|{name}" in contract.replace("\\|", "|"))
@@ -153,7 +154,7 @@ def test_what_make_distill_runs_does_nothing_the_second_time(copy, capfd, monkey
     cache, runs = copy.parent / "cache", copy.parent / "runs"
     files = [*cache.rglob("*"), *runs.rglob("checkpoint.pt"), *runs.rglob("metrics.jsonl")]
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files}
-    monkeypatch.setattr("dimefm.stages.teacher.load_teacher", refuse)
+    monkeypatch.setattr("dimefm.stages.models.open_clip_teacher.load_teacher", refuse)
     assert everything() == table
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files} == before
 

@@ -1,0 +1,194 @@
+"""Is a cache sound? Every byte against its checksum, then what the files say about each other. Reads only."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..disk.arrays import read_spec
+from ..disk.durable import PARTIAL, digest
+from ..disk.layout import IMAGES, Layout, table_of
+from ..errors import CacheError
+from ..version.journal import Journal
+from ..version.manifest import read_document, read_manifest, refuse_newer, trusted_copy, vouched_digests
+from ..version.spares import spare
+from .cross_checks import check_content, read_states
+from .findings import MOVE, Finding, Report
+from .inventory import Piece, pieces, unlisted_packs
+from .scan import Scanned, scan
+
+OUTSIDE = ("log", "next", "mend")
+"""Folders that are no part of the cache: what was done, and what is being made."""
+
+
+@dataclass(frozen=True)
+class Trusted:
+    """What a cache should be.
+
+    Attributes:
+        layout: where its files are; of a change that was decided but not yet finished, both places.
+        manifest: the one in force, from its spare copy where the file itself is damaged.
+        plan: likewise; None where neither is right.
+        shard_rows: rows of a chunk file.
+    """
+
+    layout: Layout
+    manifest: dict[str, Any]
+    plan: dict[str, Any] | None
+    shard_rows: int
+
+
+def verify_cache(folder: Path, started: Callable[[int], Callable[[int], None]] | None = None) -> Report:
+    """Read a finished cache whole and say what is wrong with it.
+
+    Args:
+        started: called with the bytes there are to read; returns what is called with the bytes read so far.
+
+    Raises:
+        CacheError: if there is no finished cache, or its manifest and the spare copy of it are both gone.
+    """
+    report = Report()
+    trusted = read_trusted(Layout(folder), report)
+    layout, manifest = trusted.layout, trusted.manifest
+    wanted = pieces(manifest, trusted.shard_rows)
+    # Tables come first: once their bytes are known to be right, what they say is read while the other files are.
+    in_turn = sorted(wanted, key=lambda piece: not piece.name.startswith("rows/"))
+    files = [(piece, layout.find(layout.root / piece.name)) for piece in in_turn]
+    progress = started(sum(piece.num_bytes for piece in wanted)) if started else None
+    arrays = {layout.name_of(table_of(layout, array)): array for array in manifest["arrays"]}
+    scanned, states = {}, {}
+    with ThreadPoolExecutor(1, thread_name_prefix="tables") as pool:
+        strangers = Report()
+        looking = pool.submit(_find_strangers, trusted, {piece.name for piece in wanted}, strangers)
+        for found in scan(files, progress):
+            name = found.piece.name
+            scanned[name] = found
+            if name in arrays and found.sound:
+                states[arrays[name]] = pool.submit(read_states, layout, manifest, arrays[name]).result
+        looking.result()
+    report.findings += strangers.findings
+    report.notes += strangers.notes
+    scanned = dict(sorted(scanned.items()))
+    for found in scanned.values():
+        report.num_files += found.num_bytes >= 0
+        report.num_bytes += max(0, found.num_bytes)
+        if not found.sound:
+            report.findings.append(_file_finding(found))
+    for piece in unlisted_packs(manifest, trusted.shard_rows):
+        missing = "not in the manifest, though the cache has pixels"
+        report.findings.append(Finding("pixels", piece.name, missing, array=piece.array, rows=piece.runs))
+    report.findings += check_content(layout, manifest, scanned, states)
+    report.findings += _check_journal(trusted, wanted)
+    return report
+
+
+def read_trusted(layout: Layout, report: Report) -> Trusted:
+    """The manifest and the plan that a cache is held against; what is wrong with them goes into the report."""
+    if layout.root.is_file() or not layout.root.exists():
+        raise CacheError(f"{layout.root}: no such folder; wanted a teacher cache")
+    manifest = _trusted_manifest(layout, report)
+    if (following := read_manifest(layout.next)) is not None:
+        report.notes.append("a change was decided and not finished; the next command that writes finishes it")
+        layout, manifest = layout.next, following
+    elif layout.next.root.exists():
+        report.notes.append("next/: a change is under way, or its command was stopped; run that command again")
+    report.version = int(manifest["version"])
+    plan = _trusted_plan(layout, manifest)
+    shard_rows = plan["shard_rows"] if plan else read_spec(layout.base.teacher_zarr, IMAGES).chunk_rows
+    return Trusted(layout, manifest, plan, int(shard_rows))
+
+
+def _trusted_manifest(layout: Layout, report: Report) -> dict[str, Any]:
+    vouched, whole = vouched_digests(layout)
+    data = layout.manifest.read_bytes() if layout.manifest.exists() else None
+    if data is None and not layout.manifest_digest.exists():
+        what = "unfinished (no manifest.json)" if layout.plan.exists() else "no teacher cache (no plan.json)"
+        raise CacheError(f"{layout.root}: {what}; run `dimefm cache-teacher` to finish it")
+    if data is not None and digest(data) in vouched:
+        if not whole:
+            report.findings.append(
+                Finding("changed", layout.manifest_digest.name, "not what was written; it has checksums of manifests")
+            )
+        return read_document(layout.manifest)
+    if data is not None and not whole:
+        refuse_newer(layout.manifest, data)
+    if data is not None and spare(layout, digest(data)) is not None:
+        kind = "changed" if layout.manifest_digest.exists() else "missing"
+        report.findings.append(Finding(kind, layout.manifest_digest.name, "does not vouch for manifest.json any more"))
+        return read_document(layout.manifest)
+    copy = spare(layout, trusted_copy(layout) or "")
+    if copy is None:
+        raise CacheError(
+            f"{layout.manifest}: damaged, and so is its spare copy; wanted one of them: `dimefm cache repair` makes "
+            "the manifest again from what is there"
+        )
+    kind, what = ("missing", "missing") if data is None else ("changed", "its checksum differs: cut or edited")
+    report.findings.append(Finding(kind, layout.manifest.name, f"{what}; judged by its spare copy in log/spare/"))
+    if not whole:
+        report.findings.append(Finding("changed", layout.manifest_digest.name, "not what was written"))
+    return read_document(copy)
+
+
+def _trusted_plan(layout: Layout, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The plan that the manifest was written for, or its spare copy; its own damage shows in its checksum."""
+    name, wanted = str(manifest.get("plan_file", "plan.json")), str(manifest["plan"])
+    path: Path | None = layout.find(layout.root / name)
+    if path is None or not path.is_file() or digest(path.read_bytes()) != wanted:
+        path = spare(layout.base, wanted)
+    return None if path is None else read_document(path)
+
+
+def _find_strangers(trusted: Trusted, wanted: set[str], report: Report) -> None:
+    """Files that the manifest does not list."""
+    root = trusted.layout.base.root
+    known = wanted | set(trusted.manifest.get("superseded", [])) | {"manifest.json", "manifest.xxh3"}
+    coming: set[str] = set()
+    for path in sorted(root.rglob("*")):
+        name = path.relative_to(root).as_posix()
+        top = name.split("/", 1)[0]
+        if top in OUTSIDE or name in known or (path.is_dir() and not path.is_symlink()):
+            continue
+        if top == "pixels" and not trusted.manifest.get("pixels") and path.suffix == ".pack":
+            coming.add(name)
+            continue
+        if top.startswith(".") or path.name.endswith(PARTIAL):
+            report.findings.append(Finding("leftover", name, "left by a writer that was stopped", MOVE))
+        elif not (name == "rows" and path.is_symlink()):
+            report.findings.append(Finding("extra", name, "not in the manifest", MOVE))
+    if coming:
+        report.notes.append(
+            f"pixels/: {len(coming)} packs of a cache that has no pixels yet: `dimefm cache-teacher` was stopped while "
+            "it kept them, and goes on with the same cache.pixels"
+        )
+
+
+def _file_finding(found: Scanned) -> Finding:
+    piece = found.piece
+    if found.num_bytes < 0:
+        kind, message = "missing", "missing"
+    elif found.problem:
+        kind, message = "unreadable", f"cannot be read beyond {found.num_bytes:,} bytes: {found.problem}"
+    elif found.num_bytes != piece.num_bytes:
+        kind = "short" if found.num_bytes < piece.num_bytes else "long"
+        message = f"{found.num_bytes:,} bytes, wanted {piece.num_bytes:,}"
+    else:
+        kind, message = "changed", "its bytes have changed (the checksum differs)"
+    return Finding(kind, piece.name, message, array=piece.array or None, rows=piece.runs)
+
+
+def _check_journal(trusted: Trusted, wanted: list[Piece]) -> list[Finding]:
+    """The next version takes checksums from the journal: a wrong one would make sound files look damaged."""
+    pairs = trusted.manifest["pairs"]
+    records = {(record.array, record.shard): record.digest for record in Journal(trusted.layout)}
+    wrong = [piece for piece in wanted if piece.chunk >= 0 and records.get(journal_key(piece, pairs)) != piece.digest]
+    if not wrong:
+        return []
+    message = f"does not have the checksums of {len(wrong)} chunk files as the manifest has them: {wrong[0].name}, ..."
+    return [Finding("journal", "log/shards.jsonl", message)]
+
+
+def journal_key(piece: Piece, pairs: Mapping[str, Any] | None) -> tuple[str, int]:
+    """What the journal calls a chunk file."""
+    counted = str(pairs["counted"]) if pairs and piece.content in ("ids", "scores") else ""
+    return counted + piece.array, piece.chunk

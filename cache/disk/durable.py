@@ -1,0 +1,165 @@
+"""Writing so that a crash at any moment leaves either the old file or the new one, never half of one."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ..errors import OS_ADVICE, CacheError
+
+PARTIAL = ".partial"
+
+
+def digest(*pieces: bytes | memoryview) -> str:
+    """XXH3-128 of the pieces, one after the other, as 32 hex digits."""
+    state = xxhash.xxh3_128()
+    for piece in pieces:
+        state.update(piece)
+    return state.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents, each of them durable.
+
+    Raises:
+        CacheError: if the system refuses.
+    """
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    try:
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> CacheError:
+    """One line for a full disk, a read-only one, a file where a folder should be."""
+    advice = OS_ADVICE.get(error.errno or 0, "wanted a place that can be written")
+    return CacheError(f"{path}: cannot be written: {error.strerror or error}; nothing that was there is lost; {advice}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
+
+    Raises:
+        CacheError: if the system refuses: a full disk, a read-only one, no permission.
+    """
+    make_folder(path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+    try:
+        yield partial
+        handle = os.open(partial, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.replace(partial, path)  # noqa: PTH105 - the tests that kill between the steps patch os.fsync and os.replace
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Write a whole file durably: temporary name, fsync, rename, fsync of the folder."""
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+def to_json(value: Any) -> bytes:
+    """JSON with sorted keys, so that equal values are equal bytes.
+
+    Raises:
+        ValueError: for NaN and infinities: they are no JSON, and strict readers refuse the whole file.
+    """
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON document durably.
+
+    Raises:
+        ValueError: as `to_json`; nothing is written then.
+        CacheError: if the system refuses.
+    """
+    write_bytes(path, to_json(value))
+
+
+def to_json_line(value: Any) -> bytes:
+    """One line of a file that `append_line` writes. NaN and infinities raise ValueError, as in `to_json`."""
+    return (json.dumps(value, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Add one JSON line and fsync it. A kill in the middle leaves a torn last line, which `read_lines` drops.
+
+    Raises:
+        ValueError: as `to_json_line`; nothing is written then.
+        CacheError: if the system refuses.
+    """
+    line = to_json_line(value)
+    try:
+        with path.open("ab+") as file:
+            if file.tell() and not _ends_with_newline(file):
+                line = b"\n" + line  # fence off a torn line, or it would swallow this one
+            file.write(line)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to a file survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _ends_with_newline(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return bool(file.read(1) == b"\n")
+
+
+def read_lines(path: Path) -> Iterator[Any]:
+    """The JSON lines of a file that `append_line` wrote; torn ones are left out, a missing file has none."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def sweep_partials(root: Path) -> None:
+    """Remove what a killed writer left half written below a folder. Only the one writer may call this."""
+    for partial in list(root.rglob(f".*{PARTIAL}")):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)

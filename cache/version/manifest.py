@@ -1,0 +1,114 @@
+"""manifest.json: what a finished cache consists of, every file with its checksum. Written last; it decides what exists.
+
+The manifest's own checksum lies beside it. Two files cannot be replaced in one step, so the checksum file is written
+first and holds the lines of the old manifest and of the new one: whichever is there after a crash is vouched for. Its
+last line is the checksum of the lines before it.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..disk.durable import digest, to_json, write_bytes
+from ..disk.layout import FORMAT, Layout
+from ..errors import CacheError
+from .spares import drop_spares, keep_spares, spare_manifests
+
+
+def parse_document(path: Path, data: bytes) -> dict[str, Any]:
+    """A JSON document of a cache, read from `path`.
+
+    Raises:
+        CacheError: if it is not JSON, or of a format newer than this code.
+    """
+    try:
+        document = json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CacheError(f"{path}: not a JSON document ({error}); it was cut or edited") from error
+    found = document.get("format") if isinstance(document, dict) else None
+    if not isinstance(found, int):
+        raise CacheError(f"{path}: says no format; wanted a document that dimefm wrote")
+    if found > FORMAT:
+        raise CacheError(f"{path}: format {found}, this dimefm reads up to {FORMAT}; update dimefm")
+    return dict(document)
+
+
+def refuse_newer(path: Path, data: bytes) -> None:
+    """Refuse a document of a newer format before anybody takes what it does not understand for damage.
+
+    Raises:
+        CacheError: if it is one.
+    """
+    with suppress(json.JSONDecodeError, UnicodeDecodeError):
+        document = json.loads(data)
+        if isinstance(document, dict) and isinstance(document.get("format"), int) and document["format"] > FORMAT:
+            parse_document(path, data)
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """As `parse_document`, from the file."""
+    return parse_document(path, path.read_bytes())
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file, read whole."""
+    data = path.read_bytes()
+    return {"bytes": len(data), "digest": digest(data)}
+
+
+def write_manifest(layout: Layout, document: Mapping[str, Any]) -> None:
+    """Put a version of the cache into force."""
+    data = to_json({"format": FORMAT, **document})
+    known = [digest(layout.manifest.read_bytes())] if layout.manifest.exists() else []
+    kept = not layout.under  # a version in the making becomes the cache's own with another call of this
+    if kept:
+        keep_spares(layout, data, document["files"])
+    write_bytes(layout.manifest_digest, digest_lines([*known, digest(data)]))
+    write_bytes(layout.manifest, data)
+    if kept:
+        drop_spares(layout, [*known, digest(data)], document["files"])
+
+
+def digest_lines(digests: Iterable[str]) -> bytes:
+    """manifest.xxh3: the checksums of manifests, a line each, and the checksum of these lines."""
+    lines = "".join(f"{line}\n" for line in dict.fromkeys(digests)).encode()
+    return lines + f"{digest(lines)}\n".encode()
+
+
+def vouched_digests(layout: Layout) -> tuple[list[str], bool]:
+    """Checksums of the manifests that may be in force, and whether the file that has them is whole."""
+    data = layout.manifest_digest.read_bytes() if layout.manifest_digest.exists() else b""
+    lines = data.decode("ascii", "replace").splitlines()
+    if len(lines) > 1 and digest_lines(lines[:-1]) == data:
+        return lines[:-1], True
+    return lines, False  # cut or changed, yet what is left of it may vouch; early caches had no checksum in it
+
+
+def trusted_copy(layout: Layout) -> str | None:
+    """Digest of the spare copy to go by where the manifest itself is damaged; None where there is none."""
+    vouched, whole = vouched_digests(layout)
+    copies = spare_manifests(layout)
+    if whole:
+        return next((line for line in reversed(vouched) if line in copies), None)
+    return copies[-1] if copies else None  # an older one may be all that is still vouched for
+
+
+def read_manifest(layout: Layout) -> dict[str, Any] | None:
+    """The manifest in force, or None for an unfinished cache.
+
+    Raises:
+        CacheError: if it was cut or edited, its checksum is missing, or its format is newer than this code.
+    """
+    if not layout.manifest.exists():
+        return None
+    data = layout.manifest.read_bytes()
+    document = parse_document(layout.manifest, data)
+    if not layout.manifest_digest.exists():
+        raise CacheError(
+            f"{layout.manifest_digest}: missing; without it nobody can tell whether manifest.json is whole"
+        )
+    if digest(data) not in vouched_digests(layout)[0]:
+        raise CacheError(f"{layout.manifest}: not what dimefm wrote (its checksum differs); put the original back")
+    return document

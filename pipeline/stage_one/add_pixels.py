@@ -1,0 +1,49 @@
+"""Pixels for a cache that is finished and has none: its images are decoded once more, and no teacher is loaded.
+
+The packs lie in the cache's folder as they come, each counted in the journal; they become the cache's with the next
+manifest. A pass that was killed goes on with the packs that are missing.
+"""
+
+import time
+
+from ...cache.disk.layout import IMAGES, Layout
+from ...cache.errors import InputError
+from ...cache.reader.pixel_packs import kept_setting
+from ...cache.version.journal import Journal
+from ...cache.version.manifest import read_manifest
+from ...stages.embed.pack_pixels import keep_shard
+from ..config.load import Config
+from ..progress import bar, say
+from .embed_shards import planned_specs, require_free
+from .kept_packs import image_sizes, pack_bytes, pack_task, wanted_images
+
+
+def add_pixels(config: Config, layout: Layout, plan: dict[str, object]) -> None:
+    """Write every pack that is asked for and not there yet; a cache that has pixels is left alone.
+
+    Raises:
+        InputError: if the images are not at hand, one of them is no longer what was embedded, or the disk is too small.
+    """
+    setting = config.cache.pixels
+    if setting is None or kept_setting(read_manifest(layout)):
+        return
+    spec, journal, folder = planned_specs(plan)[IMAGES], Journal(layout), config.images.source
+    num_rows, array = spec.shape[0], layout.packs(setting)
+    missing = [shard for shard in range(spec.num_chunks) if not journal.has(array, shard, spec.rows_of(shard))]
+    if not missing:
+        return
+    if not folder.is_dir():
+        raise InputError(f"images.source: {folder} is not at hand; cache.pixels wants the images that were embedded")
+    sizes = image_sizes(layout, num_rows)
+    in_missing = [sizes[shard * spec.chunk_rows : (shard + 1) * spec.chunk_rows] for shard in missing]
+    require_free(layout, sum(pack_bytes(setting, part) for part in in_missing), estimated=True)
+    done = num_rows - sum(len(part) for part in in_missing)
+    start, began_with = time.perf_counter(), done
+    with bar("pixels", num_rows, "images", done) as shown:
+        for shard in missing:
+            images = wanted_images(layout, layout.image_rows, num_rows, shard, folder)
+            record = keep_shard(pack_task(layout, setting, shard, plan), images, config.teacher.workers)
+            journal.add(record, {})
+            done += record.num_rows
+            shown.update(done)
+    say(f"kept the pixels of {done - began_with:,} images in {time.perf_counter() - start:,.1f} s")

@@ -1,0 +1,134 @@
+"""`dimefm cache append`: new images, sentences and evaluation sets join a finished cache; nothing is embedded twice.
+
+All of it happens in `next/` until it is complete (cache/version/versions.py), so the version in force stays whole and
+readers of it go on. An append that was killed goes on with the list that it began with.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ...cache.disk.arrays import declare_arrays
+from ...cache.disk.layout import Layout
+from ...cache.errors import CacheError, InputError
+from ...cache.reader.pixel_packs import kept_setting
+from ...cache.version.lock import writer_lock
+from ...cache.version.manifest import read_document, read_manifest
+from ...cache.version.plan_file import identity, read_plan, require_same, write_plan
+from ...cache.version.versions import discard_change
+from ...stages.images.crops import decoder
+from ..config.load import Config
+from ..config.remembered import config_of, note_config
+from ..progress import say
+from ..stage_one.embed_shards import embed_shards, missing_shards, planned_specs, require_disk, teacher_at_hand
+from ..stage_one.finish import finish_cache
+from ..stage_one.guards import require_same_teacher
+from ..stage_one.inputs import compare_inputs, transductive_sets
+from .growth import Growth, find_growth, stage_growth
+
+
+def append_to(folder: Path, config: Path | None = None, scheduler: str | None = None) -> bool:
+    """`append` for a cache's folder; its config is the one given, or the one that it was made by."""
+    loaded = config_of(Layout(folder), config)
+    return append(loaded, Layout(loaded.cache.dir), scheduler)
+
+
+def append(config: Config, layout: Layout, scheduler: str | None = None) -> bool:
+    """Take into a finished cache what its sources have gained, or go on with an append that was interrupted.
+
+    New images follow the old ones, sorted among themselves; new lines follow all sentences that are there, prompts
+    too; then new prompts. Rows never move.
+
+    Args:
+        scheduler: address of a Dask scheduler; None embeds in this process.
+
+    Returns:
+        Whether there was anything to append.
+
+    Raises:
+        CacheError: if the cache is unfinished, of another teacher, damaged where it has to grow or being written by
+            another process, or if its sources have changed otherwise than by growing.
+        InputError: if a source or the teacher is unusable, the disk too small, or too many images are unreadable.
+    """
+    if read_manifest(layout) is None:
+        raise CacheError(f"{layout.root}: not a finished cache; `dimefm cache-teacher` makes and finishes one")
+    with writer_lock(layout):
+        start = time.perf_counter()
+        plan = read_plan(layout)
+        assert plan is not None
+        require_same_teacher(config, layout, plan)
+        if config.cache.pixels and not kept_setting(read_manifest(layout)):
+            say(f"cache.pixels: {layout.root} has none yet; `dimefm cache-teacher` adds them, append does not")
+        note_config(config, layout)
+        following = layout.next
+        staged, growth = _begun(layout), None
+        if staged is None:
+            growth = find_growth(config, layout, plan)
+            if not growth:
+                say(f"{layout.root}: nothing to append")
+                return False
+            say(growth.line())
+        else:
+            say("going on with an append that was interrupted; what has come since is for the next one")
+            for note in compare_inputs(config, following, staged):
+                say(note)
+        if staged is None or missing_shards(config, following, staged):
+            staged = _embed(config, layout, plan, staged, growth, scheduler)
+        finish_cache(config, following, staged, _transductive(config, layout))
+        say(f"{layout.root}: appended in {time.perf_counter() - start:,.0f} s")
+    return True
+
+
+def _begun(layout: Layout) -> dict[str, Any] | None:
+    """The plan of an append to this very version that was interrupted; what is left of another one is removed."""
+    following = layout.next
+    staged = read_document(following.plan) if following.plan.exists() else None
+    pixels = kept_setting(read_manifest(layout))  # they may have been added since
+    if staged is None or staged["grown"][-1]["plan"] != identity(layout) or staged.get("pixels") != pixels:
+        discard_change(layout)
+        return None
+    return staged
+
+
+def _embed(
+    config: Config,
+    layout: Layout,
+    plan: dict[str, Any],
+    staged: dict[str, Any] | None,
+    growth: Growth | None,
+    scheduler: str | None,
+) -> dict[str, Any]:
+    """Load the teacher, list the new rows unless that is done, and embed every shard that is missing."""
+    with teacher_at_hand(config) as teacher:
+        found = teacher.identity()
+        libraries = found.pop("libraries")
+        # Of other library versions the last bits may differ, nothing more: the plan says whose rows are whose.
+        require_same(layout.root, {"teacher": {key: plan["teacher"][key] for key in found}}, {"teacher": found})
+        if staged is None:
+            assert growth is not None
+            before = {name: spec.shape[0] for name, spec in planned_specs(plan).items()}
+            grown = {"plan": identity(layout), "rows": before, "libraries": libraries}
+            grown |= {"decoder": decoder()} if "views" in plan else {}
+            staged = {
+                **plan,
+                "inputs": stage_growth(config, layout, plan, growth),
+                **({"pixels": pixels} if (pixels := kept_setting(read_manifest(layout))) else {}),
+                "grown": [*plan.get("grown", []), grown],
+            }
+            require_disk(config, layout.next, staged)
+            write_plan(layout.next, staged)
+        began_with = {"teacher": {"libraries": staged["grown"][-1]["libraries"]}}
+        require_same(layout.next.root, began_with, {"teacher": {"libraries": libraries}})
+        declare_arrays(layout.next.teacher_zarr, planned_specs(staged))
+        embed_shards(config, layout.next, staged, missing_shards(config, layout.next, staged), scheduler)
+    return staged
+
+
+def _transductive(config: Config, layout: Layout) -> list[str]:
+    """Evaluation sets that any training prompt touches, those of earlier versions among them."""
+    manifest = read_manifest(layout)
+    recorded = set(manifest["transductive"]) if manifest else set()
+    try:
+        return sorted(recorded | set(transductive_sets(config)))
+    except InputError:  # class files are no longer at hand
+        return sorted(recorded)

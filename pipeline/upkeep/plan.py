@@ -1,0 +1,157 @@
+"""`dimefm plan`: what is done, what is left and what it will take, without loading a model."""
+
+import shutil
+from typing import Any
+
+import numpy as np
+
+from ...cache.disk.arrays import ArraySpec
+from ...cache.disk.durable import read_lines
+from ...cache.disk.index import build_bytes
+from ...cache.disk.layout import IMAGES, SENTENCES, Layout
+from ...cache.reader.pixel_packs import kept_setting
+from ...cache.version.journal import Journal
+from ...cache.version.manifest import read_manifest
+from ...cache.version.plan_file import read_plan
+from ...stages.inputs.image_folder import find_images, find_labelled_images
+from ...stages.inputs.prompts import read_classes
+from ...stages.inputs.sentences import read_sentences
+from ...stages.models.teacher_identity import configured_embed_dim
+from ..config.load import Config
+from ..stage_one.embed_shards import array_specs, existing_parent
+from ..stage_one.guards import is_finished, require_own_folder, require_same_run
+from ..stage_one.inputs import prompt_lines
+from ..stage_one.kept_packs import image_sizes, pack_bytes
+from ..stage_one.pseudo_pairs import retrieval_bytes
+
+
+def describe_plan(config: Config) -> dict[str, Any]:
+    """What stage one has done and has still to do.
+
+    Returns:
+        `cache`, `state` (not started, unfinished, finished), `arrays` (rows, views, shards done and in all, bytes),
+        `pixels` (None, or setting, rows, packs done and in all, estimated bytes), `notes`, `disk` of the whole cache,
+        `memory_bytes` to build its larger index, `rows_left`, `rows_per_s` and `seconds_left` (None until a shard has
+        been measured). Sizes are None where only a hub knows the width.
+
+    Raises:
+        CacheError: if the cache belongs to another run.
+    """
+    layout = Layout(config.cache.dir)
+    require_own_folder(layout)
+    plan = read_plan(layout)
+    notes = require_same_run(config, layout, plan, report=True) if plan else []
+    width = plan["teacher"]["embed_dim"] if plan else configured_embed_dim(config.teacher)
+    inputs = plan["inputs"] if plan else _count_inputs(config)
+    specs = array_specs(inputs, width or 1, config.cache.shard_rows, config.cache.num_crops)
+    journal = Journal(layout)
+    arrays = {name: _array_state(name, spec, journal) for name, spec in specs.items()}
+    rows_left = sum(item["rows_left"] for item in arrays.values())
+    rows = {side: specs[side].shape[0] for side in (IMAGES, SENTENCES)}
+    largest_build = max(build_bytes(n, width, config.pairs.index) for n in rows.values()) if width else 0
+    retrieval = retrieval_bytes([(num_rows, width) for num_rows in rows.values()], config.pairs) if width else 0
+    pixels = _pixels_state(config, layout, specs[IMAGES], inputs, journal)
+    num_bytes = sum(spec.num_bytes for spec in specs.values()) + (pixels["estimated_bytes"] if pixels else 0)
+    rate = _rows_per_s(layout, specs)
+    finished = plan is not None and is_finished(config, layout)
+    return {
+        "cache": str(layout.root),
+        "state": "finished" if finished else "unfinished" if plan else "not started",
+        "arrays": {name: {**item, "bytes": item["bytes"] if width else None} for name, item in arrays.items()},
+        "pixels": pixels,
+        "disk": {
+            "cache_bytes": num_bytes + retrieval if width else None,
+            "free_bytes": shutil.disk_usage(existing_parent(layout.root)).free,
+        },
+        "memory_bytes": largest_build if width and config.pairs.k else None,
+        "rows_left": rows_left,
+        "rows_per_s": rate,
+        "seconds_left": rows_left / rate if rate else None,
+        "notes": notes,
+    }
+
+
+def plan_lines(found: dict[str, Any]) -> list[str]:
+    """The same for a person to read."""
+    lines, kept = [f"{found['cache']}: {found['state']}"], found["pixels"]
+    for name, item in found["arrays"].items():
+        size = f", {_size(item['bytes'])}" if item["bytes"] is not None else ""
+        views = f" of {item['views']} views" if item["views"] > 1 else ""
+        lines.append(
+            f"  {name}: {item['rows']:,} rows{views}, {item['shards_done']} of {item['shards']} shards done{size}"
+        )
+    if kept:
+        packs = f"{kept['rows']:,} rows, {kept['packs_done']} of {kept['packs']} packs done"
+        lines.append(f"  pixels ({kept['setting']}): {packs}, about {_size(kept['estimated_bytes'])} (an estimate)")
+    disk, free = found["disk"]["cache_bytes"], _size(found["disk"]["free_bytes"])
+    wanted = "unknown before the teacher is loaded" if disk is None else _size(disk)
+    lines.append(f"disk: {wanted} for embeddings, indexes and pairs, beside the text tower; {free} free")
+    if found["memory_bytes"]:
+        lines.append(f"memory: {_size(found['memory_bytes'])} to build the larger index, after the teacher is gone")
+    if not found["rows_left"]:
+        pixels_left = kept and kept["packs_done"] < kept["packs"]
+        lines.append("left: nothing to embed" + ("; pixels to keep, without the teacher" if pixels_left else ""))
+    elif found["seconds_left"] is not None:
+        rate = f"at the {found['rows_per_s']:,.0f} rows/s measured so far"
+        lines.append(f"left: {found['rows_left']:,} rows, {found['seconds_left']:,.0f} s {rate}")
+    else:
+        lines.append(f"left: {found['rows_left']:,} rows; the time is known once the first shard is done")
+    return lines + found["notes"]
+
+
+def _count_inputs(config: Config) -> dict[str, Any]:
+    sentences = sum(1 for _ in read_sentences(config.sentences.source))
+    if config.sentences.prompts:
+        sentences += len(prompt_lines(config.sentences.prompts))
+    evaluate = {}
+    for name, settings in config.evaluate.items():
+        class_ids = sorted(read_classes(settings.classes))
+        evaluate[name] = {"rows": len(find_labelled_images(settings.images, class_ids)), "class_ids": class_ids}
+    found = find_images(config.images.source)
+    images = {"rows": len(found), "sizes": np.array([image.bytes for image in found])}
+    return {"images": images, "sentences": {"rows": sentences}, "evaluate": evaluate}
+
+
+def _array_state(name: str, spec: ArraySpec, journal: Journal) -> dict[str, Any]:
+    missing = [shard for shard in range(spec.num_chunks) if not journal.has(name, shard, spec.rows_of(shard))]
+    left = sum(spec.rows_of(shard) for shard in missing)
+    return {
+        "rows": spec.shape[0],
+        "rows_left": left,
+        "shards": spec.num_chunks,
+        "shards_done": spec.num_chunks - len(missing),
+        "views": spec.shape[1] if len(spec.shape) == 3 else 1,
+        "bytes": spec.num_bytes,
+    }
+
+
+def _pixels_state(
+    config: Config, layout: Layout, spec: ArraySpec, inputs: dict[str, Any], journal: Journal
+) -> dict[str, Any] | None:
+    setting = config.cache.pixels or kept_setting(read_manifest(layout))
+    if setting is None:
+        return None
+    shards = range(spec.num_chunks)
+    sizes = inputs["images"].get("sizes")  # of images that are not listed in a table yet
+    return {
+        "setting": setting,
+        "rows": spec.shape[0],
+        "packs": spec.num_chunks,
+        "packs_done": sum(journal.has(layout.packs(setting), shard, spec.rows_of(shard)) for shard in shards),
+        "estimated_bytes": pack_bytes(setting, image_sizes(layout, spec.shape[0]) if sizes is None else sizes),
+    }
+
+
+def _rows_per_s(layout: Layout, specs: dict[str, ArraySpec]) -> float | None:
+    """Rows for each second of a device, over the image shards done so far; they are what takes long."""
+    rows, seconds = 0, 0.0
+    for line in read_lines(layout.timings):
+        if line["array"] == IMAGES:
+            spec = specs[IMAGES]
+            rows += spec.rows_of(line["shard"])
+            seconds += line["infer"] + line["wait"]
+    return rows / seconds if seconds else None
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"

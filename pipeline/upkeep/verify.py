@@ -1,0 +1,181 @@
+"""`dimefm cache verify`: whether a cache is sound; on request also against the live teacher and the sources."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...cache.audit.findings import Finding, Report, runs_of, show_runs
+from ...cache.audit.verify import Trusted, read_trusted, verify_cache
+from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
+from ...cache.disk.row_tables import RowTable
+from ...cache.errors import CacheError, InputError
+from ..config.load import Config
+from ..config.remembered import config_of
+from ..progress import bar
+
+
+def verify(folder: Path, config: Path | None = None, *, teacher: bool = False, sources: bool = False) -> dict[str, Any]:
+    """Check a cache.
+
+    Args:
+        config: the config that made it; None takes the one that the cache remembers. Only `teacher` and `sources`
+            need it.
+        teacher: also embed a sample of rows again and compare.
+        sources: also say what has become of the files that the rows were made from.
+
+    Returns:
+        A document: `sound`, `findings`, `notes`, what was read and how fast; `teacher` and `sources`, None where they
+        were not asked for.
+
+    Raises:
+        CacheError: if there is no finished cache.
+        InputError: if the config, the teacher or the sources are asked for and not at hand.
+    """
+    layout = Layout(folder)
+    wanted = config_of(layout, config) if teacher or sources else None
+    start = time.perf_counter()
+    report = read_all(folder)
+    seconds = time.perf_counter() - start
+    found = {
+        "cache": str(folder),
+        "version": report.version,
+        "files": report.num_files,
+        "bytes": report.num_bytes,
+        "seconds": seconds,
+        "teacher": _against_teacher(wanted, layout, report) if wanted and teacher else None,
+        "sources": _against_sources(wanted, layout) if wanted and sources else None,
+    }
+    return {
+        **found,
+        "sound": not report.findings,
+        "findings": [finding.document() for finding in report.findings],
+        "lines": [finding.line() for finding in report.findings],
+        "notes": report.notes,
+    }
+
+
+def read_all(folder: Path) -> Report:
+    """Verify a cache behind a progress bar."""
+    with ExitStack() as stack:
+
+        def started(num_bytes: int) -> Callable[[int], None]:
+            shown = stack.enter_context(bar("verify", num_bytes // 2**20, "MiB"))
+            return lambda done: shown.update(done // 2**20)
+
+        return verify_cache(folder, started)
+
+
+def report_lines(found: dict[str, Any]) -> list[str]:
+    """The document for a person to read."""
+    rate = found["bytes"] / max(found["seconds"], 1e-9) / 1e9
+    lines = list(found["lines"])
+    for array, item in (found["teacher"] or {}).items():
+        cosine = item["cosine"]
+        shown = f"cosine at least {cosine['least']:.6f}, mean {cosine['mean']:.6f}" if cosine else "nothing to compare"
+        lines.append(f"teacher: {array}: {item['rows']} rows embedded again: {shown}")
+    for name, item in (found["sources"] or {}).items():
+        lines.append(f"sources: {name}: " + ", ".join(f"{count:,} {kind}" for kind, count in item["counts"].items()))
+        lines += [f"sources: {note}" for note in item["notes"]]
+    state = "sound" if found["sound"] else f"{len(found['findings'])} problems"
+    summary = f"version {found['version']}: {state}; {found['files']:,} files, {found['bytes'] / 1e9:,.3f} GB read"
+    return [*lines, *found["notes"], f"{found['cache']}: {summary} in {found['seconds']:,.1f} s, {rate:,.2f} GB/s"]
+
+
+def require_sound(found: dict[str, Any]) -> None:
+    """End a command on a damaged cache as an error.
+
+    Raises:
+        CacheError: if there are findings.
+    """
+    if found["findings"]:
+        files = sorted({finding["where"] for finding in found["findings"]})
+        more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+        raise CacheError(
+            f"{found['cache']}: {len(found['findings'])} problems, in {files[0]}{more}; wanted none: "
+            "`dimefm cache repair` mends what can be mended"
+        )
+
+
+def damaged_chunks(report: Report, array: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Numbers of an array's chunk files that something is wrong with."""
+    prefix = f"teacher.zarr/{array}/c/"
+    names = (name.removeprefix(prefix) for name in report.files if name.startswith(prefix))
+    return np.array(sorted(int(name.split("/")[0]) for name in names), dtype=np.int64)
+
+
+def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str, Any]:
+    from ..stage_one.embed_shards import teacher_at_hand
+    from .live_teacher import SAME_ROW, compare_live, require_same_teacher
+
+    trusted = read_trusted(layout, Report())
+    if trusted.plan is None:
+        raise CacheError(f"{layout.root}: its plan is lost; there is no telling what teacher made it")
+    compared = {}
+    with teacher_at_hand(config) as teacher:
+        require_same_teacher(layout.root, trusted.plan, teacher)
+        for array, entry in trusted.manifest["arrays"].items():
+            if layout.name_of(table_of(layout, array)) in report.files or "teacher.zarr/zarr.json" in report.files:
+                continue
+            bad = damaged_chunks(report, array)
+            item = compare_live(
+                config,
+                trusted.layout,
+                trusted.plan,
+                teacher,
+                array,
+                entry["rows"],
+                bad,
+                trusted.shard_rows,
+                seed=time.time_ns(),
+            )
+            compared[array] = item
+            if item["differ"]:
+                least = item["cosine"]["least"]
+                message = (
+                    f"{len(item['differ'])} of {item['rows']} sampled rows are not what the teacher makes of them now: "
+                    f"cosine down to {least:.4f}, wanted {SAME_ROW}"
+                )
+                what = "see `--sources`: changed sources look so; else the row was written wrong"
+                where = f"teacher.zarr/{array}"
+                report.findings.append(Finding("teacher", where, message, what, array, runs_of(item["differ"])))
+    return compared
+
+
+def _against_sources(config: Config, layout: Layout) -> dict[str, Any]:
+    trusted = read_trusted(layout, Report())
+    arrays = trusted.manifest["arrays"]
+    found = {"images": _images(config.images.source, trusted, IMAGES, "images.source")}
+    for name, settings in sorted(config.evaluate.items()):
+        array = f"evaluate/{name}/images/embedding"
+        if array in arrays:
+            found[f"evaluate.{name}"] = _images(settings.images, trusted, array, f"evaluate.{name}.images")
+    found["sentences"] = _sentences(config, trusted)
+    return found
+
+
+def _images(folder: Path, trusted: Trusted, array: str, key: str) -> dict[str, Any]:
+    from ..stage_one.source_changes import compare_images
+
+    if not folder.is_dir():
+        raise InputError(f"{key}: {folder} is not at hand; mount it, or give --config CONFIG")
+    table = RowTable(table_of(trusted.layout, array), trusted.manifest["arrays"][array]["rows"])
+    changes = compare_images(folder, table)
+    rows = {kind: [list(run) for run in runs_of(sorted(getattr(changes, kind)))] for kind in ("changed", "gone")}
+    notes = changes.notes(key)
+    for kind, runs in rows.items():
+        if runs:
+            notes.append(f"{key}: {kind}: {show_runs(tuple((first, last) for first, last in runs))}")
+    return {"counts": changes.counts(), "rows": rows, "notes": notes}
+
+
+def _sentences(config: Config, trusted: Trusted) -> dict[str, Any]:
+    from ..stage_one.source_changes import compare_sentences
+
+    table = RowTable(table_of(trusted.layout, SENTENCES), trusted.manifest["arrays"][SENTENCES]["rows"])
+    changes = compare_sentences(config.sentences.source, trusted.plan, table)
+    rows = {kind: [list(run) for run in runs_of(sorted(getattr(changes, kind)))] for kind in ("changed", "gone")}
+    return {"counts": changes.counts(), "rows": rows, "notes": changes.notes}

@@ -1,0 +1,256 @@
+"""Asking the teacher: files and sentences in, embeddings out, one shard at a time.
+
+Batches start at multiples of the batch size and are always full, the last one padded: the last bits of an embedding
+depend on the shape of its batch, and so a shard comes out the same whether or not a run was interrupted before it.
+"""
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..devices import memory_errors_as
+from ..images.crops import Crop, Crops
+from ..images.decode import ImageError, decode_image
+from ..inputs.image_folder import read_file
+from ..models.open_clip_teacher import Teacher
+from ..models.teacher import out_of_memory
+from .pack_pixels import Keeper, PackTask, make_small
+
+BATCHES_IN_FLIGHT = 3
+"""Batches that are being decoded, wait for the model or are on it; bounds the memory. Where an image has several views,
+these are rounds: a batch of each view, from one decoding of each image; then only two of them are held."""
+
+NOT_FINITE = "the teacher's output is not finite"
+BEYOND_FLOAT16 = "beyond float16"
+
+Lock = AbstractContextManager[object]
+Prepare = Callable[[int], Callable[[], Tensor]]
+"""Starts work on the batch whose first row this is; what it returns waits for the end of that work."""
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """Embeddings of one shard.
+
+    Attributes:
+        embeddings: (n, D) float16 as the teacher emits them, before normalisation; rows without one are NaN. With
+            crops (n, 1 + K, D), the centre first.
+        failures: (position in the shard, reason), in order; rows that were given as None are not among them.
+        seconds: `read`, `decode` (of sentences: tokenising) and `keep` (making images small, where they are kept),
+            summed over threads; `wait`, the model idle for want of data; `infer`, forward passes with their copies.
+    """
+
+    embeddings: np.ndarray
+    failures: list[tuple[int, str]]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class RowCrops:
+    """Crops of the images of one shard.
+
+    Attributes:
+        rows: (n,) row numbers of the shard's images: what the crops are a function of.
+    """
+
+    crops: Crops
+    rows: NDArray[np.int64]
+
+
+def embed_image_shard(
+    teacher: Teacher,
+    files: Sequence[Path | None],
+    batch_size: int,
+    workers: int,
+    lock: Lock,
+    keeper: Keeper | None = None,
+    crops: RowCrops | None = None,
+) -> ShardResult:
+    """Embed images. One that cannot be read is embedded as black, so that shapes stay, and then marked.
+
+    Each image is decoded once. The batches of its centre are those that there are without crops; a batch of each crop
+    of the same images follows each, so that what comes out does not depend on where an earlier run was interrupted.
+
+    Args:
+        files: the shard's images; None where it is known that there is nothing to read.
+        batch_size: rows of every forward pass.
+        workers: threads that read and decode; 0 takes one for each core.
+        lock: held while the model runs. The first batches are started before it is asked for, so that a shard gets
+            ready while another one has the device.
+        keeper: is handed every image that was decoded, small, for its pack.
+        crops: what is embedded beside the centre of each image; None for the centre alone.
+
+    Raises:
+        InputError: if a batch does not fit into the device's memory.
+    """
+    num_views = 1 + crops.crops.count if crops else 1
+    rows = ShardRows(len(files), (num_views, teacher.embed_dim) if crops else (teacher.embed_dim,))
+    seconds = {"read": 0.0, "decode": 0.0} | ({"keep": 0.0} if keeper else {})
+    in_flight = 2 if crops else BATCHES_IN_FLIGHT
+    on_gpu = teacher.device.type == "cuda"
+    # Used in turn: fresh pinned memory costs more time than it saves.
+    buffers = deque(
+        torch.empty(num_views, batch_size, *teacher.image_size, 3, dtype=torch.uint8, pin_memory=on_gpu)
+        for _ in range(min(in_flight, -(-len(files) // batch_size)))
+    )
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode") as pool:
+
+        def prepare(first: int) -> Callable[[], Tensor]:
+            buffer = buffers[0]
+            buffers.rotate(-1)
+            batch = [*files[first : first + batch_size]]
+            batch += [None] * (batch_size - len(batch))
+            row_of = crops.rows[first : first + batch_size].tolist() if crops else []
+            loading = [
+                pool.submit(
+                    _load,
+                    teacher,
+                    file,
+                    buffer.numpy()[:, i],
+                    keeper.task if keeper else None,
+                    partial(crops.crops.of_row, row_of[i]) if crops and i < len(row_of) else None,
+                )
+                for i, file in enumerate(batch)
+            ]
+
+            def finish() -> Tensor:
+                for row, future in enumerate(loading, start=first):
+                    loaded = future.result()
+                    seconds["read"] += loaded.read_s
+                    seconds["decode"] += loaded.decode_s
+                    if loaded.failed:
+                        rows.reasons[row] = loaded.reason
+                    elif keeper:
+                        seconds["keep"] += loaded.keep_s
+                        keeper.take(row, loaded.small)
+                return buffer
+
+            return finish
+
+        def encode(batch: Tensor) -> Tensor:
+            views = [teacher.encode_images(teacher.normalise(view)) for view in batch]
+            return torch.stack(views, dim=1) if crops else views[0]
+
+        def take(first: int, block: np.ndarray) -> None:
+            rows.take(first, block)
+            if keeper:  # only now it is known which rows the teacher failed on
+                keeper.write(range(first, min(first + batch_size, len(files))), rows.reasons.__contains__)
+
+        try:
+            seconds |= run_batches(teacher, range(0, len(files), batch_size), prepare, encode, take, lock, in_flight)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return rows.result(seconds)
+
+
+@dataclass
+class ShardRows:
+    """Embeddings of a shard as they come, and the rows that have none: a reason, or None if it is known elsewhere.
+
+    A row that the teacher fails on in one view has no embedding in any.
+    """
+
+    num_rows: int
+    row_shape: tuple[int, ...]
+    reasons: dict[int, str | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.embeddings = np.full((self.num_rows, *self.row_shape), np.nan, np.float16)
+
+    def take(self, first: int, block: np.ndarray) -> None:
+        block = block[: self.num_rows - first]
+        with np.errstate(over="ignore"):
+            halves = block.astype(np.float16)
+        for row in np.flatnonzero(~np.isfinite(halves.reshape(len(halves), -1)).all(axis=1)):
+            reason = BEYOND_FLOAT16 if np.isfinite(block[row]).all() else NOT_FINITE
+            self.reasons.setdefault(first + int(row), reason)
+        self.embeddings[first : first + len(block)] = halves
+
+    def result(self, seconds: dict[str, float]) -> ShardResult:
+        self.embeddings[[row for row in self.reasons if row < self.num_rows]] = np.nan
+        failures = sorted((row, reason) for row, reason in self.reasons.items() if reason is not None)
+        return ShardResult(self.embeddings, failures, seconds)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    keep_s: float = 0.0
+    small: bytes = b""
+    failed: bool = False
+    reason: str | None = None
+
+
+def _load(
+    teacher: Teacher,
+    file: Path | None,
+    pixels: NDArray[np.uint8],
+    pack: PackTask | None,
+    crops_of: Callable[[tuple[int, int]], list[Crop]] | None,
+) -> _Loaded:
+    """Fill one row of a batch of each view, and make its image small for its pack, all from one decoding.
+
+    It runs in a thread and uses no torch, whose own threads would multiply there.
+
+    Args:
+        pixels: (views, height, width, 3), where the row goes.
+        crops_of: crops of an image of this (width, height).
+    """
+    started = opened = time.perf_counter()
+    reason = None
+    try:
+        if file is not None:
+            data = read_file(file)
+            opened = time.perf_counter()
+            image = decode_image(data)
+            pixels[0] = teacher.crop(image)
+            for view, crop in enumerate(crops_of(image.size) if crops_of else [], start=1):
+                pixels[view] = teacher.view(image, crop)
+            decoded = time.perf_counter()
+            small = b"" if pack is None else make_small(data, image, pack.side, note_size=pack.note_size)
+            return _Loaded(opened - started, decoded - opened, time.perf_counter() - decoded, small)
+    except ImageError as error:
+        reason = str(error)
+    pixels[:] = 0
+    return _Loaded(opened - started, time.perf_counter() - opened, failed=True, reason=reason)
+
+
+def run_batches(
+    teacher: Teacher,
+    firsts: range,
+    prepare: Prepare,
+    encode: Callable[[Tensor], Tensor],
+    take: Callable[[int, np.ndarray], None],
+    lock: Lock,
+    in_flight: int = BATCHES_IN_FLIGHT,
+) -> dict[str, float]:
+    """Every batch through the model in order, a few of them in preparation; returns seconds of `wait` and `infer`."""
+    upcoming = iter(firsts)
+    pending = deque((first, prepare(first)) for first in islice(upcoming, in_flight))
+    wait_s = infer_s = 0.0
+    with lock:
+        while pending:
+            first, finish = pending.popleft()
+            started = time.perf_counter()
+            batch = finish()
+            ready = time.perf_counter()
+            with memory_errors_as(out_of_memory(teacher, firsts.step)):
+                block = encode(batch).numpy()
+            done = time.perf_counter()
+            wait_s, infer_s = wait_s + ready - started, infer_s + done - ready
+            pending.extend((later, prepare(later)) for later in islice(upcoming, 1))
+            take(first, block)
+    return {"wait": wait_s, "infer": infer_s}

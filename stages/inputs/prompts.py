@@ -1,0 +1,110 @@
+"""Class names and the templates that make prompts of them."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ...cache.errors import InputError
+
+SLOT = "{}"
+
+
+def read_classes(path: Path) -> dict[str, list[str]]:
+    """Read a JSON object, class id -> names, the usual name first.
+
+    Returns:
+        The names of each class, sorted by class id.
+
+    Raises:
+        InputError: if the file is missing or holds anything else: twice the same id, an id that cannot be a folder's
+            name, a class without a name, a name that is blank.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; wanted JSON, class id -> names") from error
+    except _RepeatedKeyError as error:
+        raise InputError(f"{path}: class id {error.args[0]!r} is there twice; wanted each once") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(document, dict) or not document:
+        raise InputError(f'{path}: no classes; wanted a JSON object such as {{"n01443537": ["goldfish"]}}')
+    for class_id, names in document.items():
+        if not class_id.strip() or "/" in class_id or class_id in (".", ".."):
+            raise InputError(f"{path}: class id {class_id!r} cannot be the name of a folder")
+        if not isinstance(names, list) or not names:
+            raise InputError(f"{path}: class {class_id!r}: found {names!r}; wanted a list of names, at least one")
+        for name in names:
+            if not isinstance(name, str) or not name.strip():
+                raise InputError(f"{path}: class {class_id!r}: the name {name!r} is no text")
+    return dict(sorted(document.items()))
+
+
+def read_templates(spec: str, base: Path | None = None) -> list[str]:
+    """Templates with `{}` for the name.
+
+    Args:
+        spec: `openai`, the 80 templates that open_clip scores ImageNet with, or the path of a text file with one
+            template a line; blank lines are passed over.
+        base: folder that a relative path starts at.
+
+    Raises:
+        InputError: if the file is missing, is not UTF-8, has no template or has one without `{}`.
+    """
+    if spec == "openai":
+        from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES  # imports torch: only when asked for
+
+        return [str(template(SLOT)) for template in OPENAI_IMAGENET_TEMPLATES]
+    path = Path(spec) if base is None else base / spec
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; wanted 'openai' or a file of templates") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8; wanted one template a line") from error
+    templates = []
+    for number, line in enumerate(lines, start=1):
+        if SLOT in line:
+            templates.append(line.strip())
+        elif line.strip():
+            raise InputError(f"{path}: line {number} has no {SLOT} for the name: {line.strip()[:60]!r}")
+    if not templates:
+        raise InputError(f"{path}: no templates; wanted one a line, {SLOT} for the name")
+    return templates
+
+
+def prompts_for(names: Iterable[str], templates: Sequence[str]) -> list[str]:
+    """Every name in every template.
+
+    >>> prompts_for(["goldfish"], ["a photo of a {}.", "many {}."])
+    ['a photo of a goldfish.', 'many goldfish.']
+    """
+    return [template.replace(SLOT, name) for name in names for template in templates]
+
+
+def class_prompts(
+    classes: Mapping[str, Sequence[str]], templates: Sequence[str], names: Literal["first", "all"] = "first"
+) -> list[tuple[str, list[str]]]:
+    """(class id, its prompts) in the order of the sorted class ids.
+
+    Args:
+        names: `first` uses a class's first name alone, `all` every one.
+    """
+    return [
+        (class_id, prompts_for(classes[class_id][: None if names == "all" else 1], templates))
+        for class_id in sorted(classes)
+    ]
+
+
+class _RepeatedKeyError(Exception):
+    """JSON allows a key twice and Python keeps the last: half of a class list could vanish so."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = set()
+    for key, _ in pairs:
+        if key in keys:
+            raise _RepeatedKeyError(key)
+        keys.add(key)
+    return dict(pairs)

@@ -1,0 +1,227 @@
+"""The teacher: a frozen open_clip model that is asked once for each image and each sentence."""
+
+import importlib.metadata
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import Compose
+
+from ...cache.disk.durable import digest, to_json
+from ...cache.errors import InputError
+from ..devices import memory_errors_as
+from ..images.crops import Crop, cut, resample_filter
+from ..images.decode import ImageError
+from ..settings.models import TeacherSettings
+from .pretrained_tags import quiet_open_clip
+from .teacher_identity import configured_identity
+from .teacher_source import TeacherSource, find_teacher
+from .tokenizer import check_vocabulary, load_tokenizer, tokenize, tokenizer_identity
+from .weights_file import one_line, weights_digest, weights_errors
+
+MAX_ASPECT = 64
+"""Of an image longer than this, in its own widths, only the middle is resized: open_clip's resize would fill gigabytes
+with pixels that its crop then throws away."""
+
+_LIBRARIES = ("torchvision", "open_clip_torch", "timm", "pillow", "numpy", "transformers", "tokenizers")
+
+
+class Teacher:
+    """A frozen open_clip model with its preprocessing and tokenizer.
+
+    Attributes:
+        model: the open_clip model, in evaluation mode.
+        model_cfg: its architecture, as in open_clip's model configs.
+        preprocess_cfg: keys as in open_clip's `preprocess_cfg`, lists instead of tuples.
+        embed_dim: width of the shared space.
+        logit_scale: what cosines are multiplied by, the exponential of the model's parameter.
+    """
+
+    def __init__(self, settings: TeacherSettings, model: Any, model_cfg: Mapping[str, Any], tokenizer: Any) -> None:
+        """Take over a loaded model, on whatever device it is."""
+        self.settings = settings
+        self.model = model.eval().requires_grad_(False)
+        self.model_cfg = dict(model_cfg)
+        self.tokenizer = tokenizer
+        self.embed_dim = int(model_cfg["embed_dim"])
+        self.logit_scale = float(self.model.logit_scale.exp())
+        self.device: torch.device = self.model.logit_scale.device
+        cfg = PreprocessCfg(**self.model.visual.preprocess_cfg)
+        self.preprocess_cfg: dict[str, Any] = {
+            key: list(value) if isinstance(value, tuple | list) else value for key, value in vars(cfg).items()
+        }
+        # The last two steps are to-tensor and normalise: `normalise` does them for a whole batch, on the device.
+        self._crop = Compose(image_transform_v2(cfg, is_train=False).transforms[:-2])
+        self._mean = torch.tensor(cfg.mean, dtype=torch.float32, device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(cfg.std, dtype=torch.float32, device=self.device).view(3, 1, 1)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the input, pixels."""
+        size = self.preprocess_cfg["size"]
+        return (size[0], size[1]) if isinstance(size, list) else (size, size)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a sentence, padding included."""
+        return int(self.tokenizer.context_length)
+
+    def crop(self, image: Image.Image) -> np.ndarray:
+        """Resize and crop one RGB image as open_clip does for this model.
+
+        Returns:
+            (height, width, 3) uint8.
+
+        Raises:
+            ImageError: if one side would be left without a pixel.
+        """
+        width, height = image.size
+        longest = MAX_ASPECT * min(width, height)
+        if max(width, height) > longest:
+            left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+            image = image.crop((left, top, left + min(width, longest), top + min(height, longest)))
+        try:
+            return np.asarray(self._crop(image))
+        except ValueError as error:
+            raise ImageError("too narrow to resize") from error
+
+    def view(self, image: Image.Image, crop: Crop) -> np.ndarray:
+        """A crop of one RGB image, resized to this model's input with its own filter.
+
+        Returns:
+            (height, width, 3) uint8.
+        """
+        height, width = self.image_size
+        return cut(image, crop, (width, height), resample_filter(str(self.preprocess_cfg["interpolation"])))
+
+    def normalise(self, crops: Tensor) -> Tensor:
+        """Crops to the model's input: the same bits on a CPU as open_clip's own transform.
+
+        Args:
+            crops: (B, height, width, 3) uint8, as `crop` returns them.
+
+        Returns:
+            (B, 3, height, width) float32 on the teacher's device.
+        """
+        images = crops.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float()
+        return images.div_(255).sub_(self._mean).div_(self._std)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """One RGB image to (3, height, width) float32 on the teacher's device."""
+        return self.normalise(torch.from_numpy(self.crop(image).copy())[None])[0]
+
+    @torch.inference_mode()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Embeddings as the teacher emits them, before normalisation.
+
+        Args:
+            images: (B, 3, height, width) float32 as from `preprocess` or `normalise`.
+
+        Returns:
+            (B, D) float32 on the CPU.
+        """
+        dtype = open_clip.get_input_dtype(self.settings.precision) or torch.float32
+        embeddings: Tensor = self.model.encode_image(images.to(self.device).to(dtype), normalize=False)
+        return embeddings.float().cpu()
+
+    def tokenize(self, sentences: Sequence[str]) -> Tensor:
+        """(len(sentences), context_length) int64 token ids, on the CPU."""
+        return tokenize(self.tokenizer, sentences)
+
+    @torch.inference_mode()
+    def encode_tokens(self, tokens: Tensor) -> Tensor:
+        """Embeddings of tokenised sentences, before normalisation: (B, context_length) int64 to (B, D) float32, CPU."""
+        embeddings: Tensor = self.model.encode_text(tokens.to(self.device, non_blocking=True), normalize=False)
+        return embeddings.float().cpu()
+
+    def encode_sentences(self, sentences: Sequence[str]) -> Tensor:
+        """Embeddings of sentences, before normalisation: (len(sentences), D) float32 on the CPU."""
+        return self.encode_tokens(self.tokenize(sentences))
+
+    def identity(self) -> dict[str, Any]:
+        """All that an embedding depends on, ready for JSON: equal identities on equal machines give equal bytes."""
+        versions = {name: _version(name) for name in _LIBRARIES}
+        return {
+            **configured_identity(self.settings),
+            "architecture": digest(to_json(self.model_cfg)),
+            "weights": weights_digest(self.model.state_dict()),
+            "preprocess": self.preprocess_cfg,
+            "tokenizer": tokenizer_identity(self.tokenizer),
+            "logit_scale": self.logit_scale,
+            "embed_dim": self.embed_dim,
+            "libraries": {"torch": torch.__version__, **{name: found for name, found in versions.items() if found}},
+        }
+
+
+def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
+    """Load the teacher that `[teacher]` describes; a local one never touches the network.
+
+    Raises:
+        InputError: if it cannot be found, built, filled with its weights or held by the device: one line.
+    """
+    with quiet_open_clip():
+        source = find_teacher(settings)
+        model = _build(settings, source, device)
+        _load_weights(model, source)
+        tokenizer = load_tokenizer(source.tokenizer)
+    check_vocabulary(tokenizer, getattr(model, "text", model).vocab_size, settings.model)
+    teacher = Teacher(settings, model, source.model_cfg, tokenizer)
+    if not math.isfinite(teacher.logit_scale):
+        raise InputError(f"{source.weights}: their logit scale is {teacher.logit_scale}; fetch the weights again")
+    _try_out(teacher)
+    return teacher
+
+
+def _build(settings: TeacherSettings, source: TeacherSource, device: torch.device) -> Any:
+    try:
+        model: Any = open_clip.create_model(
+            source.name,
+            load_weights=False,
+            pretrained_text=False,
+            precision=settings.precision,
+            device=device,
+            force_preprocess_cfg=source.preprocess,
+        )
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise InputError(f"{settings.model}: does not fit into the memory of {device}; choose a smaller one") from error
+    except Exception as error:  # a config can be wrong in ways that open_clip and timm have no common error for
+        raise InputError(f"{settings.model}: open_clip cannot build this model: {one_line(error)}") from error
+    # With a timm image tower open_clip casts the scale too, and 100 in bf16 is 98.9.
+    for scalar in (model.logit_scale, model.logit_bias):
+        if scalar is not None:
+            scalar.data = scalar.data.float()
+    return model
+
+
+def _load_weights(model: Any, source: TeacherSource) -> None:
+    with weights_errors(source.weights):
+        open_clip.load_checkpoint(model, str(source.weights), strict=True, weights_only=True)
+
+
+def _try_out(teacher: Teacher) -> None:
+    """One image and one sentence: not every tower that can be built runs in every precision (Hugging Face's text)."""
+    settings = teacher.settings
+    try:
+        with memory_errors_as(
+            f"{settings.model}: does not fit into the memory of {teacher.device} to embed one row; choose a smaller one"
+        ):
+            teacher.encode_images(torch.zeros(1, 3, *teacher.image_size))
+            teacher.encode_sentences([""])
+    except RuntimeError as error:
+        raise InputError(
+            f"{settings.model}: does not run in {settings.precision} on {teacher.device} ({one_line(error)}); try "
+            "teacher.precision = 'fp32'"
+        ) from error
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

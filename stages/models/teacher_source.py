@@ -1,0 +1,163 @@
+"""Where a teacher comes from: the settings resolved to a model config, a weights file and a tokenizer, or refused."""
+
+import difflib
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+from open_clip.pretrained import download_pretrained_from_hf
+
+from ...cache.disk.durable import digest, to_json
+from ...cache.errors import InputError
+from ..settings.models import TeacherSettings
+from .pretrained_tags import Asked, download, quick_gelu, tag_weights, wrong_activation
+
+HUB, LOCAL = "hf-hub:", "local-dir:"
+CONFIG_NAME = "open_clip_config.json"
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
+_WEIGHTS_IN_FOLDER = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+)
+_PREPROCESS_KEYS = ("mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
+"""What weights say of their images; the size is the architecture's."""
+_BY_HAND = "give the path of the .safetensors file as teacher.pretrained, or of its folder as model = 'local-dir:…'"
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Everything that open_clip needs to build a teacher; whatever had to be fetched is on disk.
+
+    Attributes:
+        name: what open_clip knows the architecture by; a config from a file is registered under a name of its own.
+        model_cfg: the architecture, as in open_clip's model configs.
+        weights: checkpoint with both towers.
+        preprocess: image preprocessing that comes with the weights; keys as in open_clip's `preprocess_cfg`.
+        tokenizer: what `open_clip.get_tokenizer` is asked for.
+    """
+
+    name: str
+    model_cfg: dict[str, Any]
+    weights: Path
+    tokenizer: str
+    preprocess: dict[str, Any] = field(default_factory=dict)
+
+
+def find_teacher(settings: TeacherSettings) -> TeacherSource:
+    """Resolve `[teacher]`; downloads what is named by a tag or on the hub, and nothing before the names are checked.
+
+    Raises:
+        InputError: for an unknown architecture or tag, for weights that were trained with another activation than the
+            architecture's, for files that are missing, and when a download fails.
+    """
+    model, pretrained = settings.model, settings.pretrained
+    if model.startswith((HUB, LOCAL)):
+        if pretrained:
+            raise InputError(f"teacher.pretrained = {pretrained!r}: {model} brings its own weights; remove the key")
+        return _from_hub(model) if model.startswith(HUB) else _from_folder(model)
+    if model.endswith(".json"):
+        model_cfg, preprocess = _read_config(Path(model))
+        name = _register(model_cfg)
+    else:
+        name, model_cfg, preprocess = model.replace("/", "-"), _built_in(model), {}
+    if not pretrained:
+        raise InputError(
+            f"teacher.pretrained: missing; {model} alone is a teacher with random weights: give a tag, hf-hub:… or the "
+            "path of a .safetensors file"
+        )
+    if pretrained.startswith(HUB):
+        weights, preprocess = _hub_weights(model, model_cfg, pretrained)
+    elif pretrained.endswith(WEIGHT_SUFFIXES) or "/" in pretrained:
+        weights = Path(pretrained)
+        if not weights.is_file():
+            raise InputError(f"{weights}: no such file; wanted the teacher's weights (teacher.pretrained)")
+    elif model.endswith(".json"):
+        raise InputError(
+            f"teacher.pretrained = {pretrained!r}: tags belong to open_clip's own architectures; wanted the path of "
+            f"the weights for {model}"
+        )
+    else:
+        weights, preprocess = _tag_weights(name, pretrained)
+    return TeacherSource(name, model_cfg, weights, tokenizer=name, preprocess=preprocess)
+
+
+def _built_in(model: str) -> dict[str, Any]:
+    name, known = model.replace("/", "-"), open_clip.list_models()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() names them"
+        raise InputError(f"teacher.model = {model!r}: open_clip has no such architecture; {hint}")
+    config: dict[str, Any] = open_clip.get_model_config(name)
+    return config
+
+
+def _tag_weights(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
+    weights, tag_cfg = tag_weights(name, tag, _asked(name, tag))
+    return weights, {key: value for key, value in tag_cfg.items() if key in _PREPROCESS_KEYS}
+
+
+def _asked(model: str, pretrained: str) -> Asked:
+    return Asked(f"teacher.model = {model!r}", f"teacher.pretrained = {pretrained!r}", _BY_HAND)
+
+
+def _hub_weights(model: str, model_cfg: dict[str, Any], pretrained: str) -> tuple[Path, dict[str, Any]]:
+    there = _from_hub(pretrained)
+    if quick_gelu(there.model_cfg) != quick_gelu(model_cfg):
+        raise wrong_activation(pretrained, pretrained, _asked(model, pretrained))
+    return there.weights, there.preprocess
+
+
+def _from_hub(model: str) -> TeacherSource:
+    repository = model.removeprefix(HUB)
+    config = download(
+        lambda: download_pretrained_from_hf(repository, filename=CONFIG_NAME), model, repository, _BY_HAND
+    )
+    weights = download(lambda: download_pretrained_from_hf(repository), model, repository, _BY_HAND)
+    model_cfg, preprocess = _read_config(config)
+    return TeacherSource(_register(model_cfg), model_cfg, weights, tokenizer=model, preprocess=preprocess)
+
+
+def _from_folder(model: str) -> TeacherSource:
+    folder = Path(model.removeprefix(LOCAL))
+    model_cfg, preprocess = _read_config(folder / CONFIG_NAME)
+    files = {file.name: file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES}
+    preferred = [files[name] for name in _WEIGHTS_IN_FOLDER if name in files] or list(files.values())
+    if not preferred or (len(preferred) > 1 and preferred[0].name not in _WEIGHTS_IN_FOLDER):
+        found = ", ".join(sorted(files)) or "none"
+        raise InputError(f"{folder}: weights found: {found}; wanted one file, or one called {_WEIGHTS_IN_FOLDER[0]}")
+    return TeacherSource(_register(model_cfg), model_cfg, preferred[0], tokenizer=model, preprocess=preprocess)
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Model and preprocessing of a config file: open_clip's bare model config, or an `open_clip_config.json`."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; wanted an open_clip model config") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    model_cfg = document.get("model_cfg", document) if isinstance(document, dict) else None
+    if not isinstance(model_cfg, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model_cfg.keys():
+        raise InputError(f"{path}: no open_clip model config; wanted the keys embed_dim, vision_cfg and text_cfg")
+    preprocess = document.get("preprocess_cfg", {})
+    return model_cfg, {key: value for key, value in preprocess.items() if key in _PREPROCESS_KEYS}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _register(model_cfg: dict[str, Any]) -> str:
+    """Make a config known to open_clip under a name that no other config can have, and return that name."""
+    name = f"dimefm-{digest(to_json(model_cfg))}"
+    if name not in open_clip.list_models():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"{name}.json")
+            path.write_bytes(to_json(model_cfg))
+            open_clip.add_model_config(path)
+    return name

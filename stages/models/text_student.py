@@ -1,0 +1,155 @@
+"""A student's own text tower, built from an open_clip config, with its tokenizer: what it says of sentences, classes.
+
+Not to be taken for the teacher's text tower in the cache (`text_tower.py`), which most students use and none trains.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from open_clip import SimpleTokenizer
+from open_clip.model import _build_text_tower
+from torch import Tensor, nn
+
+from ...cache.errors import InputError
+from .architectures import model_config
+from .tokenizer import check_vocabulary, tokenize
+from .weights_file import one_line
+
+BATCH_SIZE = 256
+_TWO_SENTENCES = ("a photo of a goldfish.", "two men stand near a fence")
+
+
+def text_student_cfg(spec: str, embed_dim: int) -> dict[str, Any]:
+    """What open_clip's model config says about a student's text tower.
+
+    Args:
+        spec: an open_clip architecture, or the path of a model config (.json).
+        embed_dim: width of the teacher's embeddings, whatever the config says.
+
+    Returns:
+        `{"embed_dim": …, "text_cfg": {…}, "quick_gelu": …}`.
+
+    Raises:
+        InputError: if there is none, or it is a Hugging Face model or tokenizer, whose files would be downloaded.
+    """
+    config = model_config(spec, "text_cfg", shown=_shown(spec))
+    text = {**config["text_cfg"], "output_tokens": False}  # CoCa's would return its tokens beside the embedding
+    for key in ("hf_model_name", "hf_tokenizer_name"):
+        if text.get(key):
+            raise InputError(
+                f"{_shown(spec)}: its {key} is {text[key]!r}, whose files are not part of open_clip, and a student's "
+                "text tower downloads nothing; choose an architecture with open_clip's own text tower and tokenizer, "
+                "such as ViT-S-32-alt"
+            )
+    return {"embed_dim": embed_dim, "text_cfg": text, "quick_gelu": bool(config.get("quick_gelu", False))}
+
+
+def build_text_student(spec: str, embed_dim: int) -> nn.Module:
+    """Build a text tower with fresh weights, from torch's current random state; arguments as `text_student_cfg`.
+
+    Returns:
+        Module from (B, context_length) int64 token ids to (B, embed_dim), not normalised. Its weights carry the names
+        under which open_clip's `TextTransformer` loads them.
+
+    Raises:
+        InputError: if it cannot be built, or emits something else.
+    """
+    config = text_student_cfg(spec, embed_dim)
+    try:
+        tower: nn.Module = _build_text_tower(embed_dim, config["text_cfg"], config["quick_gelu"])
+    except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        raise InputError(f"{_shown(spec)}: its text tower cannot be built ({one_line(error)})") from error
+    tokenizer = text_tokenizer(spec)
+    check_vocabulary(tokenizer, config["text_cfg"].get("vocab_size", 49408), _shown(spec))
+    _check_output(spec, tower, tokenize(tokenizer, _TWO_SENTENCES), embed_dim)
+    return tower
+
+
+def text_tokenizer(spec: str) -> Any:
+    """The tokenizer of a text tower: open_clip's own byte-pair encoding, at the tower's context length.
+
+    Raises:
+        InputError: as `text_student_cfg`, or if its arguments are none of the tokenizer's.
+    """
+    text = text_student_cfg(spec, 1)["text_cfg"]
+    try:
+        return SimpleTokenizer(context_length=text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {}))
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"{_shown(spec)}: its tokenizer cannot be built ({one_line(error)})") from error
+
+
+class TextStudent:
+    """A trained text tower with its tokenizer, in evaluation mode on a device."""
+
+    def __init__(self, tower: nn.Module, tokenizer: Any, device: torch.device) -> None:
+        self.tower = tower.eval().requires_grad_(False).to(device)
+        self.tokenizer, self.device = tokenizer, device
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.tower.parameters())
+
+    @torch.inference_mode()
+    def encode_sentences(self, sentences: Sequence[str]) -> NDArray[np.float32]:
+        """(M, D) embeddings of some sentences, at least one, before normalisation."""
+        blocks = []
+        for first in range(0, len(sentences), BATCH_SIZE):
+            tokens = tokenize(self.tokenizer, sentences[first : first + BATCH_SIZE]).to(self.device)
+            blocks.append(self.tower(tokens).float().cpu().numpy())
+        return np.concatenate(blocks)
+
+    def class_head(self, prompts: Sequence[Sequence[str]]) -> NDArray[np.float32]:
+        """One vector for each class, as stage one makes the teacher's: each prompt normalised, their mean, normalised.
+
+        Args:
+            prompts: the prompts of each class, at least one.
+
+        Returns:
+            (classes, D) float32, unit rows.
+
+        Raises:
+            InputError: if a class has no direction: a NaN among its embeddings, or a mean of zero.
+        """
+        class_of = np.repeat(np.arange(len(prompts)), [len(texts) for texts in prompts])
+        vectors = self.encode_sentences([text for texts in prompts for text in texts]).astype(np.float64)
+        sums = np.zeros((len(prompts), vectors.shape[1]))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            np.add.at(sums, class_of, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+        norms = np.linalg.norm(sums, axis=1, keepdims=True)
+        broken = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
+        if len(broken):
+            raise InputError(
+                f"class {int(broken[0])} of {len(prompts)} has no vector by the student's text tower; wanted "
+                "embeddings that are finite and not zero"
+            )
+        return np.asarray(sums / norms, dtype=np.float32)
+
+
+def _check_output(spec: str, tower: nn.Module, tokens: Tensor, embed_dim: int) -> None:
+    was_training = tower.training
+    tower.eval()
+    try:
+        with torch.no_grad():
+            output = tower(tokens)
+    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+        raise InputError(f"{_shown(spec)}: its text tower takes no sentences ({one_line(error)})") from error
+    finally:
+        tower.train(was_training)
+    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if found != (2, embed_dim):
+        raise InputError(
+            f"{_shown(spec)}: its text tower emits {found} for 2 sentences; wanted (2, {embed_dim}), the width of the "
+            "teacher's embeddings"
+        )
+    if not output.isfinite().all() or torch.equal(output[0], output[1]):
+        raise InputError(
+            f"{_shown(spec)}: its text tower says the same of two sentences, or nothing finite; wanted a pool_type "
+            "that suits open_clip's own tokenizer, such as argmax"
+        )
+
+
+def _shown(spec: str) -> str:
+    return f"text = {spec!r}"

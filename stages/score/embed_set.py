@@ -1,0 +1,118 @@
+"""A trained student on a labelled set: embedded by it, and held against its teacher and the cached class vectors."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ...cache.errors import InputError
+from ...cache.reader.feature_cache import EvaluateSet, FeatureCache
+from ..devices import resolve_device
+from .embedded_set import EmbeddedSet
+from .labelled_pictures import LabelledPictures
+from .zero_shot import zero_shot_scores
+
+
+def evaluate_student(
+    student: nn.Module,
+    record: dict[str, Any],
+    cache: FeatureCache,
+    name: str,
+    images_root: Path,
+    *,
+    batch_size: int = 256,
+    device: str = "auto",
+    workers: int = 0,
+    student_head: NDArray[np.float32] | None = None,
+) -> dict[str, Any]:
+    """Zero-shot scores of a student and, from the cache, its teacher on one labelled set.
+
+    Other arguments and errors are those of `embed_set`.
+
+    Args:
+        student_head: (classes, D) class vectors of the student's own text tower, unit rows; None: the teacher's.
+
+    Returns:
+        As `zero_shot_scores`; and `weights`, `ema` where they are averages, else `model`.
+    """
+    embedded = embed_set(
+        student, record, cache, name, images_root, batch_size=batch_size, device=device, workers=workers
+    )
+    embedded = dataclasses.replace(embedded, student_head=student_head)
+    return {**zero_shot_scores(embedded), "weights": record.get("weights", "model")}
+
+
+def embed_set(
+    student: nn.Module,
+    record: dict[str, Any],
+    cache: FeatureCache,
+    name: str,
+    images_root: Path,
+    *,
+    batch_size: int = 256,
+    device: str = "auto",
+    workers: int = 0,
+) -> EmbeddedSet:
+    """A labelled set's images as a student sees them and, from the cache, as its teacher did. No teacher is loaded.
+
+    The student sees images as the teacher does (resize mode, filter, mean and std), at its own size. An image that
+    stage one or the student cannot read counts as wrong for both.
+
+    Args:
+        student, record: from `load_student`.
+        name: of the evaluation set, as in `[evaluate.NAME]`.
+        images_root: folder that the set's rows are relative to.
+        workers: threads that decode; 0 takes one for each core.
+
+    Raises:
+        InputError: if the cache has no such set or another teacher's embeddings, or the folder is missing.
+    """
+    teacher = {key: cache.teacher.get(key) for key in record["teacher"]}
+    if teacher != record["teacher"]:
+        raise InputError(
+            f"{cache.layout.root}: embeddings of {teacher}, but the student learned from {record['teacher']}; "
+            "evaluate it with the cache of its own teacher"
+        )
+    labelled = labelled_set(cache, name)
+    require_images(images_root, name)
+    image_size = record["student"][record["name"]]["image_size"]
+    pictures = LabelledPictures(
+        labelled, images_root, record["preprocess"], image_size, batch_size=batch_size, workers=workers
+    )
+    return embed_pictures(student, labelled, pictures, resolve_device(device))
+
+
+def embed_pictures(
+    student: nn.Module, labelled: EvaluateSet, pictures: LabelledPictures, device: torch.device
+) -> EmbeddedSet:
+    """The same, of pictures that are at hand."""
+    embeddings = np.full(labelled.images.embeddings.shape, np.nan, dtype=np.float32)
+    student = student.to(device).eval()
+    with torch.inference_mode():
+        for rows, batch in pictures:
+            embeddings[rows] = student(pictures.normalise(batch.to(device))).float().cpu().numpy()
+    return EmbeddedSet.of(embeddings, labelled)
+
+
+def labelled_set(cache: FeatureCache, name: str) -> EvaluateSet:
+    """A labelled set of a cache.
+
+    Raises:
+        InputError: if the cache has no such set.
+    """
+    if name not in cache.evaluate:
+        there = ", ".join(sorted(cache.evaluate)) or "none"
+        raise InputError(
+            f"{cache.layout.root}: no evaluation set {name!r}, there is {there}; `dimefm cache append` takes one in"
+        )
+    return cache.evaluate[name]
+
+
+def require_images(images_root: Path, name: str) -> None:
+    """Raises InputError if the folder of a labelled set is missing."""
+    if not images_root.is_dir():
+        raise InputError(f"{images_root}: no such folder; wanted the images of evaluate.{name}")

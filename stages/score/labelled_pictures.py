@@ -1,0 +1,95 @@
+"""The pictures of a labelled set as a student of one size sees them: decoded by threads, kept in memory if small."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor
+from torchvision.transforms import Compose
+from torchvision.transforms.functional import pil_to_tensor
+
+from ...cache.reader.feature_cache import EvaluateSet
+from ..images.decode import ImageError
+from ..inputs.image_folder import read_image
+
+Pictures = tuple[list[int], Tensor]
+"""Row numbers in the set, and (B, 3, S, S) uint8."""
+
+
+class LabelledPictures:
+    """Resized and cropped as the teacher's images were, at a student's own size."""
+
+    def __init__(
+        self,
+        labelled: EvaluateSet,
+        images_root: Path,
+        preprocess: dict[str, Any],
+        image_size: int,
+        *,
+        batch_size: int = 256,
+        workers: int = 0,
+        keep_bytes: int = 0,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            images_root: folder that the set's rows are relative to.
+            preprocess: the teacher's, as the cache records it.
+            image_size: S, pixels.
+            workers: threads that decode; 0 takes one for each core.
+            keep_bytes: a set whose pictures need no more than that is decoded once and stays in memory.
+        """
+        cfg = PreprocessCfg(**{**preprocess, "size": image_size})
+        *to_picture, _, self._normalise = image_transform_v2(cfg, is_train=False).transforms
+        self._to_picture = Compose(to_picture)
+        self._root, self._sources = images_root, labelled.images.rows.column("source").to_pylist()
+        self._workers = workers or os.cpu_count() or 1
+        usable = labelled.images.usable
+        self._batches = [usable[start : start + batch_size].tolist() for start in range(0, len(usable), batch_size)]
+        self._keep = len(usable) * 3 * image_size**2 <= keep_bytes
+        self._kept: list[Pictures] | None = None
+
+    def __iter__(self) -> Iterator[Pictures]:
+        """Batches in the order of rows, without the images that cannot be read."""
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept = []
+        with ThreadPoolExecutor(self._workers) as pool:
+            for rows, images in _a_batch_ahead(pool, self._load, self._batches):
+                read = {row: image for row, image in zip(rows, images) if image is not None}
+                if read:
+                    pictures = list(read), torch.stack(list(read.values()))
+                    if self._keep:
+                        kept.append(pictures)
+                    yield pictures
+        if self._keep:
+            self._kept = kept
+
+    def normalise(self, pictures: Tensor) -> Tensor:
+        """A student's input, (B, 3, S, S) float32, from pictures on whatever device they are: open_clip's own steps."""
+        inputs: Tensor = self._normalise(pictures.to(torch.float32).div(255))
+        return inputs
+
+    def _load(self, row: int) -> Tensor | None:
+        try:
+            picture: Tensor = pil_to_tensor(self._to_picture(read_image(self._root / self._sources[row])))
+        except ImageError:
+            return None
+        return picture
+
+
+def _a_batch_ahead(
+    pool: ThreadPoolExecutor, load: Callable[[int], Tensor | None], batches: Sequence[list[int]]
+) -> Iterator[tuple[list[int], list[Tensor | None]]]:
+    """Load batches in order, each while the one before it is used."""
+    pending: deque[list[Future[Tensor | None]]] = deque()
+    for i, rows in enumerate(batches):
+        for following in batches[i + len(pending) : i + 2]:
+            pending.append([pool.submit(load, row) for row in following])
+        yield rows, [future.result() for future in pending.popleft()]

@@ -1,0 +1,95 @@
+"""Whether captions find their images and images their captions: recall at k, where pairs are known."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bootstrap import bootstrap_means, interval
+from .embedded_set import EmbeddedSet
+from .metrics import Matrix, unit_rows
+
+AT = (1, 5, 10)
+_COSINES_AT_ONCE = 1 << 23
+
+Rows = NDArray[np.int64]
+
+
+def best_own_ranks(queries: Matrix, candidates: Matrix, pairs: Rows) -> Rows:
+    """How many candidates each query ranks before the nearest one of its own; 0 is the best.
+
+    Args:
+        queries: (Q, D) embeddings of any norm.
+        candidates: (C, D) likewise; of equally near ones the first comes first, one of NaN comes last.
+        pairs: (P, 2) rows of a query and of a candidate that belong together.
+
+    Returns:
+        (Q,) int64; C, a miss at every k, for a query that is NaN or has no candidate of its own but those of NaN.
+
+    >>> images, captions = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[1.0, 0.1], [1.0, 0.9], [0.1, 1.0]])
+    >>> best_own_ranks(images, captions, np.array([[0, 1], [1, 2]])).tolist()
+    [1, 0]
+    """
+    rows, others = unit_rows(queries), unit_rows(candidates)
+    num_candidates = len(others)
+    ranks = np.full(len(rows), num_candidates, dtype=np.int64)
+    ordered = pairs[np.argsort(pairs[:, 0], kind="stable")]
+    step = max(1, _COSINES_AT_ONCE // num_candidates)
+    for first in range(0, len(rows), step):
+        cosines = np.nan_to_num(rows[first : first + step] @ others.T, nan=-np.inf)
+        low, high = np.searchsorted(ordered[:, 0], [first, first + step])
+        asked, own = ordered[low:high, 0] - first, ordered[low:high, 1]
+        theirs = np.full_like(cosines, -np.inf)
+        theirs[asked, own] = cosines[asked, own]
+        best = theirs.argmax(axis=1)[:, None]
+        nearest = np.take_along_axis(theirs, best, axis=1)
+        before = (cosines > nearest) | ((cosines == nearest) & (np.arange(num_candidates) < best))
+        found = np.isfinite(nearest[:, 0])
+        ranks[first : first + step][found] = before.sum(axis=1)[found]
+    return ranks
+
+
+def recall_scores(
+    embedded: EmbeddedSet, captions: Matrix, image_of: Rows, student_captions: Matrix | None = None
+) -> dict[str, Any]:
+    """Recall at 1, 5 and 10 of student and teacher on a set whose images have captions, as JSON values.
+
+    Args:
+        embedded: the images, as both see them. One that could not be read is never found, nor finds.
+        captions: (M, D) embeddings by the teacher's text tower; at least one.
+        image_of: (M,) the image that each belongs to.
+        student_captions: (M, D) by the student's own text tower, for its side; None: the teacher's serve both.
+
+    Returns:
+        `images` (those with captions), `captions`; `image_to_text` and `text_to_image`, each with `student_r1`,
+        `student_r1_interval`, …, `teacher_r10_interval`. Intervals draw images, each with its captions. All images
+        of the set, and all captions, are candidates.
+    """
+    pairs = np.stack([image_of, np.arange(len(image_of))], axis=1).astype(np.int64)
+    num_images = len(embedded.labels)
+    counts = np.bincount(image_of, minlength=num_images)
+    drawn = counts > 0
+    to_text: dict[str, Any] = {}
+    to_image: dict[str, Any] = {}
+    of_student = captions if student_captions is None else student_captions
+    for side, texts in (("student", of_student), ("teacher", captions)):
+        images = getattr(embedded, side)
+        image_ranks = best_own_ranks(images, texts, pairs)
+        caption_ranks = best_own_ranks(texts, images, pairs[:, ::-1])
+        for k in AT:
+            found = np.bincount(image_of, weights=caption_ranks < k, minlength=num_images)
+            to_text |= _recall(f"{side}_r{k}", image_ranks[drawn] < k, np.ones(int(drawn.sum())))
+            to_image |= _recall(f"{side}_r{k}", found[drawn], counts[drawn])
+    sizes = {"images": int(drawn.sum()), "captions": len(captions)}
+    return {**sizes, "image_to_text": to_text, "text_to_image": to_image}
+
+
+def _recall(key: str, found: NDArray[Any], asked: NDArray[Any]) -> dict[str, Any]:
+    """Share of queries that found, with its interval over images.
+
+    Args:
+        found, asked: of each image, how many of its queries found and how many there are.
+    """
+    table: NDArray[np.float64] = np.stack([found, asked], axis=1).astype(np.float64)
+    means = bootstrap_means(table)
+    return {key: float(found.sum() / asked.sum()), f"{key}_interval": list(interval(means[:, 0] / means[:, 1]))}

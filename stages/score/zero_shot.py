@@ -1,0 +1,75 @@
+"""What is said of a student on a labelled set, from embeddings alone: zero-shot, by neighbours, by a linear probe."""
+
+from typing import Any
+
+import numpy as np
+
+from .bootstrap import LEVEL, RESAMPLES, SEED, bootstrap_means, compared, interval, number, pair
+from .embedded_set import EmbeddedSet
+from .metrics import (
+    agreement,
+    mean_class_accuracy,
+    mean_cosine,
+    per_class_accuracy,
+    top_k_hits,
+    unit_rows,
+)
+
+
+def zero_shot_scores(embedded: EmbeddedSet) -> dict[str, Any]:
+    """Zero-shot scores of student and teacher on a labelled set, as JSON values. docs/scores.md says what each means.
+
+    Returns:
+        `n`, `unreadable`; of `student` and `teacher` each `_top1`, `_top5`, their `_interval`, and `_class_mean`;
+        `student_top1_teacher_text` with its interval, of a student with class vectors of its own;
+        `retention` with its interval; `agreement` and `cosine`; `per_class`; `bootstrap`, how intervals were made.
+        None where there is no such number, for want of a readable image or because the teacher is never right.
+    """
+    student, teacher = embedded.logits()
+    labels, num_classes = embedded.labels, len(embedded.class_ids)
+    first = compared(top_k_hits(student, labels, 1), top_k_hits(teacher, labels, 1), "top1")
+    fifth = compared(top_k_hits(student, labels, 5), top_k_hits(teacher, labels, 5), "top5")
+    by_class = {}
+    for name, logits in (("student", student), ("teacher", teacher)):
+        hits = top_k_hits(logits, labels, 1)
+        first[f"{name}_class_mean"] = mean_class_accuracy(hits, labels, num_classes)
+        by_class[f"{name}_top1"] = per_class_accuracy(hits, labels, num_classes)
+    counts = np.bincount(labels, minlength=num_classes)
+    return {
+        "n": len(labels),
+        "unreadable": int((~embedded.readable).sum()),
+        **first,
+        **{key: value for key, value in fifth.items() if not key.startswith("retention")},
+        **_with_teachers_text(embedded),
+        "agreement": number(agreement(student, teacher)),
+        "cosine": number(mean_cosine(embedded.student, embedded.teacher)),
+        "per_class": {
+            class_id: {"n": int(counts[i]), **{key: number(float(of[i])) for key, of in by_class.items()}}
+            for i, class_id in enumerate(embedded.class_ids)
+        },
+        "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "seed": SEED},
+    }
+
+
+def student_scores(embedded: EmbeddedSet) -> dict[str, Any]:
+    """Of `zero_shot_scores` those that say how a student in training fares: no interval, no class by itself.
+
+    Returns:
+        `student_top1`, `student_top5`, `agreement` and `cosine`.
+    """
+    student, teacher = embedded.logits()
+    hits = {k: top_k_hits(student, embedded.labels, k) for k in (1, 5)}
+    return {
+        **{f"student_top{k}": float(hit.mean()) for k, hit in hits.items()},
+        "agreement": number(agreement(student, teacher)),
+        "cosine": number(mean_cosine(embedded.student, embedded.teacher)),
+    }
+
+
+def _with_teachers_text(embedded: EmbeddedSet) -> dict[str, Any]:
+    """What a student's images alone are worth, where its class vectors are its own too: top-1 with the teacher's."""
+    if embedded.student_head is None:
+        return {}
+    hits = top_k_hits(unit_rows(embedded.student) @ embedded.head.T, embedded.labels, 1)
+    key = "student_top1_teacher_text"
+    return {key: float(hits.mean()), f"{key}_interval": pair(interval(bootstrap_means(hits[:, None])[:, 0]))}

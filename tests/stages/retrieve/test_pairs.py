@@ -1,0 +1,133 @@
+"""Pseudo-pairs: exact cosines, a fixed order, and the same bytes for a shard whenever it is computed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
+from dimefm.cache.disk.mapped import MappedArray
+from dimefm.cache.disk.row_tables import FAILED, IMAGE_COLUMNS, OK, RowTable, write_rows
+from dimefm.cache.reader.feature_cache import EmbeddingSet
+from dimefm.stages.retrieve.pairs import RECALL_QUERIES, build_side, retrieve
+from dimefm.stages.settings.cache import PairsSettings
+
+WIDTH = 8
+
+
+def embedding_set(folder: Path, embeddings: NDArray[Any], chunk_rows: int = 64) -> EmbeddingSet:
+    """A side of a cache; rows of NaN are failed."""
+    spec = ArraySpec(embeddings.shape, "float16", chunk_rows)
+    declare_arrays(folder / "a.zarr", {"embedding": spec})
+    for chunk in range(spec.num_chunks):
+        write_chunk(folder / "a.zarr", "embedding", spec, chunk, embeddings[chunk * chunk_rows :][:chunk_rows])
+    rows = ({"source": "x", "status": FAILED if np.isnan(row).any() else OK} for row in embeddings)
+    write_rows(folder / "rows.parquet", IMAGE_COLUMNS, rows, chunk_rows)
+    return EmbeddingSet(MappedArray.open(folder / "a.zarr", "embedding"), RowTable(folder / "rows.parquet"))
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> tuple[EmbeddingSet, EmbeddingSet]:
+    """300 images and 500 sentences, the seventh of each failed, sentences 10 and 20 the same."""
+    rng = np.random.default_rng(0)
+    images, sentences = (rng.standard_normal((n, WIDTH)).astype(np.float16) * 3 for n in (300, 500))
+    images[6] = sentences[6] = np.nan
+    sentences[20] = sentences[10]
+    return embedding_set(tmp_path / "images", images), embedding_set(tmp_path / "sentences", sentences)
+
+
+def cosine_by_float64(queries: EmbeddingSet, targets: EmbeddingSet) -> NDArray[np.float64]:
+    unit = [side.embeddings[:].astype(np.float64) for side in (queries, targets)]
+    unit = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in unit]
+    return np.nan_to_num(unit[0] @ unit[1].T, nan=-2)
+
+
+def test_exact_pairs_are_the_top_k_of_a_float64_product(sides: tuple[EmbeddingSet, EmbeddingSet]) -> None:
+    images, sentences = sides
+    index, info = build_side(sentences, images, PairsSettings(k=5))
+    ids, scores = retrieve(images.embeddings, sentences.embeddings, index, 5, 0, 300)
+    cosine = cosine_by_float64(images, sentences)
+    wanted = np.argsort(-cosine, axis=1, kind="stable")[:, :5]
+    found = images.usable
+    assert info["recall"] == 1.0 and info["recall_queries"] == 299
+    assert np.mean(ids[found] == wanted[found]) > 0.995  # two cosines may be equal to within a rounding
+    np.testing.assert_allclose(scores[found], np.take_along_axis(cosine, wanted, axis=1)[found], atol=3e-7)
+    assert (ids[6] == -1).all() and np.isnan(scores[6]).all()
+    assert not (ids == 6).any()
+
+
+def test_scores_are_exact_cosines_where_the_index_is_approximate(sides: tuple[EmbeddingSet, EmbeddingSet]) -> None:
+    images, sentences = sides
+    index, info = build_side(sentences, images, PairsSettings(k=5, index="ivf", min_recall=0.99))
+    ids, scores = retrieve(images.embeddings, sentences.embeddings, index, 5, 0, 300)
+    cosine = cosine_by_float64(images, sentences)
+    true = np.argsort(-cosine, axis=1)[:, :5]
+    found = images.usable
+    np.testing.assert_allclose(scores[found], np.take_along_axis(cosine, ids, axis=1)[found], atol=3e-7)
+    overlap = np.mean([np.isin(true[row], ids[row]).mean() for row in found])
+    assert overlap == pytest.approx(info["recall"], abs=1e-3) and info["recall"] >= 0.99  # the sample is all 299 here
+
+
+def test_scores_fall_and_among_equals_the_lower_row_comes_first(sides: tuple[EmbeddingSet, EmbeddingSet]) -> None:
+    images, sentences = sides
+    index, _ = build_side(sentences, images, PairsSettings(k=500))
+    ids, scores = retrieve(images.embeddings, sentences.embeddings, index, 500, 0, 300)
+    assert (np.diff(scores[0][:499]) <= 0).all() and (np.sort(ids[0][:499]) == sentences.usable).all()
+    assert ids[0, 499] == -1 and np.isnan(scores[0, 499])  # there are 499
+    places = [int(np.flatnonzero(ids[0] == row)[0]) for row in (10, 20)]
+    assert places[1] == places[0] + 1
+
+
+def test_both_directions_come_from_the_same_function(sides: tuple[EmbeddingSet, EmbeddingSet]) -> None:
+    images, sentences = sides
+    index, _ = build_side(images, sentences, PairsSettings(k=1))
+    ids, scores = retrieve(sentences.embeddings, images.embeddings, index, 1, 490, 500)
+    assert ids.shape == scores.shape == (10, 1) and (ids.dtype, scores.dtype) == (np.int64, np.float32)
+    assert ids.max() < 300
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_a_shard_repeats_its_bytes_through_a_saved_index(
+    tmp_path: Path, sides: tuple[EmbeddingSet, EmbeddingSet], kind: Any
+) -> None:
+    images, sentences = sides
+    settings = PairsSettings(k=4, index=kind)
+    first, info = build_side(sentences, images, settings)
+    again, info_again = build_side(sentences, images, settings)
+    again.save(tmp_path / "index.faiss")
+    loaded = type(first).load(tmp_path / "index.faiss", WIDTH, 500)
+    assert info == info_again
+    for index in (again, loaded):
+        for got, wanted in zip(
+            retrieve(images.embeddings, sentences.embeddings, index, 4, 64, 128),
+            retrieve(images.embeddings, sentences.embeddings, first, 4, 64, 128),
+        ):
+            assert got.tobytes() == wanted.tobytes()
+
+
+def test_recall_is_measured_on_a_sample_of_the_other_side(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    few = embedding_set(tmp_path / "few", rng.standard_normal((20, WIDTH)))
+    many = embedding_set(tmp_path / "many", rng.standard_normal((RECALL_QUERIES + 100, WIDTH)), chunk_rows=200)
+    assert build_side(few, many, PairsSettings(k=2))[1]["recall_queries"] == RECALL_QUERIES
+    assert build_side(many, few, PairsSettings(k=2))[1]["recall_queries"] == 20
+
+
+def test_a_side_without_a_single_embedding_has_no_pairs(tmp_path: Path) -> None:
+    images = embedding_set(tmp_path / "images", np.ones((3, WIDTH)))
+    nothing = embedding_set(tmp_path / "nothing", np.full((4, WIDTH), np.nan))
+    index, info = build_side(nothing, images, PairsSettings(k=2))
+    ids, scores = retrieve(images.embeddings, nothing.embeddings, index, 2, 0, 3)
+    assert (ids == -1).all() and np.isnan(scores).all()
+    assert (info["rows"], info["recall"]) == (0, None)
+    index, info = build_side(images, nothing, PairsSettings(k=2))
+    assert (info["rows"], info["recall"], info["recall_queries"]) == (3, None, 0)
+
+
+def test_an_index_of_another_array_is_refused(sides: tuple[EmbeddingSet, EmbeddingSet]) -> None:
+    images, sentences = sides
+    index, _ = build_side(sentences, images, PairsSettings(k=2))
+    with pytest.raises(ValueError, match=r"the index is over \(500, 8\)"):
+        retrieve(images.embeddings, images.embeddings, index, 2, 0, 10)
