@@ -6,7 +6,6 @@ the resize itself does, and full colour would bring it a seventh nearer.
 """
 
 import io
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
+from ...cache.disk.cores import usable_cores
 from ...cache.disk.durable import digest
 from ...cache.errors import InputError
 from ...cache.reader.pixel_packs import PackWriter, writing_pack
@@ -179,7 +179,7 @@ def keep_shard(task: PackTask, wanted: Iterable[Wanted | None], workers: int) ->
     Raises:
         SourceError: if an image that has an embedding is gone, unreadable or has changed.
     """
-    num_threads = workers or os.cpu_count() or 1
+    num_threads = workers or usable_cores()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="keep") as pool, keeping(task) as keeper:
         assert keeper is not None
         upcoming = iter(wanted)
