@@ -166,7 +166,7 @@ def start(*words: object, program: str = "") -> subprocess.Popen:
 
 INTERRUPT_AT_THE_FIFTH_SHARD = """
 import os, signal
-from dimefm.cache.journal import Journal
+from dimefm.cache.version.journal import Journal
 add, counted = Journal.add, []
 def counting(self, *arguments):
     add(self, *arguments)
