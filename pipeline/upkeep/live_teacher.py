@@ -15,6 +15,8 @@ from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
 from ...cache.disk.row_tables import OK, RowTable
 from ...cache.errors import InputError
 from ...cache.version.plan_file import first_difference
+from ...stages.inputs.image_source import ImageSource, row_keys
+from ...stages.inputs.open_source import open_source
 from ..config.load import Config
 
 if TYPE_CHECKING:
@@ -25,15 +27,15 @@ SAME_ROW = 0.999
 """Least cosine of a row and the same row computed elsewhere: other libraries and hardware, the same teacher."""
 
 
-def image_folder(config: Config, array: str) -> Path | None:
-    """The folder of an array's images; None if it is missing or not in the config, or the array holds sentences."""
+def image_source(config: Config, array: str) -> ImageSource | None:
+    """The source of an array's images; None if it is not at hand or not in the config, or the array holds sentences."""
     if array == IMAGES:
-        folder = config.images.source
+        source = open_source(config.images.source)
     elif array == SENTENCES or array.split("/")[1] not in config.evaluate:
         return None
     else:
-        folder = config.evaluate[array.split("/")[1]].images
-    return folder if folder.is_dir() else None
+        source = open_source(config.evaluate[array.split("/")[1]].images)
+    return source if source.at_hand() else None
 
 
 def require_loaded_teacher(root: Path, plan: Mapping[str, Any], teacher: "Teacher") -> None:
@@ -77,13 +79,13 @@ class LiveTeacher:
         if array == SENTENCES:
             done = embed_sentence_shard(self.teacher, table.take(rows.tolist(), "text"), settings.batch_size, Lock())
         else:
-            folder = image_folder(self.config, array)
-            assert folder is not None
-            files = [folder / source for source in table.take(rows.tolist(), "source")]
+            source = image_source(self.config, array)
+            assert source is not None
+            keys = row_keys(source, table)(rows)
             crops = Crops.read(self.plan.get("views")) if array == IMAGES else None
             row_crops = RowCrops(crops, rows) if crops else None
             done = embed_image_shard(
-                self.teacher, files, settings.batch_size, settings.workers, Lock(), None, row_crops
+                self.teacher, source, keys, settings.batch_size, settings.workers, Lock(), None, row_crops
             )
         reasons = dict(done.failures)
         return done.embeddings, [reasons.get(i) for i in range(len(rows))]
@@ -101,7 +103,7 @@ class LiveTeacher:
         status = RowTable(table_of(self.layout, array), num_rows).column("status").to_pylist()
         good = np.array([row for row, value in enumerate(status) if value == OK], dtype=np.int64)
         good = good[~np.isin(good // self.plan["shard_rows"], damaged)]
-        if not good.size or (array != SENTENCES and image_folder(self.config, array) is None):
+        if not good.size or (array != SENTENCES and image_source(self.config, array) is None):
             return {"rows": 0, "cosine": None, "unreadable": [], "differ": []}
         rows = np.sort(np.random.default_rng(seed).choice(good, min(SAMPLE_ROWS, len(good)), replace=False))
         live, reasons = self.embed(array, rows)

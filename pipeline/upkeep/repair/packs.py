@@ -11,9 +11,9 @@ from ....cache.errors import InputError
 from ....cache.reader.pixel_packs import kept_setting
 from ....cache.version.journal import Journal
 from ....cache.version.versions import move_file
-from ....stages.embed.pack_pixels import keep_shard
-from ...stage_one.kept_packs import pack_task, wanted_images
-from ..live_teacher import image_folder
+from ....stages.embed.pack_pixels import pack_shard
+from ...stage_one.kept_packs import pack_task, packed_images
+from ..live_teacher import image_source
 from .context import RepairContext, ShardResults
 
 
@@ -26,17 +26,17 @@ def repair_packs(context: RepairContext, packs: Iterable[Piece], results: ShardR
     setting, states = kept_setting(context.manifest), results.states.get(IMAGES, {})
     for piece in packs:
         assert context.config is not None and setting is not None
-        folder = image_folder(context.config, IMAGES)
-        assert folder is not None
+        source = image_source(context.config, IMAGES)
+        assert source is not None
         num_rows = context.specs[IMAGES].shape[0]
         table = table_of(context.staged, IMAGES)
         images = [
             replace(image, lost=True) if image and (states.get(piece.first + i) or "").startswith(LOST) else image
-            for i, image in enumerate(wanted_images(context.staged, table, num_rows, piece.chunk, folder))
+            for i, image in enumerate(packed_images(source, context.staged, table, num_rows, piece.chunk))
         ]
         task = pack_task(context.staged, setting, piece.chunk, context.plan)
         try:
-            record = keep_shard(task, images, context.config.teacher.workers)
+            record = pack_shard(task, source, images, context.config.teacher.workers)
         except InputError as error:
             results.left[piece.name] = str(error)
             continue

@@ -22,10 +22,11 @@ from ....cache.disk.row_tables import LOST, OK, RowTable, good_rows, restate_row
 from ....cache.version.journal import Journal, ShardRecord, read_records
 from ....cache.version.versions import move_file
 from ....stages.images.crops import Crops
-from ....stages.inputs.image_folder import file_digests
+from ....stages.images.decode import ImageError
+from ....stages.inputs.image_source import keys_of
 from ...config.load import Config
 from ...stage_one.inputs import classes_document, evaluate_prompts
-from ..live_teacher import SAME_ROW, LiveTeacher, image_folder
+from ..live_teacher import SAME_ROW, LiveTeacher, image_source
 from .actions import Actions
 from .context import RepairContext, ShardResults
 
@@ -88,7 +89,7 @@ def keep_waiting(staged: Layout) -> dict[tuple[str, int], ShardRecord]:
 def is_source_at_hand(config: Config, plan: Mapping[str, Any], array: str) -> bool:
     """Whether the sources of an array are there: images, or the classes and templates of a head."""
     if not array.endswith("/head"):
-        return array == SENTENCES or image_folder(config, array) is not None
+        return array == SENTENCES or image_source(config, array) is not None
     name = array.split("/")[1]
     settings = config.evaluate.get(name)
     if settings is None or not settings.classes.is_file():
@@ -144,8 +145,8 @@ def _task(
         table = target
     kind: Literal["images", "sentences"] = "sentences" if piece.array == SENTENCES else "images"
     crops = Crops.read(context.plan.get("views")) if piece.array == IMAGES else None
-    folder = image_folder(live.config, piece.array)
-    return ShardTask(kind, store, piece.array, spec, piece.chunk, table=table, root=folder, crops=crops)
+    source = image_source(live.config, piece.array)
+    return ShardTask(kind, store, piece.array, spec, piece.chunk, table=table, source=source, crops=crops)
 
 
 def _settle_changed(
@@ -178,21 +179,21 @@ def _changed_sources(context: RepairContext, piece: Piece) -> dict[int, str]:
     if piece.array == SENTENCES:
         return {}
     assert context.live is not None
-    folder = image_folder(context.live.config, piece.array)
-    assert folder is not None
+    source = image_source(context.live.config, piece.array)
+    assert source is not None
     table = RowTable(table_of(context.staged, piece.array))
-    columns = [name for name in ("source", "bytes", "status", "digest") if table.has(name)]
+    columns = [name for name in (*source.columns, "bytes", "status", "digest") if table.has(name)]
     rows = table.shard(piece.chunk, columns)
     changed = {}
-    for row, source in enumerate(rows["source"][: piece.num_rows]):
-        path = folder / source
-        if rows["status"][row] != OK or not path.is_file():
+    for row, key in enumerate(keys_of(source, rows)[: piece.num_rows]):
+        if rows["status"][row] != OK:
+            continue
+        try:
+            data = source.read(key)
+        except ImageError:  # the row failed, with a reason of its own
             continue
         wanted = rows["digest"][row] if "digest" in rows else None
-        same = path.stat().st_size == rows["bytes"][row]
-        if same and wanted is not None:
-            same = next(file_digests(folder, [source])) == wanted
-        if not same:
+        if len(data) != rows["bytes"][row] or (wanted is not None and digest(data) != wanted):
             changed[row] = f"{LOST}its image has changed since"
     return changed
 

@@ -20,7 +20,7 @@ from ....cache.version.spares import has_spare, put_back
 from ...config.remembered import config_of
 from ...progress import say
 from ...stage_one.embed_shards import planned_specs, teacher_at_hand
-from ..live_teacher import LiveTeacher, image_folder, require_loaded_teacher
+from ..live_teacher import LiveTeacher, image_source, require_loaded_teacher
 from .actions import Actions, AtHand, LostRows, plan_actions
 from .context import Damage, Outcome, RepairContext, ShardResults
 from .files import list_tables_again, lost_rows, move_away, restore_known_bytes, settle_journal
@@ -109,7 +109,7 @@ def _find_at_hand(context: RepairContext, damage: Damage, lost: LostRows) -> AtH
     return AtHand(
         teacher=context.live is not None,
         arrays={array for array in arrays if config and is_source_at_hand(config, context.plan, array)},
-        pictures=config is not None and image_folder(config, IMAGES) is not None,
+        pictures=config is not None and image_source(config, IMAGES) is not None,
         without=context.without,
     )
 
