@@ -23,7 +23,8 @@ from dimefm.stages.devices import resolve_device
 from dimefm.stages.images.crops import Crops, resample_filter
 from dimefm.stages.images.views import ViewMaker, make_views
 from dimefm.stages.inputs.image_source import ImageFiles
-from dimefm.stages.models.open_clip_teacher import Teacher, load_teacher
+from dimefm.stages.models.load_teacher import load_teacher
+from dimefm.stages.models.teacher import Teacher
 
 LIMIT = 0.9999
 

@@ -17,7 +17,7 @@ from ...cache.version.plan_file import first_difference
 from ..config.load import Config
 
 if TYPE_CHECKING:
-    from ...stages.models.open_clip_teacher import Teacher
+    from ...stages.models.teacher import Teacher
 
 SAMPLE_ROWS = 256
 SAME_ROW = 0.999

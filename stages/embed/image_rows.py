@@ -24,8 +24,7 @@ from ..devices import memory_errors_as
 from ..images.crops import Crop, Crops
 from ..images.decode import ImageError, decode_image
 from ..inputs.image_folder import read_file
-from ..models.open_clip_teacher import Teacher
-from ..models.teacher import out_of_memory
+from ..models.teacher import ImageTeacher, out_of_memory
 from .pack_pixels import Keeper, PackTask, make_small
 
 BATCHES_IN_FLIGHT = 3
@@ -70,7 +69,7 @@ class RowCrops:
 
 
 def embed_image_shard(
-    teacher: Teacher,
+    teacher: ImageTeacher,
     files: Sequence[Path | None],
     batch_size: int,
     workers: int,
@@ -195,7 +194,7 @@ class _Loaded:
 
 
 def _load(
-    teacher: Teacher,
+    teacher: ImageTeacher,
     file: Path | None,
     pixels: NDArray[np.uint8],
     pack: PackTask | None,
@@ -229,7 +228,7 @@ def _load(
 
 
 def run_batches(
-    teacher: Teacher,
+    teacher: ImageTeacher,
     firsts: range,
     prepare: Prepare,
     encode: Callable[[Tensor], Tensor],

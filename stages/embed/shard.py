@@ -12,7 +12,7 @@ from ...cache.disk.arrays import ArraySpec, first_rows, write_chunk
 from ...cache.disk.row_tables import OK, RowTable
 from ...cache.version.journal import ShardRecord
 from ..images.crops import Crops
-from ..models.open_clip_teacher import Teacher
+from ..models.teacher import Teacher
 from ..settings.models import TeacherSettings
 from .image_rows import RowCrops, embed_image_shard
 from .pack_pixels import PackTask, keeping

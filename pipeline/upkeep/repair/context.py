@@ -12,7 +12,7 @@ from ....cache.version.journal import ShardRecord
 from ...config.load import Config
 
 if TYPE_CHECKING:
-    from ....stages.models.open_clip_teacher import Teacher
+    from ....stages.models.teacher import Teacher
 
 
 @dataclass

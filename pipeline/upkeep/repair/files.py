@@ -33,7 +33,7 @@ from ...stage_one.pseudo_pairs import write_pairs
 
 if TYPE_CHECKING:
     from ....cache.disk.arrays import ArraySpec
-    from ....stages.models.open_clip_teacher import Teacher
+    from ....stages.models.teacher import Teacher
     from ...config.load import Config
 
 REMOVED = Path("log", "removed")

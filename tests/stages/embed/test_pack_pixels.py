@@ -16,7 +16,7 @@ from dimefm.stages.embed import pack_pixels as keep_pixels
 from dimefm.stages.embed.image_rows import embed_image_shard
 from dimefm.stages.embed.pack_pixels import PackTask, SourceError, Wanted, keep_shard, keeping, make_small
 from dimefm.stages.images.decode import decode_image
-from dimefm.stages.models.open_clip_teacher import load_teacher
+from dimefm.stages.models.load_teacher import load_teacher
 from dimefm.stages.settings.models import TeacherSettings
 
 from ...support.paths import ROOT

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 from dimefm.cache import CacheError, InputError
 from dimefm.stages.models.frozen_text_tower import WEIGHTS_NAME, load_text_tower, save_text_tower
-from dimefm.stages.models.open_clip_teacher import Teacher, load_teacher
+from dimefm.stages.models.load_teacher import load_teacher
+from dimefm.stages.models.open_clip_teacher import OpenClipTeacher
 from dimefm.stages.settings.models import TeacherSettings
 
 from ...support.teachers import make_teacher, teacher_config
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 SENTENCES = ["a photo of a cat.", "", "Zwölf \x00 金魚", "a long sentence " * 20]
 
 
-def load(files: tuple[Path, Path], precision: Any = "fp32") -> Teacher:
+def load(files: tuple[Path, Path], precision: Any = "fp32") -> OpenClipTeacher:
     return load_teacher(TeacherSettings(model=str(files[0]), pretrained=str(files[1]), precision=precision), CPU)
 
 
