@@ -15,6 +15,7 @@ from dimefm.stages.models.load_teacher import load_teacher
 from dimefm.stages.models.open_clip_teacher import OpenClipTeacher
 from dimefm.stages.settings.models import TeacherSettings
 
+from ...support.formula_teacher import FormulaTeacher
 from ...support.teachers import make_teacher, teacher_config
 
 CPU = torch.device("cpu")
@@ -78,6 +79,13 @@ def test_a_killed_writer_leaves_no_folder_and_the_next_one_starts_anew(
         save_text_tower(load(tiny_teacher), tmp_path / "tower")
         assert contents(tmp_path / "tower").keys() == {"open_clip_config.json", WEIGHTS_NAME}
     assert [path.name for path in tmp_path.iterdir()] == ["tower"]
+
+
+def test_a_teacher_that_saves_no_text_tower_leaves_none_and_loading_says_so(tmp_path: Path) -> None:
+    save_text_tower(FormulaTeacher(TeacherSettings(model="a:b"), CPU), tmp_path / "tower")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(CacheError, match="no text tower in this cache"):
+        load_text_tower(tmp_path / "tower", CPU)
 
 
 def test_open_clip_finds_the_tokenizer_in_the_folder(tiny_teacher: tuple[Path, Path], tmp_path: Path) -> None:
