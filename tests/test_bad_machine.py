@@ -22,7 +22,7 @@ from dimefm.cache.errors import os_advice
 from dimefm.cache.version.manifest import digest_lines
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
-from dimefm.stages.models.open_clip_teacher import Teacher
+from dimefm.stages.models.open_clip_teacher import OpenClipTeacher as Teacher
 
 from .support.commands import refused, run_dimefm, tree
 from .support.worlds import make_world

@@ -20,7 +20,7 @@ from ...stages.inputs.open_source import open_source
 from ..config.load import Config
 
 if TYPE_CHECKING:
-    from ...stages.models.open_clip_teacher import Teacher
+    from ...stages.models.teacher import Teacher
 
 SAMPLE_ROWS = 256
 SAME_ROW = 0.999

@@ -27,7 +27,11 @@ def open_source(source: str | Path | ImageSource) -> ImageSource:
 
 def _from_outside(spec: str) -> ImageSource:
     made = load_function(spec)()
-    lacking = [name for name in ("list", "read", "at_hand", "digest", "locate", "name", "location", "columns") if not hasattr(made, name)]
+    lacking = [
+        name
+        for name in ("list", "read", "at_hand", "digest", "locate", "name", "location", "columns")
+        if not hasattr(made, name)
+    ]
     if lacking:
         raise InputError(
             f"{spec}: made {type(made).__name__}, which has no {lacking[0]!r}; wanted a "

@@ -20,7 +20,6 @@ from dimefm.stages.settings.distill import DistillSettings
 from dimefm.stages.settings.models import StudentSettings
 from dimefm.stages.train import learner
 from dimefm.stages.train.interrupt import Interrupted
-
 from tests.support.training import gradients_of, train_one
 
 
