@@ -58,7 +58,7 @@ def evaluate(runs: list[Path], which: Which | None = None) -> Scores:
         for name, folder in source["evaluate"].items():
             say(f"embedding {name} with {run}")
             with memory_errors_as(f"{run}: scoring does not fit into memory; end what else uses it and run this again"):
-                item = embed_set(student, record, cache, name, Path(folder))
+                item = embed_set(student, record, cache, name, folder)
             embedded[name] = dataclasses.replace(item, student_head=heads.get(name))
         said = {key: record[key] for key in ("weights", "step", "checkpoint")}
         of_run = {

@@ -9,8 +9,7 @@ import torch
 
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
-from ..inputs.image_source import PixelSource
-from ..inputs.kept_pixels import FILES
+from ..inputs.image_source import FILES, ImageSource
 from ..load.batches import Batch, BatchLoader, normalise
 from ..load.sentence_tokens import SentenceTokens
 from ..load.to_device import on_device
@@ -33,7 +32,7 @@ STEPS_TO_WARM_UP = 3
 
 def train(
     cache: FeatureCache,
-    pixels: PixelSource,
+    pixels: ImageSource,
     runs: Sequence[Run],
     settings: DistillSettings,
     world: World,
@@ -80,7 +79,7 @@ def _learn(
     training: list[StudentRun],
     schedule: Schedule,
     cache: FeatureCache,
-    pixels: PixelSource,
+    pixels: ImageSource,
     settings: DistillSettings,
     world: World,
     dev: DevScores | None,

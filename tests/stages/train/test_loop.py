@@ -45,10 +45,10 @@ from pathlib import Path
 import torch
 torch.set_num_threads({threads})
 sys.path[:0] = [{folder!r}, {repository!r}]
-from dimefm.cache.feature_cache import FeatureCache
-from dimefm.stages.distill_settings import DistillSettings
-from dimefm.stages.settings import StudentSettings
-from tests.training import train_one
+from dimefm.cache.reader.feature_cache import FeatureCache
+from dimefm.stages.settings.distill import DistillSettings
+from dimefm.stages.settings.models import StudentSettings
+from tests.support.training import train_one
 folder = Path({folder!r})
 student, settings = StudentSettings.model_validate_json({student!r}), DistillSettings.model_validate_json({settings!r})
 
