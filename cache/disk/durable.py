@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from ..errors import OS_ADVICE, CacheError
+from ..errors import OS_ADVICE, CacheError, InputError
 
 PARTIAL = ".partial"
 
@@ -104,6 +104,25 @@ def write_json(path: Path, value: Any) -> None:
         CacheError: if the system refuses.
     """
     write_bytes(path, to_json(value))
+
+
+def read_json(path: Path, wanted: str, shown: str | None = None, **options: Any) -> Any:
+    """A JSON document that a user wrote: UTF-8, with or without a byte order mark.
+
+    Args:
+        wanted: what the file should hold, for messages.
+        shown: how messages call the file; None shows its path.
+        options: of `json.loads`.
+
+    Raises:
+        InputError: if it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"), **options)
+    except OSError as error:
+        raise InputError(f"{shown or path}: cannot be read: {error.strerror}; wanted {wanted}") from error
+    except ValueError as error:
+        raise InputError(f"{shown or path}: not JSON: {error}; wanted {wanted}") from error
 
 
 def to_json_line(value: Any) -> bytes:

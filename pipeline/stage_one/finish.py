@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from ...cache.disk.arrays import chunk_path, read_spec
 from ...cache.disk.durable import digest, write_bytes
-from ...cache.disk.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
+from ...cache.disk.layout import DIRECTIONS, IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
 from ...cache.disk.row_tables import RowTable, good_rows, mark_failures, read_own_failures, write_own_failures
 from ...cache.version.journal import Journal
 from ...cache.version.manifest import file_entry, read_manifest
@@ -20,7 +20,7 @@ from ..config.load import Config
 from ..progress import say
 from .embed_shards import counted_reasons, planned_specs
 from .kept_packs import pack_files, pixels_document, setting_in_force
-from .pseudo_pairs import DIRECTIONS, pairs_document, write_pairs
+from .pseudo_pairs import pairs_document, write_pairs
 
 Manifest = dict[str, Any]
 

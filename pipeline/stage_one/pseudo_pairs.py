@@ -8,15 +8,12 @@ from typing import Any
 from ...cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
 from ...cache.disk.durable import digest, to_json, write_json
 from ...cache.disk.index import Index, index_bytes
-from ...cache.disk.layout import IMAGES, SENTENCES, Layout
+from ...cache.disk.layout import DIRECTIONS, SIDES, Layout, table_of
 from ...cache.reader.feature_cache import EmbeddingSet
 from ...cache.version.journal import Journal, ShardRecord
 from ...stages.retrieve.pairs import build_side, retrieve
 from ...stages.settings.cache import PairsSettings
 from ..progress import bar, say
-
-DIRECTIONS = {"image_to_sentence": ("images", "sentences"), "sentence_to_image": ("sentences", "images")}
-"""Array of pairs -> which side asks and which side answers."""
 
 NEIGHBOUR_BYTES = 8 + 4
 """An int64 id and a float32 score."""
@@ -38,14 +35,11 @@ def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal, versi
     Returns:
         `index` and `pairs` of the manifest.
     """
-    sides = {
-        "images": EmbeddingSet.open(layout, IMAGES, layout.image_rows),
-        "sentences": EmbeddingSet.open(layout, SENTENCES, layout.sentence_rows),
-    }
+    sides = {side: EmbeddingSet.open(layout, array, table_of(layout, array)) for side, array in SIDES.items()}
     store = layout.pairs_zarr(version)
     indexes = {
         name: _build_or_load(layout.index(name, version), name, sides[name], sides[other], settings)
-        for name, other in (("images", "sentences"), ("sentences", "images"))
+        for name, other in DIRECTIONS.values()
     }
     specs = {}
     for direction, (name, _) in DIRECTIONS.items():

@@ -1,10 +1,10 @@
 """Class names and the templates that make prompts of them."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ...cache.disk.durable import read_json
 from ...cache.errors import InputError
 
 SLOT = "{}"
@@ -21,13 +21,9 @@ def read_classes(path: Path) -> dict[str, list[str]]:
             name, a class without a name, a name that is blank.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; wanted JSON, class id -> names") from error
+        document = read_json(path, "JSON, class id -> names", object_pairs_hook=_without_repeats)
     except _RepeatedKeyError as error:
         raise InputError(f"{path}: class id {error.args[0]!r} is there twice; wanted each once") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(document, dict) or not document:
         raise InputError(f'{path}: no classes; wanted a JSON object such as {{"n01443537": ["goldfish"]}}')
     for class_id, names in document.items():
