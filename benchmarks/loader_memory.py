@@ -150,9 +150,7 @@ def main() -> int:
             make_images(folder / "photos", pictures, num_rows)
             packs = make_packs(folder / "packs", pictures, num_rows)
             for source in SOURCES:  # kept pixels first: the column of names is not there yet
-                found = measure(
-                    images, packs if source == SOURCES[0] else ImageFolder(folder / "photos"), options
-                )
+                found = measure(images, packs if source == SOURCES[0] else ImageFolder(folder / "photos"), options)
                 medians[source].append(statistics.median(found.workers))
                 shown = ", ".join(f"{size / 2**20:.1f}" for size in found.workers)
                 own = f"(the loader's own process: {found.own / 2**20:,.0f} MiB)"

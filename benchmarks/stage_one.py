@@ -114,13 +114,14 @@ def compare(
     store = root / "teacher.zarr"
     declare_arrays(store, {IMAGES: spec})
     tasks = [
-        ShardTask("images", store, IMAGES, spec, shard, table=table, source=ImageFolder(root)) for shard in range(spec.num_chunks)
+        ShardTask("images", store, IMAGES, spec, shard, table=table, source=ImageFolder(root))
+        for shard in range(spec.num_chunks)
     ]
     TEACHERS.put(settings, teacher)
     weights = teacher.identity()["weights"]
 
     def stage_one() -> None:
-        assert sum(done.num_rows for done in run_shards(tasks, settings, weights, None)) == len(files)
+        assert sum(done.record.num_rows for done in run_shards(tasks, settings, weights, None)) == len(files)
 
     for warm in (forward, decode, stage_one):  # page cache, thread pools, imports
         warm()

@@ -34,7 +34,9 @@ def add_pixels(config: Config, layout: Layout, plan: dict[str, object]) -> None:
     if not missing:
         return
     if not source.at_hand():
-        raise InputError(f"images.source: {source.location} is not at hand; cache.pixels wants the images that were embedded")
+        raise InputError(
+            f"images.source: {source.location} is not at hand; cache.pixels wants the images that were embedded"
+        )
     sizes = image_sizes(layout, num_rows)
     in_missing = [sizes[shard * spec.chunk_rows : (shard + 1) * spec.chunk_rows] for shard in missing]
     require_free(layout, sum(pack_bytes(setting, part) for part in in_missing), estimated=True)

@@ -119,7 +119,10 @@ def _check_teacher(config: Config, layout: Layout, teacher: Any) -> None:
         good = [row for row, value in enumerate(status) if value != FAILED]
         return good[:: max(1, len(good) // SAMPLE_ROWS)][:SAMPLE_ROWS]
 
-    source, images, sentences = open_source(config.images.source), *map(RowTable, (layout.image_rows, layout.sentence_rows))
+    source, images, sentences = (
+        open_source(config.images.source),
+        *map(RowTable, (layout.image_rows, layout.sentence_rows)),
+    )
     crops, sampled = [], row_keys(source, images)(np.array(sample(images), dtype=np.int64))
     for key in sampled:
         try:

@@ -104,7 +104,9 @@ def missing_shards(config: Config, layout: Layout, plan: dict[str, Any]) -> list
             counted = [array, pack.array] if pack else [array]
             if not all(journal.has(name, shard, num_rows) for name in counted):
                 existing, found = existing_rows(array, shard), layout.find(table)
-                task = ShardTask(kind, layout.teacher_zarr, array, specs[array], shard, found, source, (), existing, pack)
+                task = ShardTask(
+                    kind, layout.teacher_zarr, array, specs[array], shard, found, source, (), existing, pack
+                )
                 tasks.append(replace(task, crops=crops) if array == IMAGES else task)
 
     add("images", IMAGES, layout.image_rows, open_source(config.images.source))

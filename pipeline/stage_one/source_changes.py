@@ -71,7 +71,9 @@ def compare_images(source: ImageSource, table: RowTable) -> SourceChanges:
     now = {image.source: image for image in source.list()}
     there = [name in now for name in frozen["source"]]
     if not any(there):
-        raise CacheError(f"{source.location}: holds none of the {num_rows:,} images of this cache; is it another folder?")
+        raise CacheError(
+            f"{source.location}: holds none of the {num_rows:,} images of this cache; is it another folder?"
+        )
     gone = {row: frozen["source"][row] for row in np.flatnonzero(~np.array(there)).tolist()}
     changes = SourceChanges(num_rows, gone=gone)
     suspects = []

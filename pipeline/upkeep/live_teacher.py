@@ -77,9 +77,7 @@ def live_rows(
         crops = Crops.read(plan.get("views")) if array == IMAGES else None
         beside = RowCrops(crops, rows) if crops else None
         settings = config.teacher
-        done = embed_image_shard(
-            teacher, source, keys, settings.batch_size, settings.workers, Lock(), None, beside
-        )
+        done = embed_image_shard(teacher, source, keys, settings.batch_size, settings.workers, Lock(), None, beside)
     reasons = dict(done.failures)
     return done.embeddings, [reasons.get(i) for i in range(len(rows))]
 

@@ -135,9 +135,7 @@ class PackedImage:
     lost: bool
 
 
-def pack_shard(
-    task: PackTask, source: ImageSource, images: Iterable[PackedImage | None], workers: int
-) -> ShardRecord:
+def pack_shard(task: PackTask, source: ImageSource, images: Iterable[PackedImage | None], workers: int) -> ShardRecord:
     """Write a pack from the source alone, where the embeddings are there already.
 
     Args:

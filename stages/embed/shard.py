@@ -44,9 +44,7 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
         failures = tuple((first + row, reason) for row, reason in result.failures if given[row] is not None)
         block, seconds = result.embeddings[num_existing - first :], dict(result.seconds)
         if task.existing:
-            old = first_rows(
-                task.existing.path, task.array, task.spec, task.shard, num_existing, task.existing.digest
-            )
+            old = first_rows(task.existing.path, task.array, task.spec, task.shard, num_existing, task.existing.digest)
             block = np.concatenate([old, block])
     start = time.perf_counter()
     written = write_chunk(task.store, task.array, task.spec, task.shard, block)
@@ -72,7 +70,5 @@ def _embed_images(
     crops = RowCrops(task.crops, np.arange(start, start + len(keys))) if task.crops else None
     skip = task.existing.num_rows - first if task.existing else 0
     with open_pack(task.pack, skip) as pack:
-        result = embed_image_shard(
-            teacher, task.source, keys, settings.batch_size, settings.workers, lock, pack, crops
-        )
+        result = embed_image_shard(teacher, task.source, keys, settings.batch_size, settings.workers, lock, pack, crops)
     return result, pack.record if pack else None

@@ -17,7 +17,7 @@ ImageLocation = Annotated[
     Annotated[FilePath, Tag("[path]")] | Annotated[str, AfterValidator(_is_there), Tag("[function]")],
     Discriminator(lambda value: "[function]" if isinstance(value, str) and is_function(value) else "[path]"),
 ]
-"""Where images are: a folder, or `package.module:function` that makes a source; a path of that form begins with `./`."""
+"""A folder, or `package.module:function` that makes a source of images; a folder of such a name is written `./a:b`."""
 
 
 class ImagesSettings(Settings):

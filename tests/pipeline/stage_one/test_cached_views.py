@@ -223,7 +223,9 @@ def drift(teacher, folder: Path, files: list[bytes], kept: int | None = None) ->
     paths = [folder / f"{i}.jpg" for i in rows]
     for path, data in zip(paths, files, strict=True):
         path.write_bytes(data)
-    stored = embed_image_shard(teacher, ImageFolder(Path()), paths, 8, 1, Lock(), None, RowCrops(crops, rows)).embeddings[:, 1:]
+    stored = embed_image_shard(
+        teacher, ImageFolder(Path()), paths, 8, 1, Lock(), None, RowCrops(crops, rows)
+    ).embeddings[:, 1:]
     maker = ViewMaker(crops.settings, 32, BICUBIC, replays=True)
     seen = np.empty((len(files), K, 32, 32, 3), np.uint8)
     for row, data in enumerate(files):

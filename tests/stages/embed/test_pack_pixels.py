@@ -16,8 +16,8 @@ from dimefm.stages.embed import pack_pixels as keep_pixels
 from dimefm.stages.embed.image_rows import embed_image_shard
 from dimefm.stages.embed.pack_pixels import PackedImage, SourceError, make_small, open_pack, pack_shard
 from dimefm.stages.embed.tasks import PackTask
-from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.images.decode import decode_image
+from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.models.open_clip_teacher import load_teacher
 from dimefm.stages.settings.models import TeacherSettings
 
@@ -249,7 +249,9 @@ def test_an_image_that_is_no_longer_what_was_embedded_is_not_kept(folder: list[P
         with pytest.raises(SourceError, match="its pixels cannot be kept"):
             pack_shard(task(tmp_path / "p" / "000000.pack"), ANYWHERE, [wrong], 2)
     assert not list((tmp_path / "p").iterdir())
-    lost = pack_shard(task(tmp_path / "p" / "000000.pack"), ANYWHERE, [PackedImage(tmp_path / "gone.png", 3, None, lost=True)], 2)
+    lost = pack_shard(
+        task(tmp_path / "p" / "000000.pack"), ANYWHERE, [PackedImage(tmp_path / "gone.png", 3, None, lost=True)], 2
+    )
     assert lost.num_rows == 1
 
 

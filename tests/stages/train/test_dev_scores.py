@@ -15,8 +15,7 @@ from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.stage_two.distill import distill
 from dimefm.pipeline.stage_two.score_table import score_table
-from dimefm.stages.inputs.image_folder import read_image
-from dimefm.stages.inputs.image_folder import ImageFolder
+from dimefm.stages.inputs.image_folder import ImageFolder, read_image
 from dimefm.stages.run_folder import best_weights
 from dimefm.stages.run_folder.best_weights import BEFORE, BEST, BestWeights, load_best
 from dimefm.stages.run_folder.checkpoint import load_checkpoint
