@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from .base import FilePath, Fraction, Settings, Weight
+from .plugins import require_function
 
 
 class ImagesSettings(Settings):
@@ -64,3 +65,13 @@ class EvaluateSettings(Settings):
     captions: FilePath | None = None
     """JSON, path of an image below `images` -> list of its captions: retrieval is scored both ways. No part of the
     cache either."""
+    scores: list[str] = Field(default_factory=list)
+    """More scores, each a function of your own, `package.module:function` (docs/scores.md). No part of the cache
+    either."""
+
+    @field_validator("scores")
+    @classmethod
+    def _scores_are_there(cls, scores: list[str]) -> list[str]:
+        for spec in scores:
+            require_function(spec)
+        return scores
