@@ -1,6 +1,5 @@
 """`run.json`: what a run trains on and how, written before its first step and checked before any later one."""
 
-import json
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ...cache.disk.durable import write_json
+from ...cache.disk.durable import read_json, write_json
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
 from ..images.crops import decoder
@@ -111,12 +110,12 @@ def read_run_record(run_dir: Path) -> dict[str, Any]:
     Raises:
         InputError: if it is missing or damaged.
     """
-    path = run_dir / RECORD
+    path, wanted = run_dir / RECORD, "the folder of a run of `dimefm distill`"
+    record = read_json(path, wanted)
     try:
-        record = json.loads(path.read_bytes())
         _ = record["embed_dim"], record["student"][record["name"]]["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: missing or damaged; wanted the folder of a run of `dimefm distill`") from error
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error!r}); wanted {wanted}") from error
     return dict(record)
 
 
