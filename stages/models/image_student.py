@@ -4,12 +4,8 @@
 under which open_clip loads them again.
 """
 
-import importlib
-import inspect
-import sys
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -19,6 +15,7 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from ...cache.errors import InputError
+from ..settings.plugins import load_function
 from .architectures import close_to, model_config
 
 
@@ -120,17 +117,7 @@ def _open_clip_cfg(name: str, embed_dim: int, image_size: int) -> dict[str, Any]
 
 
 def _call_function(spec: str, embed_dim: int, image_size: int) -> nn.Module:
-    module_name, _, function_name = spec.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{spec}: cannot be imported ({_reason(error)}); wanted package.module:function") from error
-    try:
-        inspect.signature(function).bind(embed_dim=embed_dim, image_size=image_size)
-    except TypeError as error:
-        raise InputError(f"{spec}: cannot be called as function(embed_dim=…, image_size=…) ({error})") from error
+    function = load_function(spec, takes=("embed_dim", "image_size"))
     student = function(embed_dim=embed_dim, image_size=image_size)
     if not isinstance(student, nn.Module):
         raise InputError(f"{spec}: returned a {type(student).__name__}, wanted a torch.nn.Module")
