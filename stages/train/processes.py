@@ -60,7 +60,7 @@ class World:
         """
         if self.size == 1:
             return rows
-        gathered: Tensor = _Gather.apply(rows, self)
+        gathered: Tensor = _Gather.apply(rows, self.size)
         return gathered
 
     def wait_for_device(self) -> None:
@@ -162,6 +162,10 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
+# torch 2.14 renamed it.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 def _all_gather(rows: Tensor, size: int) -> Tensor:
     pieces = [torch.empty_like(rows) for _ in range(size)]
     dist.all_gather(pieces, rows.contiguous())
@@ -170,12 +174,12 @@ def _all_gather(rows: Tensor, size: int) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:
-        ctx.world, ctx.num_rows = world, len(rows)
-        return _all_gather(rows.detach(), world.size)
+    def forward(ctx: Any, rows: Tensor, size: int) -> Tensor:
+        return _all_gather(rows.detach(), size)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        summed = ctx.world.sum(gradients[0])
-        first = ctx.world.rank * ctx.num_rows
-        return summed[first : first + ctx.num_rows], None
+        (gradient,) = gradients
+        own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
+        _reduce_scatter(own, gradient.contiguous())
+        return own, None

@@ -20,8 +20,7 @@ from dimefm.stages.settings.distill import DistillSettings
 from dimefm.stages.settings.models import StudentSettings
 from dimefm.stages.train.interrupt import Interrupted
 from dimefm.stages.train.student import Student
-
-from .training import gradients_of, train_one
+from tests.support.training import gradients_of, train_one
 
 
 def main(folder: Path, run: str, model: str, steps: int, settings: str, interrupt_at: int, text: str) -> None:
