@@ -298,7 +298,7 @@ def test_the_logged_losses_are_those_of_the_pure_functions(world, monkeypatch):
     train(world, settings=settings, stop_after=1)
     (line,), (inputs,) = lines(world), seen
     student, teacher, sentences, bank = (
-        getattr(inputs, name).detach() for name in ("student_images", "teacher_images", "sentences", "bank_images")
+        getattr(inputs, name).detach() for name in ("local_student", "local_teacher", "local_others", "bank")
     )
     assert (student.shape, teacher.shape, sentences.shape, bank.shape) == ((9, 16), (9, 16), (7, 16), (11, 16))
     assert line["vl"] == pytest.approx(vl_loss(student, teacher, sentences, logit_scale=5.0).item(), rel=1e-6)
