@@ -27,7 +27,7 @@ from .kept_packs import image_sizes, pack_bytes, pack_task
 from .pseudo_pairs import retrieval_bytes
 
 if TYPE_CHECKING:
-    from ...stages.models.open_clip_teacher import Teacher
+    from ...stages.models.teacher import Teacher
 
 _SPENT = ("read", "decode", "keep", "infer", "wait", "write")
 
@@ -36,7 +36,7 @@ _SPENT = ("read", "decode", "keep", "infer", "wait", "write")
 def teacher_at_hand(config: Config) -> Iterator["Teacher"]:
     """Load the config's teacher, for the caller and for the shards that are embedded meanwhile."""
     from ...stages.devices import resolve_device
-    from ...stages.models.open_clip_teacher import load_teacher
+    from ...stages.models.load_teacher import load_teacher
     from .cluster import TEACHERS
 
     say(f"loading the teacher {config.teacher.model} / {config.teacher.pretrained}")

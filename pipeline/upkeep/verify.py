@@ -111,29 +111,19 @@ def damaged_chunks(report: Report, array: str) -> np.ndarray[Any, np.dtype[np.in
 
 def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str, Any]:
     from ..stage_one.embed_shards import teacher_at_hand
-    from .live_teacher import SAME_ROW, compare_live, require_same_teacher
+    from .live_teacher import SAME_ROW, LiveTeacher, require_loaded_teacher
 
     trusted = read_trusted(layout, Report())
     if trusted.plan is None:
         raise CacheError(f"{layout.root}: its plan is lost; there is no telling what teacher made it")
     compared = {}
     with teacher_at_hand(config) as teacher:
-        require_same_teacher(layout.root, trusted.plan, teacher)
+        require_loaded_teacher(layout.root, trusted.plan, teacher)
+        live = LiveTeacher(config, trusted.layout, trusted.plan, teacher)
         for array, entry in trusted.manifest["arrays"].items():
             if layout.name_of(table_of(layout, array)) in report.files or "teacher.zarr/zarr.json" in report.files:
                 continue
-            bad = damaged_chunks(report, array)
-            item = compare_live(
-                config,
-                trusted.layout,
-                trusted.plan,
-                teacher,
-                array,
-                entry["rows"],
-                bad,
-                trusted.shard_rows,
-                seed=time.time_ns(),
-            )
+            item = live.compare(array, entry["rows"], damaged_chunks(report, array), seed=time.time_ns())
             compared[array] = item
             if item["differ"]:
                 least = item["cosine"]["least"]
