@@ -30,8 +30,8 @@ from dimefm.cache.disk.layout import IMAGES
 from dimefm.cache.disk.row_tables import IMAGE_COLUMNS, write_rows
 from dimefm.pipeline.stage_one.cluster import TEACHERS, run_shards
 from dimefm.stages.devices import resolve_device
-from dimefm.stages.embed.shard import ShardTask
-from dimefm.stages.inputs.image_folder import read_image
+from dimefm.stages.embed.tasks import ShardTask
+from dimefm.stages.inputs.image_folder import ImageFolder, read_image
 from dimefm.stages.models.open_clip_teacher import Teacher, load_teacher
 from dimefm.stages.settings.models import TeacherSettings
 
@@ -114,13 +114,14 @@ def compare(
     store = root / "teacher.zarr"
     declare_arrays(store, {IMAGES: spec})
     tasks = [
-        ShardTask("images", store, IMAGES, spec, shard, table=table, root=root) for shard in range(spec.num_chunks)
+        ShardTask("images", store, IMAGES, spec, shard, table=table, source=ImageFolder(root))
+        for shard in range(spec.num_chunks)
     ]
     TEACHERS.put(settings, teacher)
     weights = teacher.identity()["weights"]
 
     def stage_one() -> None:
-        assert sum(done.num_rows for done in run_shards(tasks, settings, weights, None)) == len(files)
+        assert sum(done.record.num_rows for done in run_shards(tasks, settings, weights, None)) == len(files)
 
     for warm in (forward, decode, stage_one):  # page cache, thread pools, imports
         warm()

@@ -13,7 +13,8 @@ from distributed import Client, KilledWorker, LocalCluster, get_worker, wait
 
 from ...cache.errors import InputError
 from ...stages.devices import devices_of, resolve_device
-from ...stages.embed.shard import ShardDone, ShardTask, embed_shard
+from ...stages.embed.shard import embed_shard
+from ...stages.embed.tasks import ShardDone, ShardTask
 from ...stages.models.open_clip_teacher import Teacher, load_teacher
 from ...stages.settings.models import TeacherSettings
 

@@ -14,6 +14,8 @@ from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
 from ...cache.disk.row_tables import OK, RowTable
 from ...cache.errors import InputError
 from ...cache.version.plan_file import first_difference
+from ...stages.inputs.image_source import ImageSource, row_keys
+from ...stages.inputs.open_source import open_source
 from ..config.load import Config
 
 if TYPE_CHECKING:
@@ -24,15 +26,15 @@ SAME_ROW = 0.999
 """Least cosine of a row and the same row computed elsewhere: other libraries and hardware, the same teacher."""
 
 
-def image_folder(config: Config, array: str) -> Path | None:
-    """The folder that an array's images come from; None where they are not at hand, or it holds sentences."""
+def image_source(config: Config, array: str) -> ImageSource | None:
+    """The source that an array's images come from; None where it is not at hand, or the array holds sentences."""
     if array == IMAGES:
-        folder = config.images.source
+        source = open_source(config.images.source)
     elif array == SENTENCES or array.split("/")[1] not in config.evaluate:
         return None
     else:
-        folder = config.evaluate[array.split("/")[1]].images
-    return folder if folder.is_dir() else None
+        source = open_source(config.evaluate[array.split("/")[1]].images)
+    return source if source.at_hand() else None
 
 
 def require_same_teacher(root: Path, plan: Mapping[str, Any], teacher: "Teacher") -> None:
@@ -66,16 +68,16 @@ def live_rows(
     from ...stages.images.crops import Crops
 
     table = RowTable(table_of(layout, array))
-    folder = image_folder(config, array)
+    source = image_source(config, array)
     if array == SENTENCES:
         done = embed_sentence_shard(teacher, table.take(rows.tolist(), "text"), config.teacher.batch_size, Lock())
     else:
-        assert folder is not None
-        files = [folder / source for source in table.take(rows.tolist(), "source")]
+        assert source is not None
+        keys = row_keys(source, table)(rows)
         crops = Crops.read(plan.get("views")) if array == IMAGES else None
         beside = RowCrops(crops, rows) if crops else None
         settings = config.teacher
-        done = embed_image_shard(teacher, files, settings.batch_size, settings.workers, Lock(), None, beside)
+        done = embed_image_shard(teacher, source, keys, settings.batch_size, settings.workers, Lock(), None, beside)
     reasons = dict(done.failures)
     return done.embeddings, [reasons.get(i) for i in range(len(rows))]
 
@@ -104,7 +106,7 @@ def compare_live(
     status = RowTable(table_of(layout, array), num_rows).column("status").to_pylist()
     good = np.array([row for row, value in enumerate(status) if value == OK], dtype=np.int64)
     good = good[~np.isin(good // chunk_rows, bad)]
-    if not good.size or (array != SENTENCES and image_folder(config, array) is None):
+    if not good.size or (array != SENTENCES and image_source(config, array) is None):
         return {"rows": 0, "cosine": None, "unreadable": [], "differ": []}
     rows = np.sort(np.random.default_rng(seed).choice(good, min(SAMPLE_ROWS, len(good)), replace=False))
     live, reasons = live_rows(config, layout, plan, teacher, array, rows)

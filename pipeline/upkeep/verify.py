@@ -13,6 +13,8 @@ from ...cache.audit.verify import Trusted, read_trusted, verify_cache
 from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
 from ...cache.disk.row_tables import RowTable
 from ...cache.errors import CacheError, InputError
+from ...stages.inputs.image_source import ImageSource
+from ...stages.inputs.open_source import open_source
 from ..config.load import Config
 from ..config.remembered import config_of
 from ..progress import bar
@@ -148,22 +150,22 @@ def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str
 def _against_sources(config: Config, layout: Layout) -> dict[str, Any]:
     trusted = read_trusted(layout, Report())
     arrays = trusted.manifest["arrays"]
-    found = {"images": _images(config.images.source, trusted, IMAGES, "images.source")}
+    found = {"images": _images(open_source(config.images.source), trusted, IMAGES, "images.source")}
     for name, settings in sorted(config.evaluate.items()):
         array = f"evaluate/{name}/images/embedding"
         if array in arrays:
-            found[f"evaluate.{name}"] = _images(settings.images, trusted, array, f"evaluate.{name}.images")
+            found[f"evaluate.{name}"] = _images(open_source(settings.images), trusted, array, f"evaluate.{name}.images")
     found["sentences"] = _sentences(config, trusted)
     return found
 
 
-def _images(folder: Path, trusted: Trusted, array: str, key: str) -> dict[str, Any]:
+def _images(source: ImageSource, trusted: Trusted, array: str, key: str) -> dict[str, Any]:
     from ..stage_one.source_changes import compare_images
 
-    if not folder.is_dir():
-        raise InputError(f"{key}: {folder} is not at hand; mount it, or give --config CONFIG")
+    if not source.at_hand():
+        raise InputError(f"{key}: {source.location} is not at hand; mount it, or give --config CONFIG")
     table = RowTable(table_of(trusted.layout, array), trusted.manifest["arrays"][array]["rows"])
-    changes = compare_images(folder, table)
+    changes = compare_images(source, table)
     rows = {kind: [list(run) for run in runs_of(sorted(getattr(changes, kind)))] for kind in ("changed", "gone")}
     notes = changes.notes(key)
     for kind, runs in rows.items():

@@ -13,7 +13,7 @@ from ...cache.disk.durable import read_json, write_json
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
 from ..images.crops import decoder
-from ..inputs.kept_pixels import FILES
+from ..inputs.image_source import FILES
 from ..sample.replay import OWN
 from ..settings.distill import DistillSettings, LossSettings
 from ..settings.models import TEACHER, StudentSettings

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...cache.reader.feature_cache import FeatureCache
+from ..inputs.image_source import ImageSource
 from ..models.text_student import TextStudent
 from ..run_folder.load_student import student_of, text_student_of
 from ..score.embed_set import embed_pictures, labelled_set, require_images
@@ -34,7 +35,7 @@ class DevScores:
         self,
         cache: FeatureCache,
         name: str,
-        images_root: Path,
+        images_root: str | Path | ImageSource,
         device: torch.device,
         *,
         workers: int = 0,
@@ -44,7 +45,7 @@ class DevScores:
 
         Args:
             name: of the set, as in `[evaluate.NAME]`.
-            images_root: folder that the set's rows are relative to.
+            images_root: where the set's images are: a folder, or what else `open_source` opens.
             workers: threads that decode; 0 takes one for each core.
             prompts: of each class of the set, for students with a text tower of their own.
 

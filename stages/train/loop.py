@@ -9,8 +9,7 @@ import torch
 
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
-from ..inputs.image_source import PixelSource
-from ..inputs.kept_pixels import FILES
+from ..inputs.image_source import FILES, ImageSource, require_at_hand
 from ..load.batches import Batch, BatchLoader, normalise
 from ..load.sentence_tokens import SentenceTokens
 from ..load.to_device import on_device
@@ -33,7 +32,7 @@ STEPS_TO_WARM_UP = 3
 
 def train(
     cache: FeatureCache,
-    pixels: PixelSource,
+    pixels: ImageSource,
     runs: Sequence[Run],
     settings: DistillSettings,
     world: World,
@@ -80,7 +79,7 @@ def _learn(
     training: list[StudentRun],
     schedule: Schedule,
     cache: FeatureCache,
-    pixels: PixelSource,
+    pixels: ImageSource,
     settings: DistillSettings,
     world: World,
     dev: DevScores | None,
@@ -88,7 +87,7 @@ def _learn(
     tell: Note,
 ) -> Speed:
     """The loop over steps: each batch goes to every student that stands at its step."""
-    pixels.require()
+    require_at_hand(pixels, "stage two needs the images that stage one embedded")
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)  # students before these had a peak of their own
     if dev is not None:

@@ -11,7 +11,7 @@ import torch
 from ...cache.disk.durable import write_json
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
-from ..inputs.image_source import PixelSource
+from ..inputs.image_source import ImageSource
 from ..run_folder.best_weights import BestWeights
 from ..run_folder.checkpoint import load_checkpoint
 from ..run_folder.metrics_log import MetricsLog
@@ -108,7 +108,7 @@ class StudentRun:
         run: Run,
         schedule: Schedule,
         cache: FeatureCache,
-        pixels: PixelSource,
+        pixels: ImageSource,
         settings: DistillSettings,
         world: World,
         stop_after: int | None,

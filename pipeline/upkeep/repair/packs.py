@@ -11,9 +11,9 @@ from ....cache.errors import InputError
 from ....cache.reader.pixel_packs import kept_setting
 from ....cache.version.journal import Journal
 from ....cache.version.versions import move_file
-from ....stages.embed.pack_pixels import keep_shard
-from ...stage_one.kept_packs import pack_task, wanted_images
-from ..live_teacher import image_folder
+from ....stages.embed.pack_pixels import pack_shard
+from ...stage_one.kept_packs import pack_task, packed_images
+from ..live_teacher import image_source
 from .context import Hands, Shards
 
 
@@ -26,22 +26,22 @@ def mend_packs(hands: Hands, whole: Iterable[Piece], bad: Collection[str], found
         found: what became of bad shards; what becomes of packs joins it. Rows that it gives up may do without pixels.
     """
     setting, states = kept_setting(hands.manifest), found.states.get(IMAGES, {})
-    folder = image_folder(hands.config, IMAGES) if hands.config else None
+    source = image_source(hands.config, IMAGES) if hands.config else None
     for piece in [*whole, *unlisted_packs(hands.manifest, int(hands.plan["shard_rows"]))]:
         if piece.content != "pixels" or piece.name not in bad:
             continue
-        if hands.config is None or folder is None or setting is None:
+        if hands.config is None or source is None or setting is None:
             found.left[piece.name] = f"its images are not at hand: {hands.without or 'images.source is gone'}"
             continue
         num_rows = hands.specs[IMAGES].shape[0]
         table = table_of(hands.mend, IMAGES)
         images = [
             replace(image, lost=True) if image and (states.get(piece.first + i) or "").startswith(LOST) else image
-            for i, image in enumerate(wanted_images(hands.mend, table, num_rows, piece.chunk, folder))
+            for i, image in enumerate(packed_images(source, hands.mend, table, num_rows, piece.chunk))
         ]
         task = pack_task(hands.mend, setting, piece.chunk, hands.plan)
         try:
-            record = keep_shard(task, images, hands.config.teacher.workers)
+            record = pack_shard(task, source, images, hands.config.teacher.workers)
         except InputError as error:
             found.left[piece.name] = str(error)
             continue

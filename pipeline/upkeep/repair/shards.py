@@ -22,9 +22,10 @@ from ....cache.disk.row_tables import LOST, OK, RowTable, good_rows, restate_row
 from ....cache.version.journal import Journal, ShardRecord, read_records
 from ....cache.version.versions import move_file
 from ....stages.images.crops import Crops
-from ....stages.inputs.image_folder import file_digests
+from ....stages.images.decode import ImageError
+from ....stages.inputs.image_source import keys_of
 from ...stage_one.inputs import classes_document, evaluate_prompts
-from ..live_teacher import SAME_ROW, compare_live, image_folder
+from ..live_teacher import SAME_ROW, compare_live, image_source
 from .context import Hands, Shards
 
 if TYPE_CHECKING:
@@ -125,8 +126,8 @@ def _task(hands: Hands, piece: Piece, states: Mapping[str, Mapping[int, str | No
             return None
         prompts = tuple(tuple(of_class) for of_class in evaluate_prompts(settings))
         return ShardTask("head", store, piece.array, spec, piece.chunk, prompts=prompts)
-    folder = image_folder(config, piece.array)
-    if piece.array != SENTENCES and folder is None:
+    source = image_source(config, piece.array)
+    if piece.array != SENTENCES and source is None:
         return None
     table = table_of(hands.mend, piece.array)
     again = dict(states.get(piece.array, {}))  # rows that were given up are tried again
@@ -139,7 +140,7 @@ def _task(hands: Hands, piece: Piece, states: Mapping[str, Mapping[int, str | No
         table = target
     kind: Literal["images", "sentences"] = "sentences" if piece.array == SENTENCES else "images"
     crops = Crops.read(hands.plan.get("views")) if piece.array == IMAGES else None
-    return ShardTask(kind, store, piece.array, spec, piece.chunk, table=table, root=folder, crops=crops)
+    return ShardTask(kind, store, piece.array, spec, piece.chunk, table=table, source=source, crops=crops)
 
 
 def _settle(
@@ -189,21 +190,22 @@ def _changed_sources(hands: Hands, piece: Piece) -> dict[int, str]:
     if piece.array == SENTENCES:
         return {}
     assert hands.config is not None
-    folder = image_folder(hands.config, piece.array)
-    assert folder is not None
+    source = image_source(hands.config, piece.array)
+    assert source is not None
     table = RowTable(table_of(hands.mend, piece.array))
-    columns = [name for name in ("source", "bytes", "status", "digest") if table.has(name)]
+    columns = [name for name in (*source.columns, "bytes", "status", "digest") if table.has(name)]
     rows = table.shard(piece.chunk, columns)
     changed = {}
-    for row, (source, num_bytes, status) in enumerate(zip(rows["source"], rows["bytes"], rows["status"], strict=True)):
-        path = folder / source
-        if status != OK or not path.is_file() or row >= piece.num_rows:
+    keys = keys_of(source, rows)
+    for row, (key, num_bytes, status) in enumerate(zip(keys, rows["bytes"], rows["status"], strict=True)):
+        if status != OK or row >= piece.num_rows:
+            continue
+        try:
+            data = source.read(key)
+        except ImageError:  # it has its own reason
             continue
         wanted = rows["digest"][row] if "digest" in rows else None
-        same = path.stat().st_size == num_bytes
-        if same and wanted is not None:
-            same = next(file_digests(folder, [source])) == wanted
-        if not same:
+        if len(data) != num_bytes or (wanted is not None and digest(data) != wanted):
             changed[row] = f"{LOST}its image has changed since"
     return changed
 

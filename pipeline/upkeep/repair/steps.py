@@ -26,7 +26,7 @@ from ...progress import say
 from ...stage_one.embed_shards import planned_specs, teacher_at_hand
 from ...stage_one.finish import count_failures, files_of
 from ...stage_one.pseudo_pairs import write_pairs
-from ..live_teacher import image_folder, require_same_teacher
+from ..live_teacher import image_source, require_same_teacher
 from .context import Hands, Outcome, Shards
 from .files import move_away, refill, remake_retrieval, remake_tables, restore_text_tower, settle_journal
 from .packs import mend_packs
@@ -155,7 +155,7 @@ class Mending:
         lost = {
             array: of_array
             for array, of_array in lost_rows(layout, self._manifest).items()
-            if of_array and hands.teacher and hands.config and (array == SENTENCES or image_folder(hands.config, array))
+            if of_array and hands.teacher and hands.config and (array == SENTENCES or image_source(hands.config, array))
         }
         bad: dict[Piece, Runs | None] = {}
         for piece in whole:
