@@ -15,7 +15,8 @@ from ...cache.reader.feature_cache import FeatureCache
 from ..images.crops import decoder
 from ..inputs.image_source import FILES
 from ..sample.replay import OWN
-from ..settings.distill import DistillSettings, LossSettings
+from ..settings.distill import DistillSettings
+from ..settings.loss_terms import first_losses
 from ..settings.models import TEACHER, StudentSettings
 
 RECORD = "run.json"
@@ -149,8 +150,7 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
 
 def _what_older_runs_do_not_say(student: str) -> dict[str, Any]:
     """Keys that came after a run was begun stand for what it did without them: their defaults."""
-    before = LossSettings(vl=0.7, pvl=0.3)  # the losses that were on before any other had a name
-    defaults = DistillSettings(loss=before).model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+    defaults = DistillSettings(loss=first_losses()).model_dump(mode="json", exclude=_FREE_TO_CHANGE)
     since = {"pixels": FILES, "views.policy": OWN, f"student.{student}.text": TEACHER}
     return {**dict(_flat({"distill": defaults})), **since}
 

@@ -8,6 +8,18 @@ from .base import FilePath, Fraction, Settings, Weight
 from .plugins import is_function, require_function
 
 
+def _is_there(spec: str) -> str:
+    require_function(spec)
+    return spec
+
+
+ImageLocation = Annotated[
+    Annotated[FilePath, Tag("[path]")] | Annotated[str, AfterValidator(_is_there), Tag("[function]")],
+    Discriminator(lambda value: "[function]" if isinstance(value, str) and is_function(value) else "[path]"),
+]
+"""A folder, or `package.module:function` that makes a source of images; a folder of such a name is written `./a:b`."""
+
+
 class ImagesSettings(Settings):
     """`[images]`: the unlabelled images."""
 

@@ -27,9 +27,9 @@ from dimefm.stages.settings.distill import DistillSettings, LossSettings
 from dimefm.stages.settings.models import StudentSettings
 from dimefm.stages.train import speed as meter
 from dimefm.stages.train.dev_scores import DevScores
-from dimefm.stages.train.learner import Learner
 from dimefm.stages.train.loop import train
 from dimefm.stages.train.processes import open_world
+from dimefm.stages.train.student import Student
 from dimefm.stages.train.student_run import Run
 
 from ...support.commands import refused, run_dimefm
@@ -183,8 +183,8 @@ MOMENTS = {
     "before the weights are written": (best_weights, "save_checkpoint", True),
     "before the old best is put aside": (best_weights, "write_bytes", True),
     "after the old best is put aside": (best_weights, "write_bytes", False),
-    "before the checkpoint": (Learner, "save", True),
-    "between the checkpoint and what follows it": (Learner, "save", False),
+    "before the checkpoint": (Student, "save", True),
+    "between the checkpoint and what follows it": (Student, "save", False),
 }
 
 
