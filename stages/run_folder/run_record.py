@@ -73,7 +73,7 @@ def describe_run(
         "cache": cache.identity,
         "rows": {"images": len(cache.images.usable), "sentences": len(cache.sentences.usable)},
         "masks": {side: dict(mask) for side, mask in cache.masks.items()},
-        "pairs": cache.manifest.get("pairs_settings") if settings.pairs.per_image else None,
+        "pairs": cache.manifest.pairs_settings if settings.pairs.per_image else None,
         "row_weights": cache.row_weights,
         "pixels": pixels,
         "order": order,

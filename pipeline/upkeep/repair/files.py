@@ -18,11 +18,10 @@ from ....cache.version.journal import Journal, ShardRecord
 from ....cache.version.manifest import (
     digest_lines,
     file_entry,
-    read_document,
-    refuse_newer,
     trusted_copy,
     vouched_digests,
 )
+from ....cache.version.schema import Plan, refuse_newer
 from ....cache.version.spares import put_back, spare_manifests
 from ....cache.version.versions import move_file
 from ....stages.settings.cache import PairsSettings
@@ -112,7 +111,7 @@ def read_plan_alone(layout: Layout) -> dict[str, Any]:
     """
     if not layout.plan.exists():
         raise CacheError(f"{layout.plan}: missing, and so is the manifest; restore one of them from a backup")
-    return read_document(layout.plan)
+    return Plan.read(layout.plan)
 
 
 def remake_tables(
@@ -214,7 +213,7 @@ def remake_retrieval(layout: Layout, manifest: Mapping[str, Any], bad: set[str],
         if piece.content not in ("ids", "scores"):
             continue
         direction = piece.array.split("/")[0]
-        array, chunk = journal_key(piece, pairs)
+        array, chunk = journal_key(piece, manifest)
         if piece.name in bad or f"{pairs['store']}/{direction}" in bad:
             journal.forget(f"{array.removesuffix(piece.content)}scores", chunk)
     settings = PairsSettings.model_validate(manifest["pairs_settings"])
@@ -233,7 +232,7 @@ def settle_journal(
     for piece in pieces:
         if piece.chunk < 0:
             continue
-        key = journal_key(piece, manifest["pairs"])
+        key = journal_key(piece, manifest)
         record = records.get(key)
         if record is not None and record.digest == piece.digest:
             continue
