@@ -107,7 +107,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, wanted: str, shown: str | None = None, **options: Any) -> Any:
-    """A JSON document that a user wrote: UTF-8, with or without a byte order mark.
+    """A JSON document: UTF-8, with or without a byte order mark.
 
     Args:
         wanted: what the file should hold, for messages.

@@ -18,6 +18,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 class ImageFolder(ImageSource):
     """Image files below a folder. A row's name, and its key, is the path below the folder."""
 
+    absent = "no such folder"
+
     def __init__(self, root: Path) -> None:
         """Nothing is looked for yet."""
         self.root, self.location = root, str(root)

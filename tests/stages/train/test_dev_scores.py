@@ -27,14 +27,14 @@ from dimefm.stages.settings.distill import DistillSettings, LossSettings
 from dimefm.stages.settings.models import StudentSettings
 from dimefm.stages.train import speed as meter
 from dimefm.stages.train.dev_scores import DevScores
-from dimefm.stages.train.learner import Learner
 from dimefm.stages.train.loop import train
 from dimefm.stages.train.processes import open_world
+from dimefm.stages.train.student import Student
 from dimefm.stages.train.student_run import Run
 
 from ...support.commands import refused, run_dimefm
 from ...support.small_cache import TEACHER, text_config
-from ...support.training import PROMPTS, TIMES, train_one, weights_of
+from ...support.training import PROMPTS, lines_of, train_one, weights_of
 from ...support.worlds import make_world
 
 STUDENT = StudentSettings(model="own_students:with_dropout", image_size=8)
@@ -64,8 +64,7 @@ def changed(**keys):
 
 
 def lines(world, run="run", file="scores.jsonl"):
-    text = (world[1] / run / file).read_text()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text.splitlines()]
+    return lines_of(world[1] / run, file)
 
 
 def same(first, second):
@@ -183,8 +182,8 @@ MOMENTS = {
     "before the weights are written": (best_weights, "save_checkpoint", True),
     "before the old best is put aside": (best_weights, "write_bytes", True),
     "after the old best is put aside": (best_weights, "write_bytes", False),
-    "before the checkpoint": (Learner, "save", True),
-    "between the checkpoint and what follows it": (Learner, "save", False),
+    "before the checkpoint": (Student, "save", True),
+    "between the checkpoint and what follows it": (Student, "save", False),
 }
 
 
