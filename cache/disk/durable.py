@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from ..errors import OS_ADVICE, CacheError
+from ..errors import OS_ADVICE, CacheError, InputError
 
 PARTIAL = ".partial"
 
@@ -163,3 +163,26 @@ def sweep_partials(root: Path) -> None:
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
+
+
+def parse_file(path: Path, parse: Callable[[str], Any], kind: str, wanted: str) -> Any:
+    """Read a text file that a user wrote, UTF-8 with or without a byte order mark, whatever its line ends.
+
+    Args:
+        parse: raises ValueError for what is not of its kind.
+        kind: what messages call the format: `TOML`.
+        wanted: what messages say the file should be.
+
+    Raises:
+        InputError: if the file is missing, cannot be read or is not of its kind.
+    """
+    try:
+        return parse(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; wanted {wanted}") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: a folder; wanted {wanted}") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; wanted {wanted}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not {kind}: {error}; wanted {wanted}") from error

@@ -1,6 +1,7 @@
 """Where a run's cache and labelled images are: source.json, beside the run."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,19 @@ def source_document(config: Config) -> dict[str, object]:
     }
 
 
-def runs_to_score(runs: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
-    """Each run, and where its cache and the labelled images are."""
+def runs_to_score(runs: list[Path], overrides: Sequence[str] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """Each run, and where its cache and the labelled images are.
+
+    Args:
+        runs: folders, or config files for the runs of their students.
+        overrides: `KEY=VALUE` of every `--set`, for the config files.
+    """
     found = []
+    if overrides and not any(run.suffix == ".toml" for run in runs):
+        raise InputError(f"--set {overrides[0]}: changes a config, and only folders of runs are given; name the config")
     for run in runs:
         if run.suffix == ".toml":
-            config = load_config(run)
+            config = load_config(run, overrides)
             runs_of = {name: config.distill.output / name for name in config.student}
             there = [folder for folder in runs_of.values() if (folder / SOURCE).exists()]
             if not there:

@@ -14,11 +14,13 @@ from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
 from ...cache.disk.row_tables import RowTable
 from ...cache.errors import CacheError, InputError
 from ..config.load import Config
-from ..config.remembered import config_of
+from ..config.remembered import ConfigChoice, config_of
 from ..progress import bar
 
 
-def verify(folder: Path, config: Path | None = None, *, teacher: bool = False, sources: bool = False) -> dict[str, Any]:
+def verify(
+    folder: Path, config: ConfigChoice | Path | None = None, *, teacher: bool = False, sources: bool = False
+) -> dict[str, Any]:
     """Check a cache.
 
     Args:

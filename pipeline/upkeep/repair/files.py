@@ -26,7 +26,7 @@ from ....cache.version.manifest import (
 from ....cache.version.spares import put_back, spare_manifests
 from ....cache.version.versions import move_file
 from ....stages.settings.cache import PairsSettings
-from ...config.remembered import config_of
+from ...config.remembered import ConfigChoice, config_of
 from ...stage_one.finish import files_of, finish_cache
 from ...stage_one.inputs import freeze_inputs, transductive_sets_or_recorded
 from ...stage_one.pseudo_pairs import write_pairs
@@ -58,7 +58,7 @@ def move_away(layout: Layout, name: str) -> str:
     return f"moved to {target.relative_to(layout.root).as_posix()}"
 
 
-def restore_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]:
+def restore_manifest(layout: Layout, config_path: ConfigChoice | Path | None) -> dict[str, str]:
     """Put a damaged manifest back, or the file that vouches for it.
 
     Returns:
@@ -88,7 +88,7 @@ def restore_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]
     return how
 
 
-def _remake_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]:
+def _remake_manifest(layout: Layout, config_path: ConfigChoice | Path | None) -> dict[str, str]:
     """The end of stage one once more, over the files that are there."""
     if list(layout.root.glob("plan-*.json")):
         raise CacheError(

@@ -21,7 +21,7 @@ from ....cache.version.plan_file import read_plan
 from ....cache.version.spares import has_spare, put_back
 from ....cache.version.versions import put_in_force
 from ....stages.settings.cache import PairsSettings
-from ...config.remembered import config_of
+from ...config.remembered import ConfigChoice, config_of
 from ...progress import say
 from ...stage_one.embed_shards import planned_specs, teacher_at_hand
 from ...stage_one.finish import count_failures, files_of
@@ -51,7 +51,7 @@ class Mending:
         self._bad = {name for name in report.files if name in manifest["files"]} | unlisted
         self._bad_bytes = {finding.where for finding in report.findings if finding.kind in BYTES}
 
-    def run(self, config_path: Path | None) -> None:
+    def run(self, config_path: ConfigChoice | Path | None) -> None:
         """Mend what can be mended; the outcome says what was and what was not."""
         layout, outcome, manifest = self._layout, self._outcome, self._manifest
         for finding in self._report.findings:
@@ -103,7 +103,7 @@ class Mending:
     def _bad_in(self, *starts: str) -> set[str]:
         return {name for name in self._bad if name.startswith(starts)}
 
-    def _hands(self, stack: ExitStack, plan: dict[str, Any], config_path: Path | None) -> Hands:
+    def _hands(self, stack: ExitStack, plan: dict[str, Any], config_path: ConfigChoice | Path | None) -> Hands:
         """Config and teacher, as far as they are wanted and at hand."""
         tables = self._bad_in("rows/")
         lost = any(lost_rows(self._layout, self._manifest).values())
