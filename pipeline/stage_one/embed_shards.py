@@ -1,5 +1,7 @@
 """The long part of stage one and of growth: which shards are missing, and embedding them."""
 
+from __future__ import annotations
+
 import shutil
 import time
 from collections import Counter
@@ -16,7 +18,6 @@ from ...cache.errors import InputError
 from ...cache.version.journal import Journal, ShardRecord
 from ...cache.version.manifest import read_manifest
 from ...stages.embed.pack_pixels import PackTask
-from ...stages.embed.shard import Kept, ShardTask
 from ...stages.images.crops import Crops
 from ..config.load import Config
 from ..progress import bar, say
@@ -26,13 +27,14 @@ from .kept_packs import image_sizes, pack_bytes, pack_task
 from .pseudo_pairs import retrieval_bytes
 
 if TYPE_CHECKING:
+    from ...stages.embed.shard import Kept, ShardTask
     from ...stages.models.open_clip_teacher import Teacher
 
 _SPENT = ("read", "decode", "keep", "infer", "wait", "write")
 
 
 @contextmanager
-def teacher_at_hand(config: Config) -> Iterator["Teacher"]:
+def teacher_at_hand(config: Config) -> Iterator[Teacher]:
     """Load the config's teacher, for the caller and for the shards that are embedded meanwhile."""
     from ...stages.devices import resolve_device
     from ...stages.models.open_clip_teacher import load_teacher
@@ -79,6 +81,8 @@ def missing_shards(config: Config, layout: Layout, plan: dict[str, Any]) -> list
     Args:
         layout: the cache, or a version of it in the making: then a shard that has grown keeps the rows that it had.
     """
+    from ...stages.embed.shard import Kept, ShardTask
+
     journal, tasks, crops = Journal(layout), [], Crops.read(plan.get("views"))
     specs = planned_specs(plan)
     before = read_manifest(layout.base) if layout.under else None
