@@ -206,18 +206,8 @@ def cache_select(
     """Select the sentences that images retrieve, save them as a mask for `sentences.mask`, and report coverage."""
     from .pipeline.row_masks.select import select, select_lines
 
-    found = select(
-        folder,
-        mask,
-        side=side,
-        k=k,
-        min_score=min_score,
-        cap=cap,
-        target=target,
-        rank=rank,
-        within=within,
-        images_mask=images_mask,
-    )
+    choice: dict[str, Any] = {"k": k, "min_score": min_score, "cap": cap, "target": target, "rank": rank}
+    found = select(folder, mask, side=side, within=within, images_mask=images_mask, **choice)
     _report(found, select_lines, as_json)
 
 
