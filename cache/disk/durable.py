@@ -106,6 +106,18 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, to_json(value))
 
 
+def read_json(path: Path, wanted: str) -> Any:
+    """Read a JSON document.
+
+    Args:
+        wanted: what the file should be, for the message.
+
+    Raises:
+        InputError: one line, if it cannot be read or is not JSON.
+    """
+    return parse_file(path, json.loads, "JSON", wanted)
+
+
 def to_json_line(value: Any) -> bytes:
     """One line of a file that `append_line` writes. NaN and infinities raise ValueError, as in `to_json`."""
     return (json.dumps(value, sort_keys=True, allow_nan=False) + "\n").encode()

@@ -145,7 +145,7 @@ def _unknown_names(config: Config) -> Iterator[tuple[Key, str]]:
         there = ", ".join(sorted(config.evaluate)) or "none"
         advice = "name one of [evaluate.*] or leave out distill.evaluate_every"
         yield ("distill", "evaluate_on"), f"{name!r}: no such set, there is {there}; {advice}"
-    wanted: dict[Key, str] = {("teacher", "model"): config.teacher.model}
+    wanted: dict[Key, str] = {} if config.teacher.is_from_outside else {("teacher", "model"): config.teacher.model}
     for student, settings in config.student.items():
         if settings.model.startswith("open_clip:"):
             wanted["student", student, "model"] = settings.model.removeprefix("open_clip:")

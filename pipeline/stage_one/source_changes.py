@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ...cache.audit.findings import runs_of, show_runs
 from ...cache.disk.row_tables import FAILED, OK, RowTable
 from ...cache.errors import CacheError
-from ...stages.inputs.image_folder import FoundImage, LabelledImage, file_digests, find_images
+from ...stages.inputs.image_source import FoundImage, ImageSource, LabelledImage, image_digests, keys_of, row_keys
 from ...stages.inputs.sentences import read_sentences
 
 NAMES_SHOWN = 3
@@ -61,18 +61,20 @@ class SourceChanges:
         return [f"{key}: {len(names):,} {what}: {_first(names)}" for names, what in lines if names]
 
 
-def compare_images(folder: Path, table: RowTable) -> SourceChanges:
-    """Hold the images below a folder against the rows that were made from them. Opens only files whose time differs.
+def compare_images(source: ImageSource, table: RowTable) -> SourceChanges:
+    """Hold the images of a source against the rows that were made from them; only those whose time differs are read.
 
     Raises:
         CacheError: if not one image of the table is there, as when it is another folder.
-        InputError: if the folder is missing or cannot be listed.
+        InputError: if the source is missing or cannot be listed.
     """
-    now = _columns_of(find_images(folder))
+    now = _columns_of(source.list())
     there = table.columns(*(name for name in ("source", "bytes", "modified_ns", "digest") if table.has(name)))
     found = pc.index_in(there["source"], now["source"])
     if found.null_count == table.num_rows:
-        raise CacheError(f"{folder}: holds none of the {table.num_rows:,} images of this cache; is it another folder?")
+        raise CacheError(
+            f"{source.location}: holds none of the {table.num_rows:,} images of this cache; is it another folder?"
+        )
     has_digest = there["digest"].is_valid().to_numpy() if "digest" in there.column_names else np.False_
     is_gone = found.is_null().to_numpy()
     at = found.fill_null(0).to_numpy()
@@ -88,9 +90,10 @@ def compare_images(folder: Path, table: RowTable) -> SourceChanges:
     new = now["source"].filter(pc.invert(pc.is_in(now["source"], there["source"]))).to_pylist()
     changes = SourceChanges(table.num_rows, named(changed), named(suspect & ~has_digest), named(is_gone), new)
     suspects = named(suspect & has_digest)
-    for (row, source), digest in zip(suspects.items(), file_digests(folder, suspects.values())):
+    keys = row_keys(source, table)(np.array(list(suspects), dtype=np.int64)) if suspects else []
+    for (row, name), digest in zip(suspects.items(), image_digests(source, keys)):
         if digest != there["digest"][row].as_py():
-            changes.changed[row] = source
+            changes.changed[row] = name
     return changes
 
 
@@ -171,14 +174,17 @@ def _lines_of(table: RowTable, origin: str) -> Iterator[tuple[int, str]]:
                 yield row, text
 
 
-def image_rows(folder: Path, images: Sequence[FoundImage], hashed: bool) -> Iterator[dict[str, Any]]:
+def image_rows(source: ImageSource, images: Sequence[FoundImage], hashed: bool) -> Iterator[dict[str, Any]]:
     """Rows of an image table, without their numbers.
 
     Args:
         hashed: whether each file's checksum joins its row.
     """
-    good = (image.source for image in images if not image.problem)  # reading a pipe would wait for ever
-    digests = file_digests(folder, good) if hashed else None
+    digests: Iterator[str | None] | None = None
+    if hashed:
+        good = [image for image in images if not image.problem]  # reading a pipe would wait for ever
+        keys = keys_of(source, {name: [getattr(image, name) for image in good] for name in source.columns})
+        digests = image_digests(source, keys)
     for image in images:
         row: dict[str, Any] = {"source": image.source, "bytes": image.bytes, "modified_ns": image.modified_ns}
         row["digest"] = next(digests) if digests and not image.problem else None
@@ -186,9 +192,9 @@ def image_rows(folder: Path, images: Sequence[FoundImage], hashed: bool) -> Iter
         yield row
 
 
-def labelled_rows(folder: Path, images: Sequence[LabelledImage], hashed: bool) -> Iterator[dict[str, Any]]:
+def labelled_rows(source: ImageSource, images: Sequence[LabelledImage], hashed: bool) -> Iterator[dict[str, Any]]:
     """The same of an evaluation set: with each image's class."""
-    for image, row in zip(images, image_rows(folder, images, hashed), strict=True):
+    for image, row in zip(images, image_rows(source, images, hashed), strict=True):
         yield {**row, "class_id": image.class_id}
 
 

@@ -163,6 +163,13 @@ def dtype_of(*sides: Rows) -> torch.dtype:
     return dtype
 
 
+def unit_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the one format, every row normalised; no gradient reaches the teacher's."""
+    dtype = dtype_of(student, teacher)
+    with no_autocast(student.device):
+        return F.normalize(student.to(dtype), dim=1), F.normalize(teacher.detach().to(dtype), dim=1)
+
+
 def no_autocast(device: torch.device) -> torch.autocast:
     """Compute in the formats that tensors have."""
     return torch.autocast(device.type, enabled=False)

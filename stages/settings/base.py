@@ -60,14 +60,10 @@ FilePath = Annotated[Path, Field(strict=False), AfterValidator(_resolved)]
 Templates = Annotated[str, AfterValidator(PathIn(r"(?!openai$)(.+)"))]
 """`openai` or a text file."""
 TeacherModel = Annotated[str, AfterValidator(PathIn(r"local-dir:(.*)|((?!hf-hub:).+\.json)"))]
-"""An open_clip architecture, `hf-hub:NAME`, `local-dir:FOLDER` or a .json file."""
+"""An open_clip architecture, `hf-hub:NAME`, `local-dir:FOLDER`, a .json file or `package.module:function`."""
 TeacherWeights = Annotated[str, AfterValidator(PathIn(r"(?!hf-hub:)(.*/.*|.+\.(?:safetensors|pt|pth|bin|npz))"))]
 """An open_clip tag, `hf-hub:NAME` or a file."""
-StudentModel = Annotated[
-    str,
-    Field(pattern=r"^(timm:.+|open_clip:.+|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$"),
-    AfterValidator(PathIn(r"open_clip:(.+\.json)")),
-]
+StudentModel = Annotated[str, AfterValidator(PathIn(r"open_clip:(.+\.json)"))]
 """`timm:NAME`, `open_clip:` and an architecture or a .json file, or `package.module:function`."""
 StudentText = Annotated[str, Field(min_length=1), AfterValidator(PathIn(r"(.+\.json)"))]
 """`teacher`, an open_clip architecture or a .json file."""

@@ -1,17 +1,31 @@
 """What a user sets about inputs, teacher and students. No heavy import: a config is refused before anything loads."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator
 
 from .base import FilePath, Fraction, Settings, Templates, Weight
+from .plugins import is_function, require_function
+
+
+def _is_there(spec: str) -> str:
+    require_function(spec)
+    return spec
+
+
+ImageLocation = Annotated[
+    Annotated[FilePath, Tag("[path]")] | Annotated[str, AfterValidator(_is_there), Tag("[function]")],
+    Discriminator(lambda value: "[function]" if isinstance(value, str) and is_function(value) else "[path]"),
+]
+"""Where images are: a folder, or `package.module:function` that makes a source; a path of that form begins with `./`."""
 
 
 class ImagesSettings(Settings):
     """`[images]`: the unlabelled images."""
 
-    source: FilePath
-    """A folder, read recursively: .jpg, .jpeg, .png and .webp."""
+    source: ImageLocation
+    """A folder, read recursively: .jpg, .jpeg, .png and .webp; or `package.module:function` that makes an
+    `ImageSource`, called without arguments."""
     max_failed: Fraction = 0.01
     """Share of unreadable images above which stage one stops."""
     mask: str | None = None
@@ -50,8 +64,8 @@ class SentencesSettings(Settings):
 class EvaluateSettings(Settings):
     """`[evaluate.NAME]`: a labelled set to score on."""
 
-    images: FilePath
-    """A folder with one folder per class id."""
+    images: ImageLocation
+    """A folder with one folder per class id; or a function, as `images.source`, of images named `<class id>/…`."""
     classes: FilePath
     """JSON, class id -> list of names."""
     templates: Templates = "openai"
@@ -64,3 +78,13 @@ class EvaluateSettings(Settings):
     captions: FilePath | None = None
     """JSON, path of an image below `images` -> list of its captions: retrieval is scored both ways. No part of the
     cache either."""
+    scores: list[str] = Field(default_factory=list)
+    """More scores, each a function of your own, `package.module:function` (docs/scores.md). No part of the cache
+    either."""
+
+    @field_validator("scores")
+    @classmethod
+    def _scores_are_there(cls, scores: list[str]) -> list[str]:
+        for spec in scores:
+            require_function(spec)
+        return scores

@@ -9,12 +9,12 @@ import torch
 
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
-from ..inputs.image_source import PixelSource
-from ..inputs.kept_pixels import FILES
+from ..inputs.image_source import FILES, ImageSource
 from ..load.batches import Batch, BatchLoader, normalise
 from ..load.sentence_tokens import SentenceTokens
 from ..load.to_device import on_device
 from ..settings.distill import DistillSettings
+from ..settings.loss_terms import wanting
 from .dev_scores import DevScores
 from .interrupt import Interrupted, StopSignals
 from .processes import World
@@ -33,7 +33,7 @@ STEPS_TO_WARM_UP = 3
 
 def train(
     cache: FeatureCache,
-    pixels: PixelSource,
+    pixels: ImageSource,
     runs: Sequence[Run],
     settings: DistillSettings,
     world: World,
@@ -80,7 +80,7 @@ def _learn(
     training: list[StudentRun],
     schedule: Schedule,
     cache: FeatureCache,
-    pixels: PixelSource,
+    pixels: ImageSource,
     settings: DistillSettings,
     world: World,
     dev: DevScores | None,
@@ -105,7 +105,7 @@ def _learn(
         view_key=schedule.view_key,
         sentences=None if sentences is None else (cache.sentences, sentences),
         bank=schedule.share("bank"),
-        other_views=schedule.replay if settings.loss.views else None,
+        other_views=schedule.replay if wanting(settings.losses, "views") else None,
         texts=(SentenceTokens(cache.sentences, own_texts), texts) if texts is not None and own_texts else None,
         workers=world.share_of_cores(settings.workers),
         pin_memory=world.device.type == "cuda",
@@ -123,21 +123,21 @@ def _learn(
     try:
         with StopSignals(patient=world.size > 1) as stop, loader:
             while behind := [one for one in training if one.wants_more]:
-                first = min(one.learner.step for one in behind)
+                first = min(one.student.step for one in behind)
                 # To the next that waits ahead: should all others break, nobody needs the batches before it.
-                until = [one.learner.step for one in behind if one.learner.step > first]
-                until += [one.end_step for one in behind if one.learner.step == first]
+                until = [one.student.step for one in behind if one.student.step > first]
+                until += [one.end_step for one in behind if one.student.step == first]
                 with closing(on_device(loader.batches(first, min(until)), world.device)) as batches:
                     for batch in batches:
                         loop.step(batch, stop)
-                        if loop.stopped or not any(one.wants_more and one.learner.step > batch.step for one in behind):
+                        if loop.stopped or not any(one.wants_more and one.student.step > batch.step for one in behind):
                             break
                 if loop.stopped:
                     break
             # Several processes go by the vote alone: a signal that only one of them has had would part them.
             stopped = loop.stopped or (stop.asked and world.size == 1)
             if stopped and not any(one.failure for one in training):
-                at = min(one.learner.step for one in training)
+                at = min(one.student.step for one in training)
                 raise Interrupted(f"interrupted: state saved at step {at} of {schedule.total_steps}")
     finally:
         for one in training:
@@ -161,7 +161,7 @@ class _Loop:
     ) -> None:
         self._training, self._sizes, self._schedule, self._settings = training, sizes, schedule, settings
         self._world, self._dev, self._progress, self._advise = world, dev, progress, advise
-        self._ballot, self._losses, self._num_steps, self._advised = world.ballot(), "", 0, False
+        self._vote, self._losses, self._num_steps, self._advised = world.stop_vote(), "", 0, False
         self._meter, self._after_warm_up, self.whole, self.stopped = Meter(), Meter(), Meter(), False
 
     def step(self, batch: Batch, stop: StopSignals) -> None:
@@ -169,11 +169,11 @@ class _Loop:
         schedule, settings = self._schedule, self._settings
         targets = Targets.of(batch, self._world)
         inputs = {size: normalise(view, schedule.mean, schedule.std) for size, view in zip(self._sizes, batch.images)}
-        here = [one for one in self._training if one.wants_more and one.learner.step == batch.step]
+        here = [one for one in self._training if one.wants_more and one.student.step == batch.step]
         for one in here:
             tokens = None if one.run.student.own_text is None else batch.tokens[one.run.student.own_text]
-            one.learner.learn(inputs[one.run.student.image_size], targets, schedule.lr(batch.step), tokens)
-            one.first_bad.look(batch.step, one.learner.loss)
+            one.student.learn(inputs[one.run.student.image_size], targets, schedule.lr(batch.step), tokens)
+            one.first_not_finite.update(batch.step, one.student.loss)
 
         # Nothing above waits for a GPU; what follows does, now and then.
         step = batch.step + 1
@@ -188,7 +188,7 @@ class _Loop:
                 self._advised = self._advise(speed)
         if self._dev is not None and settings.is_scored(step, schedule.total_steps):
             self._score(here, self._dev)
-        self.stopped = self._ballot.stops(stop.asked)
+        self.stopped = self._vote.cast(stop.asked)
         if self._progress is not None:
             total = schedule.total_steps * settings.batch_images
             self._progress(step * settings.batch_images, total, self._how_it_goes())

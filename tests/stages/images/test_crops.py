@@ -26,7 +26,7 @@ from dimefm.stages.counter_random import key_of, uniforms
 from dimefm.stages.devices import resolve_device
 from dimefm.stages.images.crops import NUM_UNIFORMS, Crops, crop_box, crop_of
 from dimefm.stages.images.jpeg import OpenJpeg
-from dimefm.stages.models.open_clip_teacher import load_teacher
+from dimefm.stages.models.load_teacher import load_teacher
 from dimefm.stages.settings.cache import CropSettings
 
 from ...support.commands import refused, run_dimefm, tree

@@ -6,13 +6,11 @@ import torch
 
 from dimefm.stages.images.crops import Crops
 from dimefm.stages.losses.loss_inputs import LossInputs
-from dimefm.stages.losses.view_relation import view_relation_loss, view_relation_share
+from dimefm.stages.losses.view_relation import view_relation_loss, views_share
 from dimefm.stages.sample.order import Draw
 from dimefm.stages.sample.replay import Replay
 
-
-def embeddings(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from ...support.losses import embeddings
 
 
 def plain(student, teacher, others, factor):
@@ -39,18 +37,24 @@ def test_a_student_that_is_the_teacher_has_none_and_another_has_some():
 def test_shares_of_the_processes_add_up_to_it():
     student, teacher, others = embeddings(8, 5), embeddings(8, 5, seed=1), embeddings(16, 5, seed=2)
     parts = [
-        LossInputs(student[part], teacher[part], student, teacher, other_views=others)
+        LossInputs(
+            local_student=student[part],
+            local_teacher=teacher[part],
+            global_student=student,
+            global_teacher=teacher,
+            views=others,
+        )
         for part in (slice(0, 3), slice(3, 8))
     ]
-    total = sum(view_relation_share(one, 4.0) for one in parts)
+    total = sum(views_share(one, 4.0) for one in parts)
     torch.testing.assert_close(total, plain(student, teacher, others, 4.0), rtol=1e-12, atol=0)
 
 
 def test_without_other_views_or_with_some_of_another_width_it_is_refused():
     student, teacher = embeddings(4, 5), embeddings(4, 5, seed=1)
-    with pytest.raises(ValueError, match="no other views"):
-        view_relation_share(LossInputs.of_one_process(student, teacher), 1.0)
-    with pytest.raises(ValueError, match="other_views: 3 wide, the teacher's images are 5"):
+    with pytest.raises(ValueError, match="no views in this step"):
+        views_share(LossInputs.of_one_process(student, teacher), 1.0)
+    with pytest.raises(ValueError, match="views: 3 wide, the teacher's embeddings are 5"):
         view_relation_loss(student, teacher, embeddings(8, 3))
 
 

@@ -72,10 +72,10 @@ def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more
         learn(self, *arguments)
         alone.append(gradients_of(self))
 
-    from dimefm.stages.train.learner import Learner
+    from dimefm.stages.train.student import Student
 
-    learn = Learner.learn
-    monkeypatch.setattr(Learner, "learn", remember)
+    learn = Student.learn
+    monkeypatch.setattr(Student, "learn", remember)
     one_process(world, "one", "plain", 3, settings, text)
     first, second = two_processes(folder, "two", "plain", 3, settings, text=text)
     for wanted, *found in zip(alone, first, second, strict=True):
