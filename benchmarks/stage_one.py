@@ -125,7 +125,7 @@ def compare(
     weights = teacher.identity()["weights"]
 
     def stage_one() -> None:
-        assert sum(done.num_rows for done in run_shards(tasks, settings, weights, None)) == len(files)
+        assert sum(done.record.num_rows for done in run_shards(tasks, settings, weights, None)) == len(files)
 
     for warm in (forward, decode, stage_one):  # page cache, thread pools, imports
         warm()

@@ -80,7 +80,7 @@ def missing_shards(config: Config, layout: Layout, plan: dict[str, Any]) -> list
     Args:
         layout: the cache, or a version of it in the making: then a shard that has grown keeps the rows that it had.
     """
-    journal, tasks, crops = Journal(layout), [], Crops.read(plan.get("views"))
+    journal, tasks, crops = Journal(layout), [], Crops.read(plan.views)
     specs = planned_specs(plan)
     before = read_manifest(layout.base) if layout.under else None
 

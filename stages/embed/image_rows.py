@@ -4,7 +4,6 @@ Batches start at multiples of the batch size and are always full, the last one p
 depend on the shape of its batch, and so a shard comes out the same whether or not a run was interrupted before it.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...cache.disk.cores import usable_cores
 from ..devices import memory_errors_as
 from ..images.crops import Crop, Crops
 from ..images.decode import ImageError, decode_image
@@ -106,7 +106,7 @@ def embed_image_shard(
         torch.empty(num_views, batch_size, *teacher.image_size, 3, dtype=torch.uint8, pin_memory=on_gpu)
         for _ in range(min(in_flight, -(-len(keys) // batch_size)))
     )
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="decode") as pool:
 
         def prepare(first: int) -> Callable[[], Tensor]:
             buffer = buffers[0]

@@ -6,7 +6,6 @@ the resize itself does, and full colour would bring it a seventh nearer.
 """
 
 import io
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +16,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
+from ...cache.disk.cores import usable_cores
 from ...cache.disk.durable import digest
 from ...cache.errors import InputError
 from ...cache.reader.pixel_packs import PackWriter, writing_pack
@@ -145,7 +145,7 @@ def pack_shard(task: PackTask, source: ImageSource, images: Iterable[PackedImage
     Raises:
         SourceError: if an image that has an embedding is gone, unreadable or has changed.
     """
-    num_threads = workers or os.cpu_count() or 1
+    num_threads = workers or usable_cores()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="keep") as pool, open_pack(task) as pack:
         assert pack is not None
         upcoming = iter(images)

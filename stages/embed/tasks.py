@@ -1,4 +1,4 @@
-"""Stage one's unit of work, described: one shard to embed, and what is known once it is done. Nothing here loads torch."""
+"""One shard to embed, described, and what is known once it is done. Nothing here loads torch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -34,6 +34,8 @@ LISTING_BATCH = 256
 class ImageFolder(ImageSource):
     """Image files below a folder. A row's name, and its key, is the path below the folder."""
 
+    absent = "no such folder"
+
     def __init__(self, root: Path) -> None:
         """Nothing is looked for yet."""
         self.root, self.location = root, str(root)

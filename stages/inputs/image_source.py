@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,7 @@ class LabelledImage(FoundImage):
     class_id: str = ""
 
 
+@runtime_checkable
 class ImageSource(Protocol):
     """Encoded images. Derive from it, and implement `list` and `read`; the rest has defaults.
 
@@ -67,11 +68,13 @@ class ImageSource(Protocol):
         name: how a run's record names it; `files` for every source of original images.
         location: how messages name the source as a whole: a path or a URL. One from
             outside of the package that says none is named as in the config.
+        absent: what messages say of a source that is not at hand.
         columns: columns of the row table that a key is made of: the value itself of one column, a tuple of several.
     """
 
     name: str = FILES
     location: str = ""
+    absent: str = "not at hand"
     columns: tuple[str, ...] = ("source",)
 
     def at_hand(self) -> bool:
@@ -105,6 +108,12 @@ class ImageSource(Protocol):
     def locate(self, key: Any) -> str:
         """Where an image is, for messages: a path, or a row of a file."""
         return f"{self.location}: {key}"
+
+
+def require_at_hand(source: ImageSource, wanted: str) -> None:
+    """Raises InputError if a source cannot be read now; `wanted` says what for."""
+    if not source.at_hand():
+        raise InputError(f"{source.location}: {source.absent}; {wanted}")
 
 
 def label_images(source: ImageSource, class_ids: Collection[str]) -> list[LabelledImage]:

@@ -27,19 +27,13 @@ def open_source(source: str | Path | ImageSource) -> ImageSource:
 
 def _from_outside(spec: str) -> ImageSource:
     made = load_function(spec)()
-    lacking = [
-        name
-        for name in ("list", "read", "at_hand", "digest", "locate", "name", "location", "columns")
-        if not hasattr(made, name)
-    ]
-    if lacking:
+    if not isinstance(made, ImageSource):
         raise InputError(
-            f"{spec}: made {type(made).__name__}, which has no {lacking[0]!r}; wanted a "
+            f"{spec}: made a {type(made).__name__}; wanted an instance of a class that derives from "
             "dimefm.stages.inputs.image_source.ImageSource"
         )
-    source: ImageSource = made
-    source.location = source.location or spec
-    return source
+    made.location = made.location or spec
+    return made
 
 
 KINDS: tuple[tuple[Callable[[str], bool], Callable[[str], ImageSource]], ...] = (

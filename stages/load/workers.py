@@ -8,7 +8,6 @@ over however everything ends. They leave Ctrl-C and SIGTERM to the process that 
 
 import ctypes
 import multiprocessing
-import os
 import signal
 import sys
 import traceback
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...cache.disk.cores import usable_cores
 from ...cache.errors import DimefmError, InputError
 from ..counter_random import uniforms
 from ..images.crops import NUM_UNIFORMS
@@ -98,11 +98,6 @@ class _Work:
                 ) from error
             for kind, view in zip(slots[task.slot], views):
                 kind[task.first + i] = view
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ViewPool:

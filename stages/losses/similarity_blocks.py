@@ -113,6 +113,14 @@ class Cosines:
     factor: float
     log_weights: LogWeights | None = None
 
+    @property
+    def size(self) -> Shape:
+        return len(self.rows), len(self.columns)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.parts[0].device
+
     def block(self, rows: range, columns: range) -> Tensor:
         """(len(rows), len(columns)) logits, a tensor of the caller's own. Call it within `full_precision`."""
         logits = (self.factor * self.rows.take(rows)) @ self.columns.take(columns).T

@@ -12,7 +12,7 @@ from torch import nn
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import EvaluateSet, FeatureCache
 from ..devices import resolve_device
-from ..inputs.image_source import ImageSource
+from ..inputs.image_source import ImageSource, require_at_hand
 from ..inputs.open_source import open_source
 from .embedded_set import EmbeddedSet
 from .labelled_pictures import LabelledPictures
@@ -116,6 +116,4 @@ def labelled_set(cache: FeatureCache, name: str) -> EvaluateSet:
 
 def require_images(images_root: str | Path | ImageSource, name: str) -> None:
     """Raises InputError if the folder of a labelled set is missing."""
-    source = open_source(images_root)
-    if not source.at_hand():
-        raise InputError(f"{source.location}: no such folder; wanted the images of evaluate.{name}")
+    require_at_hand(open_source(images_root), f"wanted the images of evaluate.{name}")

@@ -1,6 +1,5 @@
 """The pictures of a labelled set as a student of one size sees them: decoded by threads, kept in memory if small."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms import Compose
 from torchvision.transforms.functional import pil_to_tensor
 
+from ...cache.disk.cores import usable_cores
 from ...cache.reader.feature_cache import EvaluateSet
 from ..images.decode import ImageError, decode_image
 from ..inputs.image_source import ImageSource, row_keys
@@ -51,7 +51,7 @@ class LabelledPictures:
         self._to_picture = Compose(to_picture)
         self._source = open_source(images_root)
         self._keys = row_keys(self._source, labelled.images.rows)(np.arange(len(labelled.images)))
-        self._workers = workers or os.cpu_count() or 1
+        self._workers = workers or usable_cores()
         usable = labelled.images.usable
         self._batches = [usable[start : start + batch_size].tolist() for start in range(0, len(usable), batch_size)]
         self._keep = len(usable) * 3 * image_size**2 <= keep_bytes

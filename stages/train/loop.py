@@ -9,7 +9,7 @@ import torch
 
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
-from ..inputs.image_source import FILES, ImageSource
+from ..inputs.image_source import FILES, ImageSource, require_at_hand
 from ..load.batches import Batch, BatchLoader, normalise
 from ..load.sentence_tokens import SentenceTokens
 from ..load.to_device import on_device
@@ -88,7 +88,7 @@ def _learn(
     tell: Note,
 ) -> Speed:
     """The loop over steps: each batch goes to every student that stands at its step."""
-    pixels.require()
+    require_at_hand(pixels, "stage two needs the images that stage one embedded")
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)  # students before these had a peak of their own
     if dev is not None:

@@ -9,6 +9,7 @@ from ....cache.audit.inventory import Piece
 from ....cache.disk.arrays import ArraySpec
 from ....cache.disk.layout import Layout
 from ....cache.version.journal import ShardRecord
+from ....cache.version.schema import Manifest, Plan
 from ...config.load import Config
 from ..live_teacher import LiveTeacher
 
@@ -30,9 +31,9 @@ class Damage:
     wrong_rows: Mapping[str, Runs] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, report: Report, manifest: Mapping[str, Any]) -> "Damage":
+    def of(cls, report: Report, manifest: Manifest) -> "Damage":
         """Sort what was found in a cache."""
-        listed = {finding.where for finding in report.findings if finding.where in manifest["files"]}
+        listed = {finding.where for finding in report.findings if finding.where in manifest.files}
         packs = {finding.where for finding in report.findings if finding.kind == "pixels"}
         files = frozenset(listed | packs)
         wrong_rows: dict[str, Runs] = {}
@@ -107,8 +108,8 @@ class RepairContext:
 
     layout: Layout
     staged: Layout
-    manifest: Mapping[str, Any]
-    plan: Mapping[str, Any]
+    manifest: Manifest
+    plan: Plan
     specs: Mapping[str, ArraySpec]
     pieces: Sequence[Piece]
     config: Config | None = None
@@ -118,9 +119,9 @@ class RepairContext:
     @property
     def shard_rows(self) -> int:
         """Rows of a shard."""
-        return int(self.plan["shard_rows"])
+        return self.plan.shard_rows
 
     @property
     def shares_rows(self) -> bool:
         """Whether the row tables are another cache's, which only that one may write."""
-        return "rows_of" in self.plan
+        return self.plan.rows_of is not None

@@ -20,6 +20,7 @@ from ....cache.disk.durable import digest, make_folder, to_json_line, write_byte
 from ....cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
 from ....cache.disk.row_tables import LOST, OK, RowTable, good_rows, restate_rows
 from ....cache.version.journal import Journal, ShardRecord, read_records
+from ....cache.version.schema import Plan
 from ....cache.version.versions import move_file
 from ....stages.images.crops import Crops
 from ....stages.images.decode import ImageError
@@ -48,7 +49,7 @@ def repair_shards(context: RepairContext, actions: Actions) -> ShardResults:
         assert context.live is not None
         tasks = [_task(context, context.live, piece, results.states) for piece in actions.embed]
         pieces = {(piece.array, piece.chunk): piece for piece in actions.embed}
-        weights = str(context.plan["teacher"]["weights"])
+        weights = context.plan.teacher.weights
         for done in run_shards(tasks, context.live.config.teacher, weights, None):
             piece = pieces[done.record.array, done.record.shard]
             if done.record.digest == piece.digest:
@@ -86,7 +87,7 @@ def keep_waiting(staged: Layout) -> dict[tuple[str, int], ShardRecord]:
     return waiting
 
 
-def is_source_at_hand(config: Config, plan: Mapping[str, Any], array: str) -> bool:
+def is_source_at_hand(config: Config, plan: Plan, array: str) -> bool:
     """Whether the sources of an array are there: images, or the classes and templates of a head."""
     if not array.endswith("/head"):
         return array == SENTENCES or image_source(config, array) is not None
@@ -94,7 +95,7 @@ def is_source_at_hand(config: Config, plan: Mapping[str, Any], array: str) -> bo
     settings = config.evaluate.get(name)
     if settings is None or not settings.classes.is_file():
         return False
-    return bool(classes_document(settings)["prompts"] == plan["inputs"]["evaluate"][name]["prompts"])
+    return bool(classes_document(settings)["prompts"] == plan.inputs.evaluate[name].prompts)
 
 
 class _Comparisons:
@@ -144,7 +145,7 @@ def _task(
         restate_rows(table, target, again, context.shard_rows)
         table = target
     kind: Literal["images", "sentences"] = "sentences" if piece.array == SENTENCES else "images"
-    crops = Crops.read(context.plan.get("views")) if piece.array == IMAGES else None
+    crops = Crops.read(context.plan.views) if piece.array == IMAGES else None
     source = image_source(live.config, piece.array)
     return ShardTask(kind, store, piece.array, spec, piece.chunk, table=table, source=source, crops=crops)
 

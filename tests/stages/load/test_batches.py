@@ -12,6 +12,7 @@ from dimefm.stages.counter_random import uniforms
 from dimefm.stages.images.crops import NUM_UNIFORMS
 from dimefm.stages.images.views import ViewMaker
 from dimefm.stages.inputs.image_folder import ImageFolder
+from dimefm.stages.inputs.image_source import require_at_hand
 from dimefm.stages.load.batches import BatchLoader, normalise
 from dimefm.stages.sample.order import BankStream, Stream
 from dimefm.stages.settings.distill import AugmentSettings
@@ -132,7 +133,7 @@ def test_no_thread_outlives_the_loader_even_after_an_error(tmp_path):
 
 def test_a_missing_folder_of_images_is_refused(world, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
-        ImageFolder(tmp_path / "absent").require()
+        require_at_hand(ImageFolder(tmp_path / "absent"), "wanted some")
 
 
 def test_normalising_is_torchvisions():

@@ -15,6 +15,7 @@ import pytest
 
 from dimefm.cache import InputError
 from dimefm.stages.inputs.image_folder import ImageFolder
+from dimefm.stages.inputs.image_source import row_keys
 
 from ...support.small_cache import make_cache
 from .test_batches import batches, equal, loader
@@ -147,7 +148,7 @@ def test_a_killed_trainer_leaves_no_process_and_no_shared_memory(training):
 
 def test_what_a_worker_gets_holds_nothing_of_the_row_table(world):
     files = ImageFolder(world[1])
-    (ticket,) = files.tickets(np.array([5]))
+    (key,) = row_keys(files, world[0].images.rows)(np.array([5]))
     copy = pickle.loads(pickle.dumps(files))
-    assert copy.read(ticket) == (world[1] / "005.jpg").read_bytes() and copy.where(ticket).endswith("images/005.jpg")
+    assert copy.read(key) == (world[1] / "005.jpg").read_bytes() and copy.locate(key).endswith("images/005.jpg")
     assert len(pickle.dumps(files)) < 500
