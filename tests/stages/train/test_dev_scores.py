@@ -321,10 +321,10 @@ def test_a_set_that_the_config_has_not_is_one_line_before_anything_loads(config,
     path = tmp_path / "run.toml"
     text = config.read_text()
     path.write_text(text.replace("evaluate_every = 1\n", 'evaluate_every = 1\nevaluate_on = "val"\n'))
-    with pytest.raises(InputError, match=r"distill\.evaluate_on = 'val': no such set, there is dev; name one of"):
+    with pytest.raises(InputError, match=r"distill\.evaluate_on: 'val': no such set, there is dev; name one of"):
         load_config(path)
     path.write_text(text.partition("[evaluate.dev]")[0])
-    with pytest.raises(InputError, match=r"distill\.evaluate_on = 'dev': no such set, there is none"):
+    with pytest.raises(InputError, match=r"distill\.evaluate_on: 'dev': no such set, there is none"):
         load_config(path)
     path.write_text(path.read_text().replace("evaluate_every = 1\n", ""))
     assert load_config(path).distill.evaluate_every == 0
