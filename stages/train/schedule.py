@@ -30,7 +30,7 @@ class Schedule:
         precision: `fp32`, `fp16` or `bf16`.
         logit_scale: number that multiplies cosines.
         resample: filter that makes views.
-        replay: which of the cache's crops are seen; None for crops of the student's own.
+        replay: which of the cache's crops are replayed; None for crops of the student's own.
         mean, std: (3,) float32 on the device, of pixels between 0 and 1.
     """
 
@@ -78,7 +78,7 @@ class Schedule:
 
     @property
     def views(self) -> dict[str, object]:
-        """What views the images are seen in, for the run's record."""
+        """Which views of the images are used, for the run's record."""
         return self.replay.document() if self.replay else {"policy": OWN}
 
     def view_makers(self, sizes: Sequence[int]) -> list[ViewMaker]:
