@@ -56,8 +56,8 @@ class Schedule:
         if settings.pairs.per_image and not wants_sentences:
             able = " or ".join(term.name for term in LOSS_TERMS if "others" in term.wants)
             raise InputError(
-                f"distill.pairs.per_image = {settings.pairs.per_image}, but no loss that is on looks at sentences and "
-                f"no text tower is trained; set it to 0 or give distill.loss.{able} a weight"
+                f"distill.pairs.per_image = {settings.pairs.per_image}, but nothing looks at sentences: "
+                f"distill.loss.{able} is off and no text tower is trained; set it to 0 or give {able} a weight"
             )
         self.texts = _texts(self.sentences, settings) if trains_text and self.sentences is not None else None
         wants_bank = settings.bank_images and (wanting(losses, "bank") or (trains_text and wanting(losses, "others")))
