@@ -68,7 +68,7 @@ class DevScores:
             record: its run's.
 
         Returns:
-            `step`, `set`, `weights` (`ema` or `model`) and what `student_scores` says.
+            `step`, `set`, `weights` (`ema` or `model`) and the scores of `student_scores`.
         """
         weights, state = student.chosen_weights()
         model, text = self._copy(record)

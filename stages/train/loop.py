@@ -24,7 +24,7 @@ from .student_run import Note, Run, StudentRun, TrainResult
 from .targets import Targets
 
 Progress = Callable[[int, int, str], None]
-"""Told after every step: images done, images of the whole run, how it goes."""
+"""Called after every step with images done, images of the whole run, and a line of losses and scores."""
 
 
 STEPS_TO_WARM_UP = 3
@@ -146,7 +146,7 @@ def _learn(
 
 
 class _Loop:
-    """What a step does, and what is counted over steps."""
+    """One training step after the other, and what is measured over them."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class _Loop:
         self.stopped = self._vote.cast(stop.asked)
         if self._progress is not None:
             total = schedule.total_steps * settings.batch_images
-            self._progress(step * settings.batch_images, total, self._how_it_goes())
+            self._progress(step * settings.batch_images, total, self._status())
         for one in here:
             if step % settings.checkpoint_every == 0 or step == one.end_step or self.stopped:
                 one.save()
@@ -206,7 +206,7 @@ class _Loop:
         for meter in {self._meter, self._after_warm_up, self.whole}:
             meter.leave_out(time.perf_counter() - began)
 
-    def _how_it_goes(self) -> str:
+    def _status(self) -> str:
         scores = [(one, one.last_score) for one in self._training if one.last_score is not None]
         shown = ", ".join(self._of(one, f"{100 * of['student_top1']:.1f} %") for one, of in scores)
         scored = f"{scores[0][1]['set']} {shown}" if scores else ""

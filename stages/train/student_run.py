@@ -30,7 +30,7 @@ BAD_STEP = "not_finite.json"
 """In a run's folder: the step whose loss was not a finite number, and its rows; of a text tower its texts' too."""
 
 Note = Callable[[str], None]
-"""Told what the person should know, one line each."""
+"""Called with each line that the user should read."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class TrainResult:
 
 
 class StudentRun:
-    """A run in the making: its student, its files, and how it fares.
+    """A student in training with the files of its run.
 
     Attributes:
         student: what learns.
@@ -119,7 +119,7 @@ class StudentRun:
         self.path, self.loss = run.folder / CHECKPOINT, math.nan
         self._log: MetricsLog | None = None
         self._best: BestWeights | None = None
-        goes_on = _all_see(self.path, world)
+        goes_on = _checkpoint_exists(self.path, world)
         width = cache.images.embeddings.shape[-1]
         self.student = Student(
             run.student, settings, width, world, schedule.precision, schedule.logit_scale, fresh=not goes_on
@@ -194,7 +194,9 @@ class StudentRun:
         if self._log is not None and self._best is not None:
             scores = dev.score(self.student, self._record)
             is_best = self._best.offer(scores, *self.student.chosen_weights())
-            self._log.write_scores({**scores, "best": is_best})  # after the weights: a line never says too much
+            self._log.write_scores(
+                {**scores, "best": is_best}
+            )  # after the weights: a line never names weights that are not there
         self._world.wait_for_first()
 
     def save(self) -> None:
@@ -258,17 +260,17 @@ def is_finished(folder: Path) -> bool:
     return path.exists() and load_checkpoint(path)["step"] >= read_run_record(folder)["total_steps"]
 
 
-def _all_see(path: Path, world: World) -> bool:
+def _checkpoint_exists(path: Path, world: World) -> bool:
     """Whether a run goes on: what the first process sees counts, and the others must see the same.
 
     Raises:
         InputError: in every process, if one sees another folder.
     """
-    seen = world.gather_objects(path.exists())
-    if len(set(seen)) > 1:
-        odd = next(rank for rank, one in enumerate(seen) if one != seen[0])
+    exists = world.gather_objects(path.exists())
+    if len(set(exists)) > 1:
+        odd = next(rank for rank, one in enumerate(exists) if one != exists[0])
         raise InputError(
             f"{path.parent}: process {odd} does not see what process 0 sees there; distill.output must be the same "
             "folder for all of them"
         )
-    return bool(seen[0])
+    return bool(exists[0])
