@@ -96,7 +96,7 @@ def test_a_config_brings_a_score_that_its_runs_did_not_have(config):
 )
 def test_a_score_that_is_not_there_is_refused_with_the_config(config, spec, wanted):
     config.write_text(config.read_text().replace("my_scores:spread", spec))
-    with pytest.raises(InputError, match=rf"evaluate\.dev\.scores: .*{wanted}"):
+    with pytest.raises(InputError, match=rf"evaluate\.dev\.scores\.0: .*{wanted}"):
         load_config(config)
 
 
