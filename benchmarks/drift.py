@@ -24,7 +24,8 @@ from dimefm.stages.images.crops import Crops, resample_filter
 from dimefm.stages.images.views import ViewMaker, make_views
 from dimefm.stages.inputs.image_source import row_keys
 from dimefm.stages.inputs.open_source import open_source
-from dimefm.stages.models.open_clip_teacher import Teacher, load_teacher
+from dimefm.stages.models.load_teacher import load_teacher
+from dimefm.stages.models.teacher import Teacher
 
 LIMIT = 0.9999
 

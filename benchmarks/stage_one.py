@@ -32,7 +32,7 @@ from dimefm.pipeline.stage_one.cluster import TEACHERS, run_shards
 from dimefm.stages.devices import resolve_device
 from dimefm.stages.embed.tasks import ShardTask
 from dimefm.stages.inputs.image_folder import ImageFolder, read_image
-from dimefm.stages.models.open_clip_teacher import Teacher, load_teacher
+from dimefm.stages.models.open_clip_teacher import OpenClipTeacher, load_open_clip_teacher
 from dimefm.stages.settings.models import TeacherSettings
 
 
@@ -80,7 +80,7 @@ def main() -> None:
             batch_size=options.batch_size,
             device=options.device,
         )
-        teacher = load_teacher(settings, resolve_device(options.device))
+        teacher = load_open_clip_teacher(settings, resolve_device(options.device))
         files = [root / f"{i:05d}.jpg" for i in range(options.images)]
         for seed, path in enumerate(files):
             write_photo(path, seed)
@@ -90,7 +90,11 @@ def main() -> None:
 
 
 def compare(
-    root: Path, files: list[Path], settings: TeacherSettings, teacher: Teacher, options: argparse.Namespace
+    root: Path,
+    files: list[Path],
+    settings: TeacherSettings,
+    teacher: OpenClipTeacher,
+    options: argparse.Namespace,
 ) -> list[float]:
     """Run the three in turn and print what each takes."""
     workers = os.cpu_count() or 1

@@ -61,7 +61,7 @@ def inspect_cache(cache: FeatureCache, seed: int = 0) -> dict[str, Any]:
         "index": {side: info.to_dict() for side, info in manifest.index.items()},
         "pairs": manifest.pairs and manifest.pairs.to_dict(),
         "pixels": _pixels(cache, manifest),
-        "views": cache.crops,
+        "views": cache.crops and cache.crops.to_dict(),
         "transductive": cache.transductive,
         "similarity": similarity(cache, pairs, np.random.default_rng(seed)),
         "hubs": {

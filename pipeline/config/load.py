@@ -195,7 +195,7 @@ def _check_evaluate_on(config: Config, path: Path) -> None:
 
 def _check_architectures(config: Config, path: Path) -> None:
     """Names of open_clip architectures, against the files beside its code: importing it would load torch."""
-    wanted = [("teacher.model", config.teacher.model)]
+    wanted = [] if config.teacher.is_from_outside else [("teacher.model", config.teacher.model)]
     wanted += [
         (f"student.{name}.model", student.model.removeprefix("open_clip:"))
         for name, student in config.student.items()

@@ -27,7 +27,7 @@ from .kept_packs import image_sizes, pack_bytes, pack_task
 from .pseudo_pairs import retrieval_bytes
 
 if TYPE_CHECKING:
-    from ...stages.models.open_clip_teacher import Teacher
+    from ...stages.models.teacher import Teacher
 
 _SPENT = ("read", "decode", "keep", "infer", "wait", "write")
 
@@ -36,7 +36,7 @@ _SPENT = ("read", "decode", "keep", "infer", "wait", "write")
 def teacher_at_hand(config: Config) -> Iterator["Teacher"]:
     """Load the config's teacher, for the caller and for the shards that are embedded meanwhile."""
     from ...stages.devices import resolve_device
-    from ...stages.models.open_clip_teacher import load_teacher
+    from ...stages.models.load_teacher import load_teacher
     from .cluster import TEACHERS
 
     say(f"loading the teacher {config.teacher.model} / {config.teacher.pretrained}")
@@ -80,7 +80,7 @@ def missing_shards(config: Config, layout: Layout, plan: dict[str, Any]) -> list
     Args:
         layout: the cache, or a version of it in the making: then a shard that has grown keeps the rows that it had.
     """
-    journal, tasks, crops = Journal(layout), [], Crops.read(plan.get("views"))
+    journal, tasks, crops = Journal(layout), [], Crops.read(plan.views)
     specs = planned_specs(plan)
     before = read_manifest(layout.base) if layout.under else None
 

@@ -24,8 +24,7 @@ from ..devices import memory_errors_as
 from ..images.crops import Crop, Crops
 from ..images.decode import ImageError, decode_image
 from ..inputs.image_source import ImageSource
-from ..models.open_clip_teacher import Teacher
-from ..models.teacher import out_of_memory
+from ..models.teacher import ImageTeacher, out_of_memory
 from .pack_pixels import ShardPack, make_small
 from .tasks import PackTask
 
@@ -71,7 +70,7 @@ class RowCrops:
 
 
 def embed_image_shard(
-    teacher: Teacher,
+    teacher: ImageTeacher,
     source: ImageSource,
     keys: Sequence[Any | None],
     batch_size: int,
@@ -198,7 +197,7 @@ class _Loaded:
 
 
 def _load(
-    teacher: Teacher,
+    teacher: ImageTeacher,
     source: ImageSource,
     key: Any | None,
     pixels: NDArray[np.uint8],
@@ -233,7 +232,7 @@ def _load(
 
 
 def run_batches(
-    teacher: Teacher,
+    teacher: ImageTeacher,
     firsts: range,
     prepare: Prepare,
     encode: Callable[[Tensor], Tensor],

@@ -10,7 +10,7 @@ from ...cache.disk.arrays import first_rows, write_chunk
 from ...cache.disk.row_tables import OK, RowTable
 from ...cache.version.journal import ShardRecord
 from ..inputs.image_source import keys_of
-from ..models.open_clip_teacher import Teacher
+from ..models.teacher import Teacher
 from ..settings.models import TeacherSettings
 from .image_rows import RowCrops, ShardResult, embed_image_shard
 from .pack_pixels import open_pack

@@ -1,5 +1,6 @@
 """Training as tests want it: one student in one process, its images in a folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ def train_one(
             options["dev"] = DevScores(cache, settings.evaluate_on, folder, world.device, workers=1, prompts=prompts)
         (result,) = train(cache, source, [Run("own", student, run_dir)], settings, world, **options)
     return result
+
+
+def lines_of(run_dir: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The lines of a run's log, without what no run repeats."""
+    read = [json.loads(line) for line in (run_dir / file).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read]
 
 
 def gradients_of(student: Student) -> dict[str, torch.Tensor]:

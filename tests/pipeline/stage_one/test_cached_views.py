@@ -22,7 +22,7 @@ from dimefm.stages.images.decode import decode_image
 from dimefm.stages.images.views import ViewMaker, make_views
 from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.load.batches import BatchLoader
-from dimefm.stages.models.open_clip_teacher import load_teacher
+from dimefm.stages.models.load_teacher import load_teacher
 from dimefm.stages.sample.order import Draw, Share, Stream
 from dimefm.stages.sample.replay import OWN, Replay, Replayed, choose_replay
 from dimefm.stages.settings.cache import CropSettings

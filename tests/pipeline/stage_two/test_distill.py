@@ -20,12 +20,12 @@ from ...support.worlds import make_world
 
 WITHOUT_TEACHER = """
 import socket, sys
-import dimefm.stages.models.open_clip_teacher
+import dimefm.stages.models.load_teacher
 
 def refuse(*arguments, **options):
     raise AssertionError("a teacher was loaded, or the network was asked")
 
-dimefm.stages.models.open_clip_teacher.load_teacher = refuse
+dimefm.stages.models.load_teacher.load_teacher = refuse
 socket.socket.connect = refuse
 import torch
 torch.set_num_threads(1)

@@ -13,7 +13,8 @@ from dimefm.cache import InputError
 from dimefm.stages.embed.image_rows import ShardResult, embed_image_shard
 from dimefm.stages.embed.sentence_rows import class_head, embed_sentence_shard
 from dimefm.stages.inputs.image_folder import ImageFolder, read_image
-from dimefm.stages.models.open_clip_teacher import Teacher, load_teacher
+from dimefm.stages.models.load_teacher import load_teacher
+from dimefm.stages.models.open_clip_teacher import OpenClipTeacher as Teacher
 from dimefm.stages.settings.models import TeacherSettings
 
 BATCH = 4

@@ -18,7 +18,7 @@ from dimefm.stages.embed.pack_pixels import PackedImage, SourceError, make_small
 from dimefm.stages.embed.tasks import PackTask
 from dimefm.stages.images.decode import decode_image
 from dimefm.stages.inputs.image_folder import ImageFolder
-from dimefm.stages.models.open_clip_teacher import load_teacher
+from dimefm.stages.models.load_teacher import load_teacher
 from dimefm.stages.settings.models import TeacherSettings
 
 from ...support.paths import ROOT

@@ -11,7 +11,7 @@ import xxhash
 from PIL import Image
 
 import dimefm.stages.embed.pack_pixels
-import dimefm.stages.models.open_clip_teacher
+import dimefm.stages.models.load_teacher
 from dimefm.cache import CacheError, DimefmError, FeatureCache, InputError
 from dimefm.cache.disk.layout import Layout
 from dimefm.cache.version.manifest import file_entry, read_manifest, write_manifest
@@ -92,7 +92,7 @@ def no_teacher(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a teacher was loaded")
 
-    monkeypatch.setattr(dimefm.stages.models.open_clip_teacher, "load_teacher", refuse)
+    monkeypatch.setattr(dimefm.stages.models.load_teacher, "load_teacher", refuse)
 
 
 def flip(path):

@@ -24,13 +24,13 @@ TRAINING = """
 import signal, sys, time
 from pathlib import Path
 from PIL import Image
-from dimefm.cache.feature_cache import FeatureCache
-from dimefm.stages.augment import ViewMaker
-from dimefm.stages.batches import BatchLoader
-from dimefm.stages.interrupt import StopSignals
-from dimefm.stages.order import Stream
+from dimefm.cache.reader.feature_cache import FeatureCache
+from dimefm.stages.images.views import ViewMaker
+from dimefm.stages.load.batches import BatchLoader
+from dimefm.stages.train.interrupt import StopSignals
+from dimefm.stages.sample.order import Stream
 from dimefm.stages.inputs.image_folder import ImageFolder
-from dimefm.stages.distill_settings import AugmentSettings
+from dimefm.stages.settings.distill import AugmentSettings
 
 folder = Path(sys.argv[1])
 images = FeatureCache.open(folder / "cache").images

@@ -39,7 +39,7 @@ from dimefm.stages.train.student_run import Run
 from ...support.commands import refused, run_dimefm
 from ...support.scoring import evaluate_student
 from ...support.small_cache import TEACHER, text_config
-from ...support.training import PROMPTS, TIMES, train_one, weights_of
+from ...support.training import PROMPTS, lines_of, train_one, weights_of
 from ...support.worlds import make_world
 
 STUDENT = StudentSettings(model="own_students:with_dropout", image_size=8)
@@ -69,8 +69,7 @@ def changed(**keys):
 
 
 def lines(world, run="run", file="scores.jsonl"):
-    text = (world[1] / run / file).read_text()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text.splitlines()]
+    return lines_of(world[1] / run, file)
 
 
 def same(first, second):

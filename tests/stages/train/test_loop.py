@@ -24,7 +24,7 @@ from dimefm.stages.train.interrupt import Interrupted, StopSignals
 
 from ...support.paths import ROOT
 from ...support.small_cache import make_cache
-from ...support.training import TIMES, train_one, weights_of
+from ...support.training import TIMES, lines_of, train_one, weights_of
 
 STUDENT = StudentSettings(model="own_students:with_dropout", image_size=8)
 SETTINGS = DistillSettings(
@@ -66,9 +66,7 @@ def train(world, run="run", settings=SETTINGS, student=STUDENT, **options):
 
 
 def lines(world, run="run"):
-    """The metrics of a run, without the times."""
-    text = (world[1] / run / "metrics.jsonl").read_text()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text.splitlines()]
+    return lines_of(world[1] / run)
 
 
 def weights(world, run="run"):

@@ -1,7 +1,5 @@
 """Several students, one stream of batches: each ends with the weights that it gets alone."""
 
-import json
-
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ from dimefm.stages.train.loop import train
 from dimefm.stages.train.processes import open_world
 from dimefm.stages.train.student_run import Run
 
-from ...support.training import TIMES, weights_of
+from ...support.training import lines_of, weights_of
 
 SETTINGS = DistillSettings(
     epochs=2,
@@ -42,15 +40,10 @@ def train_some(world, names, output, settings=SETTINGS, students=STUDENTS, **opt
         return train(cache, ImageFolder(folder / "images"), runs, settings, processes, **options)
 
 
-def metrics(world, output, name):
-    lines = (world[1] / output / name / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
-
-
 def assert_same(world, name, first="alone", second="together"):
     before, after = (weights_of(world[1] / output / name) for output in (first, second))
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert metrics(world, first, name) == metrics(world, second, name)
+    assert lines_of(world[1] / first / name) == lines_of(world[1] / second / name)
 
 
 def test_students_that_learn_together_are_those_that_learned_alone(world):
