@@ -13,10 +13,10 @@ from dimefm.stages.models.image_student import build_student
 from dimefm.stages.run_folder.checkpoint import save_checkpoint
 from dimefm.stages.run_folder.load_student import load_student
 from dimefm.stages.run_folder.run_record import write_run_record
-from dimefm.stages.score.embed_set import evaluate_student
 from dimefm.stages.settings.distill import DistillSettings
 from dimefm.stages.settings.models import StudentSettings
 
+from ...support.scoring import evaluate_student
 from ...support.small_cache import STUDENTS, TEACHER, make_cache
 from ...support.training import train_one
 
