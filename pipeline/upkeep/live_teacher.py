@@ -1,6 +1,5 @@
 """The live teacher against what a cache holds: the same rows embedded again, and the cosine of old and new."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -15,6 +14,8 @@ from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
 from ...cache.disk.row_tables import OK, RowTable
 from ...cache.errors import InputError
 from ...cache.version.plan_file import first_difference
+from ...cache.version.schema import Plan
+from ...stages.images.crops import Crops
 from ...stages.inputs.image_source import ImageSource, row_keys
 from ...stages.inputs.open_source import open_source
 from ..config.load import Config
@@ -38,14 +39,20 @@ def image_source(config: Config, array: str) -> ImageSource | None:
     return source if source.at_hand() else None
 
 
-def require_loaded_teacher(root: Path, plan: Mapping[str, Any], teacher: "Teacher") -> None:
+def crops_of(plan: Plan, array: str) -> Crops | None:
+    """The crops of an array's images; None where it holds the centre alone."""
+    return Crops.read(plan.views.to_dict()) if plan.views and array == IMAGES else None
+
+
+def require_loaded_teacher(root: Path, plan: Plan, teacher: "Teacher") -> None:
     """Refuse a loaded teacher that did not make the cache; library versions may differ.
 
     Raises:
         InputError: naming what differs.
     """
     live = {key: value for key, value in teacher.identity().items() if key != "libraries"}
-    difference = first_difference({key: plan["teacher"].get(key) for key in live}, live, "teacher")
+    made_with = plan.teacher.to_dict()
+    difference = first_difference({key: made_with.get(key) for key in live}, live, "teacher")
     if difference:
         key, there, here = difference
         raise InputError(f"{root}: made with {key} = {there}, the config's teacher has {here}; wanted the same teacher")
@@ -62,7 +69,7 @@ class LiveTeacher:
 
     config: Config
     layout: Layout
-    plan: Mapping[str, Any]
+    plan: Plan
     teacher: "Teacher"
 
     def embed(self, array: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float16], list[str | None]]:
@@ -73,7 +80,6 @@ class LiveTeacher:
         """
         from ...stages.embed.image_rows import RowCrops, embed_image_shard
         from ...stages.embed.sentence_rows import embed_sentence_shard
-        from ...stages.images.crops import Crops
 
         table, settings = RowTable(table_of(self.layout, array)), self.config.teacher
         if array == SENTENCES:
@@ -82,7 +88,7 @@ class LiveTeacher:
             source = image_source(self.config, array)
             assert source is not None
             keys = row_keys(source, table)(rows)
-            crops = Crops.read(self.plan.get("views")) if array == IMAGES else None
+            crops = crops_of(self.plan, array)
             row_crops = RowCrops(crops, rows) if crops else None
             done = embed_image_shard(
                 self.teacher, source, keys, settings.batch_size, settings.workers, Lock(), None, row_crops
@@ -102,7 +108,7 @@ class LiveTeacher:
         """
         status = RowTable(table_of(self.layout, array), num_rows).column("status").to_pylist()
         good = np.array([row for row, value in enumerate(status) if value == OK], dtype=np.int64)
-        good = good[~np.isin(good // self.plan["shard_rows"], damaged)]
+        good = good[~np.isin(good // self.plan.shard_rows, damaged)]
         if not good.size or (array != SENTENCES and image_source(self.config, array) is None):
             return {"rows": 0, "cosine": None, "unreadable": [], "differ": []}
         rows = np.sort(np.random.default_rng(seed).choice(good, min(SAMPLE_ROWS, len(good)), replace=False))
@@ -123,7 +129,7 @@ class LiveTeacher:
 
     def _stored(self, array: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Cached embeddings of ascending rows, from the chunks that have them: others may be missing."""
-        store, chunk_rows = self.layout.base.teacher_zarr, self.plan["shard_rows"]
+        store, chunk_rows = self.layout.base.teacher_zarr, self.plan.shard_rows
         spec = read_spec(store, array)
         parts = [
             read_chunk(store, array, spec, int(chunk))[rows[rows // chunk_rows == chunk] % chunk_rows]

@@ -120,10 +120,10 @@ def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str
     with teacher_at_hand(config) as teacher:
         require_loaded_teacher(layout.root, trusted.plan, teacher)
         live = LiveTeacher(config, trusted.layout, trusted.plan, teacher)
-        for array, entry in trusted.manifest["arrays"].items():
+        for array, entry in trusted.manifest.arrays.items():
             if layout.name_of(table_of(layout, array)) in report.files or "teacher.zarr/zarr.json" in report.files:
                 continue
-            item = live.compare(array, entry["rows"], damaged_chunks(report, array), seed=time.time_ns())
+            item = live.compare(array, entry.rows, damaged_chunks(report, array), seed=time.time_ns())
             compared[array] = item
             if item["differ"]:
                 least = item["cosine"]["least"]
@@ -139,7 +139,7 @@ def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str
 
 def _against_sources(config: Config, layout: Layout) -> dict[str, Any]:
     trusted = read_trusted(layout, Report())
-    arrays = trusted.manifest["arrays"]
+    arrays = trusted.manifest.arrays
     found = {"images": _images(open_source(config.images.source), trusted, IMAGES, "images.source")}
     for name, settings in sorted(config.evaluate.items()):
         array = f"evaluate/{name}/images/embedding"
@@ -154,7 +154,7 @@ def _images(source: ImageSource, trusted: Trusted, array: str, key: str) -> dict
 
     if not source.at_hand():
         raise InputError(f"{key}: {source.location} is not at hand; mount it, or give --config CONFIG")
-    table = RowTable(table_of(trusted.layout, array), trusted.manifest["arrays"][array]["rows"])
+    table = RowTable(table_of(trusted.layout, array), trusted.manifest.arrays[array].rows)
     changes = compare_images(source, table)
     rows = {kind: [list(run) for run in runs_of(sorted(getattr(changes, kind)))] for kind in ("changed", "gone")}
     notes = changes.notes(key)
@@ -167,7 +167,7 @@ def _images(source: ImageSource, trusted: Trusted, array: str, key: str) -> dict
 def _sentences(config: Config, trusted: Trusted) -> dict[str, Any]:
     from ..stage_one.source_changes import compare_sentences
 
-    table = RowTable(table_of(trusted.layout, SENTENCES), trusted.manifest["arrays"][SENTENCES]["rows"])
+    table = RowTable(table_of(trusted.layout, SENTENCES), trusted.manifest.arrays[SENTENCES].rows)
     changes = compare_sentences(config.sentences.source, trusted.plan, table)
     rows = {kind: [list(run) for run in runs_of(sorted(getattr(changes, kind)))] for kind in ("changed", "gone")}
     return {"counts": changes.counts(), "rows": rows, "notes": changes.notes}

@@ -2,13 +2,13 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ....cache.audit.findings import BYTES, Finding, Report, Runs
 from ....cache.audit.inventory import Piece
 from ....cache.disk.arrays import ArraySpec
 from ....cache.disk.layout import Layout
 from ....cache.version.journal import ShardRecord
+from ....cache.version.schema import Manifest, Origin, Plan
 from ...config.load import Config
 from ..live_teacher import LiveTeacher
 
@@ -30,9 +30,9 @@ class Damage:
     wrong_rows: Mapping[str, Runs] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, report: Report, manifest: Mapping[str, Any]) -> "Damage":
+    def of(cls, report: Report, manifest: Manifest) -> "Damage":
         """Sort what was found in a cache."""
-        listed = {finding.where for finding in report.findings if finding.where in manifest["files"]}
+        listed = {finding.where for finding in report.findings if finding.where in manifest.files}
         packs = {finding.where for finding in report.findings if finding.kind == "pixels"}
         files = frozenset(listed | packs)
         wrong_rows: dict[str, Runs] = {}
@@ -86,7 +86,7 @@ class ShardResults:
     """
 
     same: list[str] = field(default_factory=list)
-    changed: list[tuple[Piece, ShardRecord, dict[str, Any]]] = field(default_factory=list)
+    changed: list[tuple[Piece, ShardRecord, Origin]] = field(default_factory=list)
     states: dict[str, dict[int, str | None]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
@@ -107,8 +107,8 @@ class RepairContext:
 
     layout: Layout
     staged: Layout
-    manifest: Mapping[str, Any]
-    plan: Mapping[str, Any]
+    manifest: Manifest
+    plan: Plan
     specs: Mapping[str, ArraySpec]
     pieces: Sequence[Piece]
     config: Config | None = None
@@ -118,9 +118,9 @@ class RepairContext:
     @property
     def shard_rows(self) -> int:
         """Rows of a shard."""
-        return int(self.plan["shard_rows"])
+        return self.plan.shard_rows
 
     @property
     def shares_rows(self) -> bool:
         """Whether the row tables are another cache's, which only that one may write."""
-        return "rows_of" in self.plan
+        return self.plan.rows_of is not None

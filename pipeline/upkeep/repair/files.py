@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,7 @@ from ....cache.version.manifest import (
     trusted_copy,
     vouched_digests,
 )
-from ....cache.version.schema import Plan, refuse_newer
+from ....cache.version.schema import Inputs, Manifest, Plan, refuse_newer
 from ....cache.version.spares import put_back, spare_manifests
 from ....cache.version.versions import move_file
 from ...config.remembered import config_of
@@ -109,17 +108,17 @@ def list_tables_again(context: RepairContext, names: Collection[str]) -> dict[st
         other times, say) waits in `mend/`.
     """
     layout, plan = context.layout, context.plan
-    if context.config is None or not names or "grown" in plan or context.shares_rows:
+    if context.config is None or not names or plan.grown or context.shares_rows:
         return {}
     scratch, done = Layout(context.staged.root / "sources"), {}
     try:
-        found = freeze_inputs(context.config, scratch)
+        found = Inputs.model_validate(freeze_inputs(context.config, scratch))
     except (InputError, CacheError):
         return {}
-    inputs, journal = plan["inputs"], Journal(layout)
-    same = {IMAGES: found["images"] == inputs["images"], SENTENCES: found["sentences"] == inputs["sentences"]}
-    for name, item in inputs["evaluate"].items():
-        same[evaluate_images(name)] = found["evaluate"].get(name) == item
+    inputs, journal = plan.inputs, Journal(layout)
+    same = {IMAGES: found.images == inputs.images, SENTENCES: found.sentences == inputs.sentences}
+    for name, item in inputs.evaluate.items():
+        same[evaluate_images(name)] = found.evaluate.get(name) == item
     for array in (array for array, is_same in same.items() if is_same):
         name = layout.name_of(table_of(layout, array))
         if name not in names:
@@ -131,7 +130,7 @@ def list_tables_again(context: RepairContext, names: Collection[str]) -> dict[st
             for row, reason in record.failures
         }
         mark_failures(made, failures, context.shard_rows)
-        is_equal = file_entry(made) == context.manifest["files"].get(name)
+        is_equal = file_entry(made) == context.manifest.files.get(name)
         move_file(made, (layout if is_equal else context.staged).root / name)
         what = "the same bytes" if is_equal else "the same rows, other sizes or times"
         done[name] = f"listed again from the sources: {what}"
@@ -163,9 +162,7 @@ def restore_known_bytes(layout: Layout, piece: Piece, spec: ArraySpec) -> bool:
     return True
 
 
-def settle_journal(
-    layout: Layout, manifest: Mapping[str, Any], pieces: list[Piece], specs: Mapping[str, ArraySpec]
-) -> bool:
+def settle_journal(layout: Layout, manifest: Manifest, pieces: list[Piece], specs: Mapping[str, ArraySpec]) -> bool:
     """Make the journal agree with the manifest: the next version takes its checksums from there.
 
     Returns:
@@ -182,7 +179,7 @@ def settle_journal(
         if record is not None and record.digest == piece.digest:
             continue
         failures: tuple[tuple[int, str], ...] = ()
-        if piece.content == "embeddings" and piece.array in manifest["arrays"]:
+        if piece.content == "embeddings" and piece.array in manifest.arrays:
             failures = _failures(layout, piece)
         num_rows = piece.num_rows if piece.content != "head" else specs[piece.array].shape[0]
         journal.add(ShardRecord(*key, num_rows, piece.digest, failures), {})
@@ -196,14 +193,14 @@ def _failures(layout: Layout, piece: Piece) -> tuple[tuple[int, str], ...]:
     return tuple((row, str(reason)) for row, (status, reason) in enumerate(both) if status == FAILED)
 
 
-def lost_rows(layout: Layout, manifest: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+def lost_rows(layout: Layout, manifest: Manifest) -> dict[str, dict[int, str]]:
     """For each array, rows that a repair of this cache gave up, and why; none of a table that cannot be read."""
     failed: dict[str, dict[int, str]] = {}
     with suppress(OSError, ValueError):
         failed = {array: dict(rows) for array, rows in read_own_failures(layout.own_failures).items()}
-    for array, entry in manifest["arrays"].items() if not layout.shares_rows else ():
+    for array, entry in manifest.arrays.items() if not layout.shares_rows else ():
         with suppress(CacheError, OSError, ValueError):
-            columns = RowTable(table_of(layout, array), entry["rows"]).columns("status", "reason")
+            columns = RowTable(table_of(layout, array), entry.rows).columns("status", "reason")
             bad = np.flatnonzero(~good_rows(columns, shared=False))
             reasons = columns["reason"].take(pa.array(bad)).to_pylist()
             failed[array] = dict(zip(bad.tolist(), map(str, reasons), strict=True))

@@ -53,12 +53,10 @@ def repair(folder: Path, config: Path | None = None) -> dict[str, Any]:
         manifest = read_manifest(layout)
         assert manifest is not None
         for name, how in outcome.mended.items():
-            append_line(
-                layout.root / "log" / "repairs.jsonl", {"file": name, "how": how, "version": manifest["version"]}
-            )
+            append_line(layout.root / "log" / "repairs.jsonl", {"file": name, "how": how, "version": manifest.version})
     return {
         "cache": str(folder),
-        "version": manifest["version"],
+        "version": manifest.version,
         "found": found,
         "mended": outcome.mended,
         "lost": {array: [list(run) for run in runs] for array, runs in outcome.lost.items()},

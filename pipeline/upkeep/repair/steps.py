@@ -44,15 +44,15 @@ def repair_cache(layout: Layout, report: Report, outcome: Outcome, config_path: 
         if finding.kind in ("extra", "leftover"):
             mended[finding.where] = move_away(layout, finding.where)
     for name in sorted(filter(has_spare, damage.unreliable)):
-        if put_back(layout, name, manifest["files"][name]["digest"]):
+        if put_back(layout, name, manifest.files[name].digest):
             mended[name] = "put back from its spare copy"
     damage = damage.but(mended)
-    if str(manifest.get("plan_file", "plan.json")) in damage.files:
+    if manifest.plan_file in damage.files:
         outcome.leave(damage, damage.files, "the plan and its spare copy are lost; restore it from a backup")
         return
     plan = read_plan(layout)
     assert plan is not None
-    specs, shard_rows = planned_specs(plan), plan["shard_rows"]
+    specs, shard_rows = planned_specs(plan), plan.shard_rows
     wanted = [*pieces(manifest, shard_rows), *unlisted_packs(manifest, shard_rows)]
     for piece in wanted:
         is_candidate = piece.is_teachers and piece.name in damage.unreliable
@@ -136,6 +136,6 @@ def _apply(context: RepairContext, actions: Actions, damage: Damage, outcome: Ou
 
 def _written(context: RepairContext, names: list[str], how: str) -> dict[str, str]:
     """Files that were written again, and whether they have the manifest's bytes."""
-    root, files = context.layout.root, context.manifest["files"]
+    root, files = context.layout.root, context.manifest.files
     there = [name for name in names if (root / name).exists()]
     return {name: f"{how}: {'the same' if file_entry(root / name) == files[name] else 'other'} bytes" for name in there}
