@@ -1,12 +1,11 @@
 """`dimefm cache append`: new images, sentences and evaluation sets join a finished cache; nothing is embedded twice.
 
-All of it happens in `next/` until it is complete (cache/version/versions.py), so the version in force stays whole and
-readers of it go on. An append that was killed goes on with the list that it began with.
+The next version is made in `next/` (cache/version/versions.py), so the version in force stays whole and its readers are
+not disturbed. An append that was killed goes on with the list of new rows that it began with.
 """
 
 import time
 from pathlib import Path
-from typing import Any
 
 from ...cache.disk.arrays import declare_arrays
 from ...cache.disk.layout import Layout
@@ -15,7 +14,7 @@ from ...cache.reader.pixel_packs import kept_setting
 from ...cache.version.lock import writer_lock
 from ...cache.version.manifest import read_manifest
 from ...cache.version.plan_file import identity, read_plan, require_same, write_plan
-from ...cache.version.schema import Plan
+from ...cache.version.schema import GrowthStep, Plan
 from ...cache.version.versions import discard_change
 from ...stages.images.crops import decoder
 from ..config.load import Config
@@ -51,18 +50,19 @@ def append(config: Config, layout: Layout, scheduler: str | None = None) -> bool
             another process, or if its sources have changed otherwise than by growing.
         InputError: if a source or the teacher is unusable, the disk too small, or too many images are unreadable.
     """
-    if read_manifest(layout) is None:
+    manifest = read_manifest(layout)
+    if manifest is None:
         raise CacheError(f"{layout.root}: not a finished cache; `dimefm cache-teacher` makes and finishes one")
     with writer_lock(layout):
         start = time.perf_counter()
-        plan = read_plan(layout)
-        assert plan is not None
+        plan, manifest = read_plan(layout), read_manifest(layout)  # the lock may have finished another change
+        assert plan is not None and manifest is not None
         require_same_teacher(config, layout, plan)
-        if config.cache.pixels and not kept_setting(read_manifest(layout)):
+        if config.cache.pixels and not kept_setting(manifest):
             say(f"cache.pixels: {layout.root} has none yet; `dimefm cache-teacher` adds them, append does not")
         note_config(config, layout)
-        following = layout.next
-        staged, growth = _begun(layout), None
+        following, growth = layout.next, None
+        staged = _interrupted_plan(layout, kept_setting(manifest))
         if staged is None:
             growth = find_growth(config, layout, plan)
             if not growth:
@@ -75,61 +75,64 @@ def append(config: Config, layout: Layout, scheduler: str | None = None) -> bool
                 say(note)
         if staged is None or missing_shards(config, following, staged):
             staged = _embed(config, layout, plan, staged, growth, scheduler)
-        finish_cache(config, following, staged, _transductive(config, layout))
+        finish_cache(config, following, staged, _transductive(config, manifest.transductive))
         say(f"{layout.root}: appended in {time.perf_counter() - start:,.0f} s")
     return True
 
 
-def _begun(layout: Layout) -> dict[str, Any] | None:
-    """The plan of an append to this very version that was interrupted; what is left of another one is removed."""
-    following = layout.next
-    staged = Plan.read(following.plan) if following.plan.exists() else None
-    pixels = kept_setting(read_manifest(layout))  # they may have been added since
-    if staged is None or staged["grown"][-1]["plan"] != identity(layout) or staged.get("pixels") != pixels:
-        discard_change(layout)
-        return None
-    return staged
+def _interrupted_plan(layout: Layout, pixels: str | None) -> Plan | None:
+    """The plan of an interrupted append to the version in force; what is left of any other append is removed.
+
+    Args:
+        pixels: setting of the pixels that the cache keeps; they may have been added since.
+    """
+    path = layout.next.plan
+    staged = Plan.read(path) if path.exists() else None
+    if staged and staged.grown[-1].plan == identity(layout) and staged.pixels == pixels:
+        return staged
+    discard_change(layout)
+    return None
 
 
 def _embed(
     config: Config,
     layout: Layout,
-    plan: dict[str, Any],
-    staged: dict[str, Any] | None,
+    plan: Plan,
+    staged: Plan | None,
     growth: Growth | None,
     scheduler: str | None,
-) -> dict[str, Any]:
+) -> Plan:
     """Load the teacher, list the new rows unless that is done, and embed every shard that is missing."""
+    following = layout.next
     with teacher_at_hand(config) as teacher:
         found = teacher.identity()
         libraries = found.pop("libraries")
-        # Of other library versions the last bits may differ, nothing more: the plan says whose rows are whose.
-        require_same(layout.root, {"teacher": {key: plan["teacher"][key] for key in found}}, {"teacher": found})
+        # Other library versions may change the last bits and nothing more: the plan says which rows they embedded.
+        made_with = {key: value for key, value in plan.teacher.to_dict().items() if key in found}
+        require_same(layout.root, {"teacher": made_with}, {"teacher": found})
         if staged is None:
             assert growth is not None
-            before = {name: spec.shape[0] for name, spec in planned_specs(plan).items()}
-            grown = {"plan": identity(layout), "rows": before, "libraries": libraries}
-            grown |= {"decoder": decoder()} if "views" in plan else {}
-            staged = {
-                **plan,
-                "inputs": stage_growth(config, layout, plan, growth),
-                **({"pixels": pixels} if (pixels := kept_setting(read_manifest(layout))) else {}),
-                "grown": [*plan.get("grown", []), grown],
-            }
-            require_disk(config, layout.next, staged)
-            write_plan(layout.next, staged)
-        began_with = {"teacher": {"libraries": staged["grown"][-1]["libraries"]}}
-        require_same(layout.next.root, began_with, {"teacher": {"libraries": libraries}})
-        declare_arrays(layout.next.teacher_zarr, planned_specs(staged))
-        embed_shards(config, layout.next, staged, missing_shards(config, layout.next, staged), scheduler)
+            rows = {name: spec.shape[0] for name, spec in planned_specs(plan).items()}
+            step = {"plan": identity(layout), "rows": rows, "libraries": libraries}
+            step |= {"decoder": decoder()} if plan.views else {}
+            pixels = kept_setting(read_manifest(layout))
+            staged = plan.replace(
+                inputs=stage_growth(config, layout, plan, growth),
+                grown=[*plan.grown, GrowthStep(**step)],
+                **({"pixels": pixels} if pixels else {}),
+            )
+            require_disk(config, following, staged)
+            write_plan(following, staged)
+        began_with = {"teacher": {"libraries": staged.grown[-1].libraries}}
+        require_same(following.root, began_with, {"teacher": {"libraries": libraries}})
+        declare_arrays(following.teacher_zarr, planned_specs(staged))
+        embed_shards(config, following, staged, missing_shards(config, following, staged), scheduler)
     return staged
 
 
-def _transductive(config: Config, layout: Layout) -> list[str]:
-    """Evaluation sets that any training prompt touches, those of earlier versions among them."""
-    manifest = read_manifest(layout)
-    recorded = set(manifest["transductive"]) if manifest else set()
+def _transductive(config: Config, recorded: list[str]) -> list[str]:
+    """Evaluation sets whose class names are among the training prompts, those recorded earlier included."""
     try:
-        return sorted(recorded | set(transductive_sets(config)))
-    except InputError:  # class files are no longer at hand
+        return sorted({*recorded, *transductive_sets(config)})
+    except InputError:  # the class files are no longer at hand
         return sorted(recorded)

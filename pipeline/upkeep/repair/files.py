@@ -21,7 +21,7 @@ from ....cache.version.manifest import (
     trusted_copy,
     vouched_digests,
 )
-from ....cache.version.schema import Manifest, Plan, refuse_newer
+from ....cache.version.schema import Inputs, Manifest, Plan, refuse_newer
 from ....cache.version.spares import put_back, spare_manifests
 from ....cache.version.versions import move_file
 from ...config.remembered import ConfigChoice, config_of
@@ -112,13 +112,13 @@ def list_tables_again(context: RepairContext, names: Collection[str]) -> dict[st
         return {}
     scratch, done = Layout(context.staged.root / "sources"), {}
     try:
-        found = freeze_inputs(context.config, scratch)
+        found = Inputs.model_validate(freeze_inputs(context.config, scratch))
     except (InputError, CacheError):
         return {}
     inputs, journal = plan.inputs, Journal(layout)
-    same = {IMAGES: found["images"] == inputs.images, SENTENCES: found["sentences"] == inputs.sentences}
+    same = {IMAGES: found.images == inputs.images, SENTENCES: found.sentences == inputs.sentences}
     for name, item in inputs.evaluate.items():
-        same[evaluate_images(name)] = found["evaluate"].get(name) == item
+        same[evaluate_images(name)] = found.evaluate.get(name) == item
     for array in (array for array, is_same in same.items() if is_same):
         name = layout.name_of(table_of(layout, array))
         if name not in names:
@@ -200,7 +200,7 @@ def lost_rows(layout: Layout, manifest: Manifest) -> dict[str, dict[int, str]]:
         failed = {array: dict(rows) for array, rows in read_own_failures(layout.own_failures).items()}
     for array, entry in manifest.arrays.items() if not layout.shares_rows else ():
         with suppress(CacheError, OSError, ValueError):
-            columns = RowTable(table_of(layout, array), entry["rows"]).columns("status", "reason")
+            columns = RowTable(table_of(layout, array), entry.rows).columns("status", "reason")
             bad = np.flatnonzero(~good_rows(columns, shared=False))
             reasons = columns["reason"].take(pa.array(bad)).to_pylist()
             failed[array] = dict(zip(bad.tolist(), map(str, reasons), strict=True))
