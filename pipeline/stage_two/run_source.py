@@ -22,9 +22,9 @@ _SETTINGS = {
 
 @dataclass(frozen=True)
 class LabelledSource:
-    """A labelled set: the folder of its images, and its settings of `[evaluate.NAME]` by key."""
+    """A labelled set: where its images are, and its settings of `[evaluate.NAME]` by key."""
 
-    images: Path
+    images: str
     settings: dict[str, Any]
 
 
@@ -85,7 +85,7 @@ def _read_source(run: Path) -> RunSource:
 def _parse(document: dict[str, Any]) -> RunSource:
     sets = {
         name: LabelledSource(
-            Path(images),
+            str(images),
             {of: document[key][name] for key, of in _SETTINGS.items() if name in document.get(key, {})},
         )
         for name, images in document["evaluate"].items()

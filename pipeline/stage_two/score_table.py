@@ -35,12 +35,8 @@ def score_table(scores: Scores) -> str:
         ]
         tables.append(_table([score.name], score.table, several))
     tables.append(_from_outside(items))
-    console = Console(color_system=None, width=_NO_FOLDING, markup=False, emoji=False)
-    with console.capture() as captured:
-        for table in tables:
-            if table.row_count and len(table.columns) > 2:
-                console.print(table, end="\n\n")
-    return "\n\n".join([captured.get().rstrip("\n"), *_notes(items)])
+    shown = [_printed(table) for table in tables if table.row_count and len(table.columns) > 2]
+    return "\n\n".join(shown + _notes(items))
 
 
 def _table(titles: list[str], columns: Sequence[Column], lines: list[Line]) -> Table:
@@ -69,6 +65,13 @@ def _laid_out(titles: list[str], rows: list[list[str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _printed(table: Table) -> str:
+    console = Console(color_system=None, width=_NO_FOLDING, markup=False, emoji=False)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get().rstrip("\n")
 
 
 def _flat(table: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:

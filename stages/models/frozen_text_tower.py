@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +17,31 @@ from .open_clip_towers import build_text_tower
 from .pretrained_tags import quiet_open_clip
 from .teacher import ImageTeacher, SavesTextTower
 from .teacher_source import CONFIG_NAME, LOCAL
-from .tokenizer import load_tokenizer, tokenize
+from .text_encoder import TextEncoder
+from .tokenizer import load_tokenizer
 
 WEIGHTS_NAME = "open_clip_text.safetensors"
 _SCALARS = ("logit_scale", "logit_bias")
 
 
-class TextTower:
+class TextTower(TextEncoder):
     """A teacher's text tower without its image tower.
 
+    In batches of the same shape, on the same machine, its embeddings are the teacher's bit for bit.
+
     Attributes:
-        module: the tower, in evaluation mode: (B, context_length) int64 token ids to (B, D).
         model_cfg: the teacher's architecture, both towers, as in open_clip's model configs.
         preprocess_cfg: the teacher's image preprocessing.
         logit_scale: what cosines are multiplied by.
     """
 
     def __init__(
-        self, module: nn.Module, tokenizer: Any, config: Mapping[str, Any], logit_scale: float, device: torch.device
+        self, tower: nn.Module, tokenizer: Any, device: torch.device, config: Mapping[str, Any], logit_scale: float
     ) -> None:
-        """Put a loaded tower on a device."""
-        self.module = module.eval().requires_grad_(False).to(device)
-        self.tokenizer = tokenizer
+        super().__init__(tower, tokenizer, device)
         self.model_cfg: dict[str, Any] = config["model_cfg"]
         self.preprocess_cfg: dict[str, Any] = config["preprocess_cfg"]
         self.logit_scale = logit_scale
-        self.device = device
-
-    @torch.inference_mode()
-    def encode_sentences(self, sentences: Sequence[str]) -> Tensor:
-        """The teacher's embeddings of these sentences, before normalisation: (B, D) float32 on the CPU.
-
-        In batches of the same shape, on the same machine, they are the teacher's bit for bit.
-        """
-        embeddings = self.module(tokenize(self.tokenizer, sentences).to(self.device))
-        # CoCa's tower returns its tokens as well.
-        pooled: Tensor = embeddings[0] if isinstance(embeddings, tuple) else embeddings
-        return pooled.float().cpu()
 
 
 def save_text_tower(teacher: ImageTeacher, folder: Path) -> None:
@@ -131,7 +119,7 @@ def load_text_tower(folder: Path, device: torch.device) -> TextTower:
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CacheError(f"{folder}: the text tower cannot be loaded ({reason}); stage one writes it anew") from error
-    return TextTower(module, tokenizer, config, logit_scale, device)
+    return TextTower(module, tokenizer, device, config, logit_scale)
 
 
 def _build(folder: Path, model_cfg: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:

@@ -16,11 +16,11 @@ from ...cache.errors import InputError
 from .architectures import model_config
 from .class_vectors import ClassVectors
 from .open_clip_towers import build_text_tower
+from .text_encoder import TextEncoder
 from .tokenizer import check_vocabulary, tokenize
 from .tower_check import require_embeddings
 from .weights_file import one_line
 
-BATCH_SIZE = 256
 _TWO_SENTENCES = ("a photo of a goldfish.", "two men stand near a fence")
 
 
@@ -88,25 +88,13 @@ def text_tokenizer(spec: str) -> Any:
         raise InputError(f"{_shown(spec)}: its tokenizer cannot be built ({one_line(error)})") from error
 
 
-class TextStudent:
-    """A trained text tower with its tokenizer, in evaluation mode on a device."""
-
-    def __init__(self, tower: nn.Module, tokenizer: Any, device: torch.device) -> None:
-        self.tower = tower.eval().requires_grad_(False).to(device)
-        self.tokenizer, self.device = tokenizer, device
+class TextStudent(TextEncoder):
+    """A student's trained text tower."""
 
     @property
     def num_parameters(self) -> int:
+        """Numbers in the tower."""
         return sum(parameter.numel() for parameter in self.tower.parameters())
-
-    @torch.inference_mode()
-    def encode_sentences(self, sentences: Sequence[str]) -> NDArray[np.float32]:
-        """(M, D) embeddings of some sentences, at least one, before normalisation."""
-        blocks = []
-        for first in range(0, len(sentences), BATCH_SIZE):
-            tokens = tokenize(self.tokenizer, sentences[first : first + BATCH_SIZE]).to(self.device)
-            blocks.append(self.tower(tokens).float().cpu().numpy())
-        return np.concatenate(blocks)
 
     def class_head(self, prompts: Sequence[Sequence[str]]) -> NDArray[np.float32]:
         """One vector for each class, as stage one makes the teacher's: each prompt normalised, their mean, normalised.

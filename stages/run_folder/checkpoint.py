@@ -63,7 +63,7 @@ def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def scored_weights(state: dict[str, Any]) -> str:
+def weights_to_use(state: dict[str, Any]) -> str:
     """Key of the weights to use outside of training: `ema`, averaged ones, where a state has some, else `model`."""
     return "model" if state.get("ema") is None else "ema"
 

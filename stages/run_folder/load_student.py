@@ -11,7 +11,7 @@ from ..models.image_student import build_student
 from ..models.text_student import TextStudent, build_text_student, text_tokenizer
 from ..settings.models import StudentSettings
 from .best_weights import BEST, load_best
-from .checkpoint import load_checkpoint, load_weights, scored_weights
+from .checkpoint import load_checkpoint, load_weights, weights_to_use
 from .run_record import CHECKPOINT, read_run_record
 
 Which = Literal["best", "last"]
@@ -35,8 +35,8 @@ def load_student(run_dir: Path, which: Which | None = None) -> tuple[nn.Module, 
     record = read_run_record(run_dir)
     student = student_of(record)
     state, path = _chosen_state(run_dir, which)
-    load_weights(student, state, path, scored_weights(state))
-    facts = {"step": state["step"], "weights": scored_weights(state), "checkpoint": "last", "chosen_on": None}
+    load_weights(student, state, path, weights_to_use(state))
+    facts = {"step": state["step"], "weights": weights_to_use(state), "checkpoint": "last", "chosen_on": None}
     if path.name == BEST:  # its `model` holds the averaged weights, where there are some
         facts |= {"weights": state["weights"], "checkpoint": "best", "chosen_on": state["scores"]["set"]}
     return student.eval(), {**record, **facts}
@@ -51,7 +51,7 @@ def load_text_student(run_dir: Path, device: str = "auto", *, which: Which | Non
     student = text_student_of(read_run_record(run_dir), resolve_device(device))
     if student is not None:
         state, path = _chosen_state(run_dir, which)
-        load_weights(student.tower, state, path, f"text_{scored_weights(state)}")
+        load_weights(student.tower, state, path, f"text_{weights_to_use(state)}")
     return student
 
 

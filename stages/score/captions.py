@@ -12,8 +12,6 @@ from ...cache.errors import InputError
 from ..devices import resolve_device
 from ..models.frozen_text_tower import load_text_tower
 
-BATCH_SIZE = 256
-
 
 @dataclass(frozen=True)
 class Captions:
@@ -67,7 +65,4 @@ def embed_captions(text_tower: Path, captions: Captions, device: str = "auto") -
         CacheError: if the tower is missing or damaged.
         InputError: if its tokenizer needs a package that is not installed.
     """
-    tower = load_text_tower(text_tower, resolve_device(device))
-    texts = captions.texts
-    blocks = [tower.encode_sentences(texts[i : i + BATCH_SIZE]).numpy() for i in range(0, len(texts), BATCH_SIZE)]
-    return np.concatenate(blocks).astype(np.float32)
+    return load_text_tower(text_tower, resolve_device(device)).encode_sentences(captions.texts)

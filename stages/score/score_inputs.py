@@ -30,7 +30,7 @@ class ScoreInputs:
     Attributes:
         run: the run's folder.
         name: the set's, as in `[evaluate.NAME]`.
-        images: folder of the set's images.
+        images: where the set's images are: a folder, or what else `open_source` opens.
         settings: those of `[evaluate.NAME]` that turn scores on, by key.
         cache: the run's.
         embedded: every set of this call, embedded by the student and its teacher, by name; empty while `require` is
@@ -42,7 +42,7 @@ class ScoreInputs:
 
     run: Path
     name: str
-    images: Path
+    images: str
     settings: Mapping[str, Any]
     cache: FeatureCache
     embedded: Mapping[str, EmbeddedSet]

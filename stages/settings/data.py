@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from .base import FilePath, Fraction, Settings, Weight
 from .plugins import is_function, require_function
@@ -78,13 +78,6 @@ class EvaluateSettings(Settings):
     captions: FilePath | None = None
     """JSON, path of an image below `images` -> list of its captions: retrieval is scored both ways. No part of the
     cache either."""
-    scores: list[str] = Field(default_factory=list)
+    scores: list[Annotated[str, AfterValidator(_is_there)]] = Field(default_factory=list)
     """More scores, each a function of your own, `package.module:function` (docs/scores.md). No part of the cache
     either."""
-
-    @field_validator("scores")
-    @classmethod
-    def _scores_are_there(cls, scores: list[str]) -> list[str]:
-        for spec in scores:
-            require_function(spec)
-        return scores

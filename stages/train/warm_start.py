@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...cache.errors import InputError
 from ..models.pretrained_tags import Asked, quiet_open_clip, tag_weights
 from ..models.weights_file import one_line, read_weights, weights_digest
-from ..run_folder.checkpoint import load_checkpoint, scored_weights
+from ..run_folder.checkpoint import load_checkpoint, weights_to_use
 from ..run_folder.run_record import CHECKPOINT, read_run_record
 
 State = Mapping[str, Tensor]
@@ -105,7 +105,7 @@ def _read(spec: str, init: str) -> tuple[dict[str, Tensor], str]:
 def _of_run(run_dir: Path) -> tuple[dict[str, Tensor], str]:
     read_run_record(run_dir)  # refuses a folder that is no run
     checkpoint = load_checkpoint(run_dir / CHECKPOINT)
-    key = scored_weights(checkpoint)
+    key = weights_to_use(checkpoint)
     words = "averaged weights at" if key == "ema" else "at"
     return dict(checkpoint[key]), f"{run_dir}, {words} step {checkpoint['step']:,}"
 

@@ -150,7 +150,7 @@ def test_a_note_of_the_sources_that_says_nothing_is_one_line(copy, text):
     distill(load_config(copy), ["small"], stop_after=1)
     run = copy.parent / "runs/small"
     (run / "source.json").write_text(text)
-    with pytest.raises(InputError, match=r"source\.json: does not say where"):
+    with pytest.raises(InputError, match=r"source\.json: .*wanted where the cache and the labelled images are"):
         evaluate([run])
 
 
