@@ -1,6 +1,5 @@
 """The live teacher against what a cache holds: the same rows embedded again, and the cosine of old and new."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -15,9 +14,10 @@ from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
 from ...cache.disk.row_tables import OK, RowTable
 from ...cache.errors import InputError
 from ...cache.version.plan_file import first_difference
+from ...cache.version.schema import Plan
 from ...stages.inputs.image_source import ImageSource, row_keys
-from ...stages.inputs.open_source import open_source
 from ..config.load import Config
+from ..stage_one.sources import Sources
 
 if TYPE_CHECKING:
     from ...stages.models.teacher import Teacher
@@ -29,16 +29,11 @@ SAME_ROW = 0.999
 
 def image_source(config: Config, array: str) -> ImageSource | None:
     """The source of an array's images; None if it is not at hand or not in the config, or the array holds sentences."""
-    if array == IMAGES:
-        source = open_source(config.images.source)
-    elif array == SENTENCES or array.split("/")[1] not in config.evaluate:
-        return None
-    else:
-        source = open_source(config.evaluate[array.split("/")[1]].images)
-    return source if source.at_hand() else None
+    source = Sources.of(config).images_of(array)
+    return source if source and source.at_hand() else None
 
 
-def require_loaded_teacher(root: Path, plan: Mapping[str, Any], teacher: "Teacher") -> None:
+def require_loaded_teacher(root: Path, plan: Plan, teacher: "Teacher") -> None:
     """Refuse a loaded teacher that did not make the cache; library versions may differ.
 
     Raises:
@@ -62,7 +57,7 @@ class LiveTeacher:
 
     config: Config
     layout: Layout
-    plan: Mapping[str, Any]
+    plan: Plan
     teacher: "Teacher"
 
     def embed(self, array: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float16], list[str | None]]:

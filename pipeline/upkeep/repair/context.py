@@ -9,6 +9,7 @@ from ....cache.audit.inventory import Piece
 from ....cache.disk.arrays import ArraySpec
 from ....cache.disk.layout import Layout
 from ....cache.version.journal import ShardRecord
+from ....cache.version.schema import Manifest, Plan
 from ...config.load import Config
 from ..live_teacher import LiveTeacher
 
@@ -30,7 +31,7 @@ class Damage:
     wrong_rows: Mapping[str, Runs] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, report: Report, manifest: Mapping[str, Any]) -> "Damage":
+    def of(cls, report: Report, manifest: Manifest) -> "Damage":
         """Sort what was found in a cache."""
         listed = {finding.where for finding in report.findings if finding.where in manifest["files"]}
         packs = {finding.where for finding in report.findings if finding.kind == "pixels"}
@@ -107,8 +108,8 @@ class RepairContext:
 
     layout: Layout
     staged: Layout
-    manifest: Mapping[str, Any]
-    plan: Mapping[str, Any]
+    manifest: Manifest
+    plan: Plan
     specs: Mapping[str, ArraySpec]
     pieces: Sequence[Piece]
     config: Config | None = None

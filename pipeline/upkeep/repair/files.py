@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +21,13 @@ from ....cache.version.manifest import (
     trusted_copy,
     vouched_digests,
 )
-from ....cache.version.schema import Plan, refuse_newer
+from ....cache.version.schema import Inputs, Manifest, Plan, refuse_newer
 from ....cache.version.spares import put_back, spare_manifests
 from ....cache.version.versions import move_file
 from ...config.remembered import config_of
 from ...stage_one.finish import finish_cache
-from ...stage_one.inputs import freeze_inputs, transductive_sets_or_recorded
+from ...stage_one.inputs import list_inputs, transductive_sets_or_recorded
+from ...stage_one.sources import Sources
 from .context import RepairContext
 
 REMOVED = Path("log", "removed")
@@ -97,7 +97,8 @@ def _remake_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]
     for path in (layout.manifest, layout.manifest_digest):
         if path.exists():
             move_away(layout, path.name)
-    finish_cache(config, layout, plan, transductive_sets_or_recorded(config, layout))
+    transductive = transductive_sets_or_recorded(Sources.of(config), layout)
+    finish_cache(layout, plan, config.pairs, config.cache.pixels, transductive)
     return {layout.manifest.name: "made again from the plan, the journal and the files; earlier masks are not in it"}
 
 
@@ -113,13 +114,13 @@ def list_tables_again(context: RepairContext, names: Collection[str]) -> dict[st
         return {}
     scratch, done = Layout(context.staged.root / "sources"), {}
     try:
-        found = freeze_inputs(context.config, scratch)
+        found = list_inputs(Sources.of(context.config), scratch, context.config.cache.shard_rows)
     except (InputError, CacheError):
         return {}
-    inputs, journal = plan["inputs"], Journal(layout)
-    same = {IMAGES: found["images"] == inputs["images"], SENTENCES: found["sentences"] == inputs["sentences"]}
-    for name, item in inputs["evaluate"].items():
-        same[evaluate_images(name)] = found["evaluate"].get(name) == item
+    inputs, journal = Inputs.of(plan["inputs"]), Journal(layout)
+    same = {IMAGES: found.images == inputs.images, SENTENCES: found.sentences == inputs.sentences}
+    for name, item in inputs.evaluate.items():
+        same[evaluate_images(name)] = found.evaluate.get(name) == item
     for array in (array for array, is_same in same.items() if is_same):
         name = layout.name_of(table_of(layout, array))
         if name not in names:
@@ -163,9 +164,7 @@ def restore_known_bytes(layout: Layout, piece: Piece, spec: ArraySpec) -> bool:
     return True
 
 
-def settle_journal(
-    layout: Layout, manifest: Mapping[str, Any], pieces: list[Piece], specs: Mapping[str, ArraySpec]
-) -> bool:
+def settle_journal(layout: Layout, manifest: Manifest, pieces: list[Piece], specs: Mapping[str, ArraySpec]) -> bool:
     """Make the journal agree with the manifest: the next version takes its checksums from there.
 
     Returns:
@@ -196,7 +195,7 @@ def _failures(layout: Layout, piece: Piece) -> tuple[tuple[int, str], ...]:
     return tuple((row, str(reason)) for row, (status, reason) in enumerate(both) if status == FAILED)
 
 
-def lost_rows(layout: Layout, manifest: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+def lost_rows(layout: Layout, manifest: Manifest) -> dict[str, dict[int, str]]:
     """For each array, rows that a repair of this cache gave up, and why; none of a table that cannot be read."""
     failed: dict[str, dict[int, str]] = {}
     with suppress(OSError, ValueError):

@@ -13,6 +13,7 @@ from ....cache.disk.layout import IMAGES, SENTENCES, table_of
 from ....cache.disk.row_tables import LOST, RowTable, read_own_failures, restate_rows, write_own_failures
 from ....cache.version.journal import Journal
 from ....cache.version.manifest import file_entry
+from ....cache.version.schema import FileEntry
 from ....cache.version.versions import put_in_force
 from ....stages.settings.cache import PairsSettings
 from ...stage_one.finish import count_failures, files_of
@@ -77,7 +78,7 @@ def _record_origins(document: Document, results: ShardResults, outcome: Outcome)
     document["origins"] = origins
 
 
-def _write_states(context: RepairContext, results: ShardResults) -> dict[str, Document]:
+def _write_states(context: RepairContext, results: ShardResults) -> dict[str, FileEntry]:
     """Write the rows that failed or are good again into the tables; returns the entries of tables that wait."""
     layout, staged = context.layout, context.staged
     states = {array: of_array for array, of_array in results.states.items() if of_array}
@@ -105,7 +106,8 @@ def _pair_again(context: RepairContext, document: Document, damage: Damage, outc
     retrieved = write_pairs(staged, settings, journal, document["version"])
     old = (f"{context.manifest['pairs']['store']}/", "index/")
     kept = {name: entry for name, entry in document["files"].items() if not name.startswith(old)}
-    document |= {**retrieved, "files": kept | dict(files_of(staged, journal, [], [], retrieved))}
+    document |= {"index": retrieved.index, "pairs": retrieved.pairs}
+    document["files"] = kept | dict(files_of(staged, journal, [], [], retrieved))
     outcome.mended |= dict.fromkeys(damage.below(*old), "made again for the new version")
 
 
@@ -129,12 +131,12 @@ def _restore_pairs(
     for piece in context.pieces:
         store = f"{pairs['store']}/{piece.array.split('/')[0]}"  # findings on pairs as a whole name this
         if piece.content in ("ids", "scores") and (piece.name in bad or store in bad):
-            array, chunk = journal_key(piece, pairs)
+            array, chunk = journal_key(piece, manifest)
             journal.forget(f"{array.removesuffix(piece.content)}scores", chunk)
     settings = PairsSettings.model_validate(manifest["pairs_settings"])
     version = int(str(pairs["store"]).removesuffix(".zarr").partition("-")[2] or 1)
     retrieved = write_pairs(layout, settings, journal, version)
-    document |= retrieved
+    document |= {"index": retrieved.index, "pairs": retrieved.pairs}
     document["files"] |= dict(files_of(layout, journal, [], [], retrieved))
     for name in sorted(bad):
         same = document["files"].get(name) == manifest["files"].get(name)

@@ -20,12 +20,13 @@ from ....cache.disk.durable import digest, make_folder, to_json_line, write_byte
 from ....cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
 from ....cache.disk.row_tables import LOST, OK, RowTable, good_rows, restate_rows
 from ....cache.version.journal import Journal, ShardRecord, read_records
+from ....cache.version.schema import Plan
 from ....cache.version.versions import move_file
 from ....stages.images.crops import Crops
 from ....stages.images.decode import ImageError
 from ....stages.inputs.image_source import keys_of
 from ...config.load import Config
-from ...stage_one.inputs import classes_document, evaluate_prompts
+from ...stage_one.inputs import class_prompts_of, classes_document
 from ..live_teacher import SAME_ROW, LiveTeacher, image_source
 from .actions import Actions
 from .context import RepairContext, ShardResults
@@ -86,7 +87,7 @@ def keep_waiting(staged: Layout) -> dict[tuple[str, int], ShardRecord]:
     return waiting
 
 
-def is_source_at_hand(config: Config, plan: Mapping[str, Any], array: str) -> bool:
+def is_source_at_hand(config: Config, plan: Plan, array: str) -> bool:
     """Whether the sources of an array are there: images, or the classes and templates of a head."""
     if not array.endswith("/head"):
         return array == SENTENCES or image_source(config, array) is not None
@@ -132,7 +133,7 @@ def _task(
     store, spec = context.staged.teacher_zarr, context.specs[piece.array]
     if piece.content == "head":
         settings = live.config.evaluate[piece.array.split("/")[1]]
-        prompts = tuple(tuple(of_class) for of_class in evaluate_prompts(settings))
+        prompts = tuple(tuple(of_class) for of_class in class_prompts_of(settings))
         return ShardTask("head", store, piece.array, spec, piece.chunk, prompts=prompts)
     table = table_of(context.staged, piece.array)
     again = dict(states.get(piece.array, {}))  # rows that were given up are tried again

@@ -13,6 +13,7 @@ from dimefm.cache.disk.row_tables import RowTable
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.stage_one.source_changes import compare_images
+from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.pipeline.upkeep.plan import describe_plan
 from dimefm.pipeline.upkeep.verify import verify
 
@@ -37,7 +38,7 @@ def world(finished, tmp_path):
 
 def compare(config):
     layout = Layout(config.parent / "cache")
-    return compare_images(config.parent / "images", RowTable(layout.image_rows))
+    return compare_images(ImageFolder(config.parent / "images"), RowTable(layout.image_rows))
 
 
 def hashed(config):
