@@ -119,7 +119,7 @@ def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str
     if trusted.plan is None:
         raise CacheError(f"{layout.root}: its plan is lost; there is no telling what teacher made it")
     compared = {}
-    with teacher_at_hand(config) as teacher:
+    with teacher_at_hand(config.teacher) as teacher:
         require_loaded_teacher(layout.root, trusted.plan, teacher)
         live = LiveTeacher(config, trusted.layout, trusted.plan, teacher)
         for array, entry in trusted.manifest.arrays.items():
