@@ -32,7 +32,7 @@ def test_a_device_that_is_not_here_is_refused(monkeypatch, setting, num_gpus):
 
 def test_full_memory_becomes_the_advice_and_other_errors_pass():
     for error in (MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        with pytest.raises(InputError, match="^lower it$"), memory_errors_as("lower it"):
+        with pytest.raises(InputError, match=r"^lower it$"), memory_errors_as("lower it"):
             raise error
     with pytest.raises(RuntimeError, match="shapes"), memory_errors_as("lower it"):
         raise RuntimeError("shapes do not fit")
