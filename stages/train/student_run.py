@@ -194,9 +194,7 @@ class StudentRun:
         if self._log is not None and self._best is not None:
             scores = dev.score(self.student, self._record)
             is_best = self._best.offer(scores, *self.student.chosen_weights())
-            self._log.write_scores(
-                {**scores, "best": is_best}
-            )  # after the weights: a line never names weights that are not there
+            self._log.write_scores({**scores, "best": is_best})  # after the weights that it is about
         self._world.wait_for_first()
 
     def save(self) -> None:
