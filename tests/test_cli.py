@@ -61,7 +61,8 @@ def test_help_answers_without_loading_anything_heavy(words):
         f"sys.argv = ['dimefm', *{words!r}, '--help']\n"
         "try: app()\n"
         "except SystemExit as leave: assert not leave.code\n"
-        "assert not {'torch', 'zarr', 'faiss', 'pyarrow', 'numpy'} & set(sys.modules)\n"
+        "assert not {'torch', 'zarr', 'faiss', 'pyarrow', 'numpy', 'distributed'} & set(sys.modules)\n"
+        "assert not [name for name in sys.modules if name.startswith(('dimefm.pipeline', 'dimefm.stages.settings'))]\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -154,7 +155,7 @@ def test_what_make_distill_runs_does_nothing_the_second_time(copy, capfd, monkey
     cache, runs = copy.parent / "cache", copy.parent / "runs"
     files = [*cache.rglob("*"), *runs.rglob("checkpoint.pt"), *runs.rglob("metrics.jsonl")]
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files}
-    monkeypatch.setattr("dimefm.stages.models.open_clip_teacher.load_teacher", refuse)
+    monkeypatch.setattr("dimefm.stages.models.load_teacher.load_teacher", refuse)
     assert everything() == table
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files} == before
 
@@ -166,7 +167,7 @@ def start(*words: object, program: str = "") -> subprocess.Popen:
 
 INTERRUPT_AT_THE_FIFTH_SHARD = """
 import os, signal
-from dimefm.cache.journal import Journal
+from dimefm.cache.version.journal import Journal
 add, counted = Journal.add, []
 def counting(self, *arguments):
     add(self, *arguments)

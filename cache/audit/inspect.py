@@ -8,17 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..disk.cosine import unit_rows
-from ..disk.layout import IMAGES
+from ..disk.layout import DIRECTIONS, IMAGES, SIDES
 from ..reader.feature_cache import EmbeddingSet, FeatureCache, Pairs
 from ..reader.masks import mask_names, read_mask
+from ..version.schema import Manifest
 
 SAMPLE_ROWS = 1024
 """Rows of each side whose cosines are looked at; a quantile of a million of them is good to about 0.01."""
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
-
-DIRECTIONS = {"image_to_sentence": ("images", "sentences"), "sentence_to_image": ("sentences", "images")}
-"""Array of pairs -> which side asked and which side was found."""
 
 KINDS = {"teacher.zarr": "embeddings"} | {kind: kind for kind in ("rows", "index", "text_tower", "masks", "pixels")}
 """First folder of a file's name in the manifest -> what it belongs to."""
@@ -46,26 +44,25 @@ def inspect_cache(cache: FeatureCache, seed: int = 0) -> dict[str, Any]:
     pairs = {name: found for name in DIRECTIONS if (found := cache.pairs(name))}
     return {
         "cache": str(cache.layout.root),
-        "format": manifest["format"],
-        "version": manifest.get("version", 1),
+        "format": manifest.format,
+        "version": manifest.version,
         "identity": cache.identity,
-        "shard_rows": plan.get("shard_rows"),
+        "shard_rows": plan.shard_rows,
         "teacher": {key: cache.teacher.get(key) for key in _TEACHER_KEYS},
-        "arrays": dict(manifest["arrays"]),
+        "arrays": {name: counts.to_dict() for name, counts in manifest.arrays.items()},
         "evaluate": {
             name: {"images": len(item.images), "classes": len(item.class_ids)} for name, item in cache.evaluate.items()
         },
         "bytes": _bytes(cache, manifest),
         "masks": _masks(cache, manifest),
-        "index": manifest.get("index") or {},
-        "pairs": manifest["pairs"],
+        "index": {side: info.to_dict() for side, info in manifest.index.items()},
+        "pairs": manifest.pairs and manifest.pairs.to_dict(),
         "pixels": _pixels(cache, manifest),
-        "views": cache.crops,
+        "views": cache.crops and cache.crops.to_dict(),
         "transductive": cache.transductive,
         "similarity": similarity(cache, pairs, np.random.default_rng(seed)),
         "hubs": {
-            name: hubs(found, getattr(cache, DIRECTIONS[name][0]), getattr(cache, DIRECTIONS[name][1]))
-            for name, found in pairs.items()
+            name: hubs(found, *(getattr(cache, side) for side in DIRECTIONS[name])) for name, found in pairs.items()
         },
     }
 
@@ -74,7 +71,7 @@ def similarity(
     cache: FeatureCache, pairs: Mapping[str, Pairs], rng: np.random.Generator
 ) -> dict[str, dict[str, float]]:
     """Quantiles of the teacher's cosine between rows drawn at random, rows and their neighbours, crop and centre."""
-    units = {name: unit_rows(_sample(getattr(cache, name), rng))[0] for name in ("images", "sentences")}
+    units = {name: unit_rows(_sample(getattr(cache, name), rng))[0] for name in SIDES}
     images, sentences = units["images"], units["sentences"]
     found = {"image_sentence": quantiles((images @ sentences.T).ravel())}
     for name, unit in (("image_image", images), ("sentence_sentence", sentences)):
@@ -146,32 +143,32 @@ def _sample(rows: EmbeddingSet, rng: np.random.Generator) -> NDArray[Any]:
     return rows.embeddings[_rows(rows, rng)]
 
 
-def _bytes(cache: FeatureCache, manifest: Mapping[str, Any]) -> dict[str, int]:
+def _bytes(cache: FeatureCache, manifest: Manifest) -> dict[str, int]:
     """Bytes of the files in force by kind, of all of them, and of those that wait for their last readers."""
     sizes: Counter[str] = Counter()
-    for name, entry in manifest.get("files", {}).items():
+    for name, entry in manifest.files.items():
         folder = name.split("/", 1)[0]
         kind = "pairs" if folder.startswith("pairs") else KINDS.get(folder, "other")
-        sizes[kind] += entry["bytes"]
-    superseded = (cache.layout.root / name for name in manifest.get("superseded", []))
+        sizes[kind] += entry.bytes
+    superseded = (cache.layout.root / name for name in manifest.superseded)
     found = dict(sorted(sizes.items())) | {"total": sum(sizes.values())}
     return found | {"superseded": sum(path.stat().st_size for path in superseded if path.is_file())}
 
 
-def _pixels(cache: FeatureCache, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+def _pixels(cache: FeatureCache, manifest: Manifest) -> dict[str, Any] | None:
     """What pictures there are for stage two; of a cache that shares rows, perhaps the other one's."""
     if cache.pixels is None:
         return None
-    own = manifest.get("pixels") is not None
-    sizes = [entry["bytes"] for name, entry in manifest.get("files", {}).items() if name.startswith("pixels/")]
-    num_pictures = max(1, len(cache.images) - manifest["arrays"][IMAGES].get("failed", 0))
+    own = manifest.pixels is not None
+    sizes = [entry.bytes for name, entry in manifest.files.items() if name.startswith("pixels/")]
+    num_pictures = max(1, len(cache.images) - manifest.arrays[IMAGES].failed)
     mean = sum(sizes) / num_pictures if own else None
     return {"setting": cache.pixels.setting, "own": own, "packs": len(sizes), "mean_bytes": mean}
 
 
-def _masks(cache: FeatureCache, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _masks(cache: FeatureCache, manifest: Manifest) -> list[dict[str, Any]]:
     found = []
-    for side in ("images", "sentences"):
+    for side in SIDES:
         rows: EmbeddingSet = getattr(cache, side)
         for name in mask_names(manifest, side):
             keep = read_mask(cache.layout, manifest, side, name, len(rows))

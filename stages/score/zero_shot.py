@@ -1,19 +1,18 @@
-"""What is said of a student on a labelled set, from embeddings alone: zero-shot, by neighbours, by a linear probe."""
+"""Zero-shot scores of a student and its teacher on a labelled set, from embeddings alone."""
 
 from typing import Any
 
 import numpy as np
 
-from .bootstrap import LEVEL, RESAMPLES, SEED, bootstrap_means, compared, interval, number, pair
+from .bootstrap import LEVEL, RESAMPLES, SEED, compared, mean_interval, number, pair
 from .embedded_set import EmbeddedSet
-from .metrics import (
-    agreement,
-    mean_class_accuracy,
-    mean_cosine,
-    per_class_accuracy,
-    top_k_hits,
-    unit_rows,
-)
+from .metrics import agreement, mean_class_accuracy, mean_cosine, per_class_accuracy, top_k_hits, unit_rows
+from .score_inputs import ScoreInputs
+
+
+def zero_shot(inputs: ScoreInputs) -> dict[str, Any]:
+    """The score of the table: `zero_shot_scores` of the set."""
+    return zero_shot_scores(inputs.set)
 
 
 def zero_shot_scores(embedded: EmbeddedSet) -> dict[str, Any]:
@@ -72,4 +71,4 @@ def _with_teachers_text(embedded: EmbeddedSet) -> dict[str, Any]:
         return {}
     hits = top_k_hits(unit_rows(embedded.student) @ embedded.head.T, embedded.labels, 1)
     key = "student_top1_teacher_text"
-    return {key: float(hits.mean()), f"{key}_interval": pair(interval(bootstrap_means(hits[:, None])[:, 0]))}
+    return {key: float(hits.mean()), f"{key}_interval": pair(mean_interval(hits))}

@@ -1,7 +1,7 @@
 """A student in training on a labelled set: scored as `dimefm evaluate` would, and left as it was."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...cache.reader.feature_cache import FeatureCache
+from ..inputs.image_source import ImageSource
 from ..models.text_student import TextStudent
 from ..run_folder.load_student import student_of, text_student_of
 from ..score.embed_set import embed_pictures, labelled_set, require_images
@@ -34,7 +35,7 @@ class DevScores:
         self,
         cache: FeatureCache,
         name: str,
-        images_root: Path,
+        images_root: str | Path | ImageSource,
         device: torch.device,
         *,
         workers: int = 0,
@@ -44,7 +45,7 @@ class DevScores:
 
         Args:
             name: of the set, as in `[evaluate.NAME]`.
-            images_root: folder that the set's rows are relative to.
+            images_root: where the set's images are: a folder, or what else `open_source` opens.
             workers: threads that decode; 0 takes one for each core.
             prompts: of each class of the set, for students with a text tower of their own.
 
@@ -60,19 +61,25 @@ class DevScores:
         """Raises InputError if the folder of its images is missing."""
         require_images(self._root, self.name)
 
-    def score(self, student: Student, record: dict[str, Any]) -> dict[str, Any]:
+    def score(
+        self, student: Student, record: dict[str, Any], stopped: Callable[[], bool] | None = None
+    ) -> dict[str, Any]:
         """Scores of a student as it is now, with averaged weights where it keeps some.
 
         Args:
             record: its run's.
+            stopped: asked between batches, whether to give up.
 
         Returns:
-            `step`, `set`, `weights` (`ema` or `model`) and the scores of `student_scores`.
+                    `step`, `set`, `weights` (`ema` or `model`) and what `student_scores` says.
+
+        Raises:
+            Stopped: if `stopped` said so.
         """
         weights, state = student.chosen_weights()
         model, text = self._copy(record)
         model.load_state_dict(state["model"])
-        embedded = embed_pictures(model, self._labelled, self._pictures_for(record), self._device)
+        embedded = embed_pictures(model, self._labelled, self._pictures_for(record), self._device, stopped)
         if text is not None:
             assert self._prompts is not None, "a text tower wants prompts"
             text.tower.load_state_dict(state["text_model"])

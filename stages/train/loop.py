@@ -9,8 +9,7 @@ import torch
 
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
-from ..inputs.image_source import PixelSource
-from ..inputs.kept_pixels import FILES
+from ..inputs.image_source import FILES, ImageSource, require_at_hand
 from ..load.batches import Batch, BatchLoader, normalise
 from ..load.sentence_tokens import SentenceTokens
 from ..load.to_device import on_device
@@ -34,7 +33,7 @@ STEPS_TO_WARM_UP = 3
 
 def train(
     cache: FeatureCache,
-    pixels: PixelSource,
+    pixels: ImageSource,
     runs: Sequence[Run],
     settings: DistillSettings,
     world: World,
@@ -81,7 +80,7 @@ def _learn(
     training: list[StudentRun],
     schedule: Schedule,
     cache: FeatureCache,
-    pixels: PixelSource,
+    pixels: ImageSource,
     settings: DistillSettings,
     world: World,
     dev: DevScores | None,
@@ -89,7 +88,7 @@ def _learn(
     tell: Note,
 ) -> Speed:
     """The loop over steps: each batch goes to every student that stands at its step."""
-    pixels.require()
+    require_at_hand(pixels, "stage two needs the images that stage one embedded")
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)  # students before these had a peak of their own
     if dev is not None:
@@ -121,6 +120,8 @@ def _learn(
     loop = _Loop(training, sizes, schedule, settings, world, dev, progress, advise)
     for one in training:
         one.open_log()
+        if dev is not None:
+            one.score_if_due(dev)
     try:
         with StopSignals(patient=world.size > 1) as stop, loader:
             while behind := [one for one in training if one.wants_more]:
@@ -188,7 +189,9 @@ class _Loop:
             if not self._advised and self._num_steps > 2 * STEPS_TO_WARM_UP:
                 self._advised = self._advise(speed)
         if self._dev is not None and settings.is_scored(step, schedule.total_steps):
-            self._score(here, self._dev)
+            # Nobody goes on after the last step, and several processes leave by vote: they score to the end.
+            can_stop = self._world.size == 1 and step < schedule.total_steps
+            self._score(here, self._dev, (lambda: stop.asked) if can_stop else None)
         self.stopped = self._vote.cast(stop.asked)
         if self._progress is not None:
             total = schedule.total_steps * settings.batch_images
@@ -197,12 +200,12 @@ class _Loop:
             if step % settings.checkpoint_every == 0 or step == one.end_step or self.stopped:
                 one.save()
 
-    def _score(self, here: list[StudentRun], dev: DevScores) -> None:
+    def _score(self, here: list[StudentRun], dev: DevScores, stopped: Callable[[], bool] | None) -> None:
         """Between two steps; the time that it takes is no step's."""
         self._world.wait_for_device()
         began = time.perf_counter()
         for one in here:
-            one.score(dev)
+            one.score(dev, stopped)
         self._world.wait_for_device()
         for meter in {self._meter, self._after_warm_up, self.whole}:
             meter.leave_out(time.perf_counter() - began)

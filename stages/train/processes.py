@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...cache.disk.cores import usable_cores
 from ...cache.errors import InputError
 from ..devices import resolve_device
-from ..load.workers import usable_cores
 
 PATIENCE = timedelta(days=7)
 """How long processes wait for what the first one does alone; for all else torch's own limits hold, some minutes."""

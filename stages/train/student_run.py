@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from ...cache.disk.durable import write_json
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
-from ..inputs.image_source import PixelSource
+from ..inputs.image_source import ImageSource
 from ..run_folder.best_weights import BestWeights
 from ..run_folder.checkpoint import load_checkpoint
 from ..run_folder.metrics_log import MetricsLog
 from ..run_folder.run_record import CHECKPOINT, check_same_training, describe_run, read_run_record, write_run_record
+from ..score.embed_set import Stopped
 from ..settings.distill import DistillSettings
 from ..settings.models import StudentSettings
 from .dev_scores import DevScores
@@ -108,7 +110,7 @@ class StudentRun:
         run: Run,
         schedule: Schedule,
         cache: FeatureCache,
-        pixels: PixelSource,
+        pixels: ImageSource,
         settings: DistillSettings,
         world: World,
         stop_after: int | None,
@@ -184,18 +186,29 @@ class StudentRun:
         """The last line of `scores.jsonl`; None in all processes but the first."""
         return None if self._log is None else self._log.scores
 
-    def score(self, dev: DevScores) -> None:
+    def score(self, dev: DevScores, stopped: Callable[[], bool] | None = None) -> None:
         """Score the student after its last step, and keep its weights if they are the best so far.
 
         All processes take part: the first one scores, the others wait.
+
+        Args:
+            stopped: asked between batches, whether to leave this to the run that goes on (`score_if_due`).
         """
         if not self._is_sound(weights_too=True):
             return
         if self._log is not None and self._best is not None:
-            scores = dev.score(self.student, self._record)
-            is_best = self._best.offer(scores, *self.student.chosen_weights())
-            self._log.write_scores({**scores, "best": is_best})  # after the weights that it is about
+            with suppress(Stopped):
+                scores = dev.score(self.student, self._record, stopped)
+                is_best = self._best.offer(scores, *self.student.chosen_weights())
+                self._log.write_scores({**scores, "best": is_best})  # after the weights that it is about
         self._world.wait_for_first()
+
+    def score_if_due(self, dev: DevScores) -> None:
+        """Score the step that the run goes on from, if it was stopped while that was scored."""
+        step, last = self.student.step, self.last_score
+        due = self._settings.is_scored(step, self._schedule.total_steps) and (last is None or last["step"] < step)
+        if step and self._world.gather_objects(due)[0]:
+            self.score(dev)
 
     def save(self) -> None:
         """Write the checkpoint; all processes take part."""

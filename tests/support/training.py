@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dimefm.cache.reader.feature_cache import FeatureCache
-from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.run_folder.checkpoint import load_checkpoint
 from dimefm.stages.run_folder.run_record import CHECKPOINT
 from dimefm.stages.settings.distill import DistillSettings
@@ -35,7 +35,7 @@ def train_one(
 ) -> TrainResult:
     """Train the student `own`; where it is to be scored, on the images of `dev/` beside the others."""
     with open_world(settings.device) as world:
-        source = ImageFiles(images, cache.images)
+        source = ImageFolder(images)
         if settings.evaluate_every:
             folder, prompts = images.parent / "dev", PROMPTS
             options["dev"] = DevScores(cache, settings.evaluate_on, folder, world.device, workers=1, prompts=prompts)

@@ -5,7 +5,7 @@ import torch
 
 from dimefm.cache import InputError
 from dimefm.stages.images import views as augment
-from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.load.batches import BatchLoader
 from dimefm.stages.settings.distill import DistillSettings, LossSettings
 from dimefm.stages.settings.models import StudentSettings
@@ -37,7 +37,7 @@ def train_some(world, names, output, settings=SETTINGS, students=STUDENTS, **opt
     cache, folder = world
     runs = [Run(name, students[name], folder / output / name) for name in names]
     with open_world("cpu") as processes:
-        return train(cache, ImageFiles(folder / "images", cache.images), runs, settings, processes, **options)
+        return train(cache, ImageFolder(folder / "images"), runs, settings, processes, **options)
 
 
 def assert_same(world, name, first="alone", second="together"):
