@@ -126,6 +126,7 @@ def embed_shards(
     Raises:
         InputError: if more images are unreadable than `images.max_failed` allows.
     """
+    from ...stages.profiling import profiled
     from .cluster import run_shards
 
     journal = Journal(layout)
@@ -137,7 +138,10 @@ def embed_shards(
     embedded = total - num_rows
     spent: Counter[str] = Counter()
     start = time.perf_counter()
-    with bar("stage one", total, "rows", embedded) as shown:
+    profile = layout.base.root / "log" / "profile" if config.cache.profile else None
+    if profile and scheduler:
+        say("cache.profile: looks at this process alone, and with --scheduler others embed; run without it to see more")
+    with profiled(profile, say), bar("stage one", total, "rows", embedded) as shown:
         for done in run_shards(tasks, config.teacher, plan["teacher"]["weights"], scheduler):
             if done.pack:  # a shard without its pack, or a pack without its shard, is made again with it
                 journal.add(done.pack, {})

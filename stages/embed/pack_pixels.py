@@ -24,6 +24,7 @@ from ...cache.version.journal import ShardRecord
 from ..images.decode import ImageError, decode_image
 from ..images.jpeg import size_note
 from ..inputs.image_folder import read_file
+from ..profiling import phase
 
 QUALITY = 90
 SUBSAMPLING = "4:2:0"
@@ -120,6 +121,7 @@ def keeping(task: PackTask | None, skip: int = 0) -> Iterator[Keeper | None]:
         yield Keeper(task, writer, skip)
 
 
+@phase("keep")
 def make_small(data: bytes, image: Image.Image, side: int, *, note_size: bool = False) -> bytes:
     """A JPEG of an image, its shorter side at most `side` pixels. Metadata and colour profile are left behind.
 

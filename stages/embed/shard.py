@@ -13,6 +13,7 @@ from ...cache.disk.row_tables import OK, RowTable
 from ...cache.version.journal import ShardRecord
 from ..images.crops import Crops
 from ..models.open_clip_teacher import Teacher
+from ..profiling import phase
 from ..settings.models import TeacherSettings
 from .image_rows import RowCrops, embed_image_shard
 from .pack_pixels import PackTask, keeping
@@ -115,7 +116,8 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
             old = first_rows(task.kept.store, task.array, task.spec, task.shard, num_kept, task.kept.digest)
             block = np.concatenate([old, block])
     start = time.perf_counter()
-    written = write_chunk(task.store, task.array, task.spec, task.shard, block)
+    with phase("write"):
+        written = write_chunk(task.store, task.array, task.spec, task.shard, block)
     seconds["write"] = time.perf_counter() - start
     record = ShardRecord(task.array, task.shard, len(block), written, tuple(failures))
     return ShardDone(record, len(block), seconds, pack)

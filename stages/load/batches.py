@@ -20,6 +20,7 @@ from ...cache.reader.feature_cache import EmbeddingSet
 from ..images.views import ViewMaker
 from ..inputs.image_source import PixelSource
 from ..losses.loss_inputs import SamplingWeights
+from ..profiling import phase
 from ..sample.order import Draw, Drawn
 from ..sample.replay import Replay
 from .workers import ViewPool
@@ -140,7 +141,8 @@ class BatchLoader:
         try:
             while True:
                 began = time.perf_counter()
-                batch = coming.result()
+                with phase("data"):
+                    batch = coming.result()
                 if batch is None:
                     return
                 coming = self._background.submit(next, making, None)
@@ -230,6 +232,7 @@ class _Started:
     tasks: list[Future[None]]
 
 
+@phase("copy")
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Turn views into a student's input, on whatever device they are.
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..profiling import phase
 from .batches import Batch
 
 
@@ -23,7 +24,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
     given: torch.cuda.Event | None = None
     for batch in batches:
         was_busy = given is not None and not given.query()
-        with torch.cuda.stream(stream):
+        with phase("copy"), torch.cuda.stream(stream):
             copied = replace(
                 batch,
                 images=tuple(view.to(device, non_blocking=True) for view in batch.images),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..counter_random import key_of
 from ..models.image_student import build_student
+from ..profiling import phase
 from ..run_folder.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from ..settings.distill import DistillSettings
 from ..settings.models import StudentSettings
@@ -125,7 +126,8 @@ class Learner(Tower):
         pieces = images.chunk(self._settings.accumulate)
         if len(pieces) == 1:
             embeddings = self._embed(images)
-            self._losses(embeddings, inputs).backward()
+            with phase("backward"):
+                self._losses(embeddings, inputs).backward()
             self.embeddings = embeddings.detach()
             return
         # The losses compare every image with all the others: embed all of them first, ask the losses what each
@@ -139,13 +141,14 @@ class Learner(Tower):
             for buffer, value in zip(self.model.buffers(), before):
                 buffer.copy_(value)  # batch norms count each image once
         embeddings = torch.cat(embedded).requires_grad_()
-        self._losses(embeddings, inputs).backward()
+        with phase("backward"):
+            self._losses(embeddings, inputs).backward()
         assert embeddings.grad is not None
         gradients = embeddings.grad.split([len(piece) for piece in pieces])
         for i, (piece, gradient, state) in enumerate(zip(pieces, gradients, states)):
             restore_random_state(state, self._world.device)
             last = i == len(pieces) - 1
-            with nullcontext() if last or self._parallel is None else self._parallel.no_sync():
+            with phase("backward"), nullcontext() if last or self._parallel is None else self._parallel.no_sync():
                 self._embed(piece).backward(gradient)
         self.embeddings = embeddings.detach()
 

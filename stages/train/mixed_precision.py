@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from ..profiling import phase
+
 _AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+@phase("forward")
 def embed(tower: nn.Module, inputs: Tensor, precision: str) -> Tensor:
     """A tower's embeddings of a batch, (B, D) float32 at least.
 

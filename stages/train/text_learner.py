@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..counter_random import key_of
 from ..models.text_student import build_text_student
+from ..profiling import phase
 from ..settings.distill import DistillSettings
 from .mixed_precision import embed
 from .processes import World
@@ -48,6 +49,7 @@ class TextLearner(Tower):
         self._begin(lr)
         embeddings = embed(self._parallel or self.model, tokens, self._precision)
         held = TextTargets(targets, self._settings.batch_texts, self._world).against(embeddings, self._world)
-        self._weigh(held).backward()
+        with phase("backward"):
+            self._weigh(held).backward()
         self.embeddings = embeddings.detach()
         self._update(step)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..losses.loss_inputs import LossInputs, logit_factor
 from ..losses.terms import loss_terms
+from ..profiling import phase
 from ..run_folder.checkpoint import load_weights
 from ..settings.distill import DistillSettings
 from .learned_scale import LearnedScale
@@ -71,6 +72,7 @@ class Tower:
         set_lr(self._optimizer, lr)
         self._optimizer.zero_grad(set_to_none=True)
 
+    @phase("losses")
     def _weigh(self, held: LossInputs) -> Tensor:
         """The loss as this process's backward pass wants it."""
         settings = self._settings
@@ -83,6 +85,7 @@ class Tower:
         # DistributedDataParallel takes the mean of the processes' gradients; the shares of a loss add up.
         return self._scaler.scale(loss * self._world.size)
 
+    @phase("optimiser")
     def _update(self, step: int) -> None:
         """Change the weights by the gradients that are there.
 
