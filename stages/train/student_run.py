@@ -19,6 +19,7 @@ from ..run_folder.run_record import CHECKPOINT, check_same_training, describe_ru
 from ..settings.distill import DistillSettings
 from ..settings.models import StudentSettings
 from .dev_scores import DevScores
+from .flops import flop_metrics, step_flops
 from .learner import Learner
 from .processes import World
 from .schedule import Schedule
@@ -118,6 +119,7 @@ class StudentRun:
         self.run, self._schedule, self._settings, self._world = run, schedule, settings, world
         self.path, self.loss = run.folder / CHECKPOINT, math.nan
         self._log: MetricsLog | None = None
+        self._step_flops = 0
         self._best: BestWeights | None = None
         goes_on = _all_see(self.path, world)
         width = cache.images.embeddings.shape[-1]
@@ -161,6 +163,9 @@ class StudentRun:
         if self._world.is_first:
             self._best = BestWeights(self.run.folder, self.learner.step)
             self._log = MetricsLog(self.run.folder, self.learner.step)
+            text = None if self.learner.text is None else (self.learner.text.model, self._settings.batch_texts)
+            size, num_images = self.run.student.image_size, self._settings.batch_images
+            self._step_flops = step_flops(self.learner.model, size, num_images, text)
 
     def close_log(self) -> None:
         if self._log is not None:
@@ -175,7 +180,8 @@ class StudentRun:
         self.loss = values["loss"]
         if self._log is not None:
             facts = {"step": step, "epoch": self._schedule.epoch(step), "lr": self._schedule.lr(step - 1)}
-            self._log.write({**facts, **values, **asdict(speed)})
+            flops = flop_metrics(self._step_flops, speed.step_s, self._schedule.precision, self._world)
+            self._log.write({**facts, **values, **asdict(speed), **flops})
 
     @property
     def last_score(self) -> dict[str, Any] | None:
