@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dimefm.cache.reader.feature_cache import FeatureCache
 from dimefm.stages.counter_random import key_of
 from dimefm.stages.images.views import ViewMaker
-from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.load import batches
 from dimefm.stages.load.workers import ViewPool
 from dimefm.stages.losses.dime import pvl_loss, vl_loss
@@ -90,7 +90,7 @@ class Bench:
             loss=LossSettings(vl=0.7, pvl=0.3),  # those of the bare step
         )
         self._schedule = Schedule(cache, self._settings, world)
-        self._files = ImageFiles(folder / "images", cache.images)
+        self._files = ImageFolder(folder / "images")
 
     def bare(self) -> float:
         """Images/s of the step alone."""

@@ -5,7 +5,7 @@
 Both sides train the same image tower, in the same precision, on the same batch of images, which is in the device's
 memory already (decoding is another benchmark's):
 
-- `stage two`: the step of the trainer itself, `stages.learner.Learner.learn`, with the losses `vl` and `pvl`.
+- `stage two`: the step of the trainer itself, `stages.train.student.Student.learn`, with the losses `vl` and `pvl`.
   Its targets and sentences are gathered in every step, at random rows, from memory-mapped arrays of a cache on disk.
   Logging, checks and checkpoints are left out on both sides.
 - `online`: open_clip's own training loop, `open_clip_train.train.train_one_epoch`, on a batch of pairs in memory, with
@@ -48,8 +48,8 @@ from dimefm.cache.disk.mapped import MappedArray
 from dimefm.stages.devices import resolve_device
 from dimefm.stages.settings.distill import DistillSettings, LossSettings
 from dimefm.stages.settings.models import StudentSettings
-from dimefm.stages.train.learner import Learner
 from dimefm.stages.train.processes import World
+from dimefm.stages.train.student import Student
 from dimefm.stages.train.targets import Targets
 
 SIDES = ("stage two", "online, text frozen", "online, text trained")
@@ -97,7 +97,7 @@ def large_pair() -> Pair:
 
 
 class StageTwo:
-    """Steps of the trainer's own `Learner`, with what it is given in a run; nothing is logged or saved."""
+    """Steps of the trainer's own `Student`, with what it is given in a run; nothing is logged or saved."""
 
     def __init__(self, pair: Pair, images: Tensor, folder: Path, options: argparse.Namespace) -> None:
         config, width = folder / "student.json", pair.teacher["embed_dim"]
@@ -105,7 +105,7 @@ class StageTwo:
         student = StudentSettings(model=f"open_clip:{config}", image_size=pair.image_size)
         self._world = World(images.device)
         self._settings = DistillSettings(loss=LossSettings(vl=0.7, pvl=0.3))  # what docs/results.md was measured with
-        self._learner = Learner(student, self._settings, width, self._world, options.precision, LOGIT_SCALE, fresh=True)
+        self._student = Student(student, self._settings, width, self._world, options.precision, LOGIT_SCALE, fresh=True)
         self._images = images.contiguous(memory_format=torch.channels_last)
         self._targets, self._sentences = (write_array(folder, name, width) for name in (IMAGES, SENTENCES))
         self._num_sentences, self._rng = options.sentences, np.random.default_rng(0)
@@ -113,14 +113,14 @@ class StageTwo:
     @property
     def model(self) -> nn.Module:
         """The student."""
-        return self._learner.model
+        return self._student.image.model
 
     def run(self, num_steps: int) -> None:
         """Train for some steps."""
         for _ in range(num_steps):
             targets = self._gather(self._targets, len(self._images))
             sentences = self._gather(self._sentences, self._num_sentences)
-            self._learner.learn(self._images, Targets(targets, sentences, None, self._world), self._settings.lr)
+            self._student.learn(self._images, Targets.gather(targets, sentences, None, self._world), self._settings.lr)
 
     def _gather(self, array: MappedArray, num_rows: int) -> Tensor:
         rows = torch.from_numpy(array[self._rng.integers(len(array), size=num_rows)])

@@ -22,8 +22,10 @@ from dimefm.pipeline.config.load import load_config
 from dimefm.stages.devices import resolve_device
 from dimefm.stages.images.crops import Crops, resample_filter
 from dimefm.stages.images.views import ViewMaker, make_views
-from dimefm.stages.inputs.image_source import ImageFiles
-from dimefm.stages.models.open_clip_teacher import Teacher, load_teacher
+from dimefm.stages.inputs.image_source import row_keys
+from dimefm.stages.inputs.open_source import open_source
+from dimefm.stages.models.load_teacher import load_teacher
+from dimefm.stages.models.teacher import Teacher
 
 LIMIT = 0.9999
 
@@ -44,8 +46,8 @@ def main() -> None:
     teacher = load_teacher(config.teacher, resolve_device(config.teacher.device))
     side = teacher.image_size[0]
     maker = ViewMaker(crops.settings, side, resample_filter(cache.teacher["preprocess"]["interpolation"]), replays=True)
-    source = ImageFiles(config.images.source, cache.images)
-    files = [source.read(ticket) for ticket in source.tickets(rows)]
+    source = open_source(config.images.source)
+    files = [source.read(key) for key in row_keys(source, cache.images.rows)(rows)]
     own, centre = [], []
     for view in range(1, crops.count + 1):
         numbers = crops.numbers(rows, np.full_like(rows, view)).tolist()

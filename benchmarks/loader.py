@@ -46,7 +46,7 @@ from dimefm.stages.embed.pack_pixels import make_small
 from dimefm.stages.images.crops import NUM_UNIFORMS
 from dimefm.stages.images.decode import decode_image
 from dimefm.stages.images.views import ViewMaker
-from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.inputs.image_folder import ImageFolder as FolderOfImages
 from dimefm.stages.inputs.kept_pixels import KeptPixels
 from dimefm.stages.load.batches import BatchLoader
 from dimefm.stages.sample.order import Stream
@@ -113,15 +113,16 @@ def kept_pixels(folder: Path, count: int) -> KeptPixels:
 class Views(Dataset[torch.Tensor]):
     """The loader's views as a dataset that DataLoader takes."""
 
-    def __init__(self, files: ImageFiles, count: int, maker: ViewMaker) -> None:
-        self._files, self._tickets, self._maker = files, files.tickets(np.arange(count)), maker
+    def __init__(self, files: FolderOfImages, count: int, maker: ViewMaker) -> None:
+        self._files, self._maker = files, maker
+        self._names = [f"class/{i:06d}.jpg" for i in range(count)]
 
     def __len__(self) -> int:
-        return len(self._tickets)
+        return len(self._names)
 
     def __getitem__(self, row: int) -> torch.Tensor:
         numbers = uniforms(5, np.array([row]), np.array([0]), NUM_UNIFORMS).tolist()[0]
-        return torch.from_numpy(self._maker.view(self._files.read(self._tickets[row]), numbers).copy())
+        return torch.from_numpy(self._maker.view(self._files.read(self._names[row]), numbers).copy())
 
 
 def rounds_of_a_pass(options: argparse.Namespace) -> int:
@@ -137,7 +138,7 @@ def drain(batches: Iterable[object]) -> None:
 def measure(folder: Path, options: argparse.Namespace, settings: AugmentSettings) -> dict[str, list[float]]:
     """Images a second of each contender, pass by pass in turn; the first pass warms and is not counted."""
     images = cached_images(folder, options.count)
-    files, rounds = ImageFiles(folder / "photos", images), rounds_of_a_pass(options)
+    files, rounds = FolderOfImages(folder / "photos"), rounds_of_a_pass(options)
     steps = rounds * options.count // options.batch
     maker = ViewMaker(settings, options.size, Image.Resampling.BICUBIC)
     crop = RandomResizedCrop(options.size, settings.scale, settings.ratio, InterpolationMode.BICUBIC)

@@ -34,7 +34,8 @@ from dimefm.cache.reader.pixel_packs import PixelPacks, pack_path, writing_pack
 from dimefm.stages.embed.pack_pixels import make_small
 from dimefm.stages.images.decode import decode_image
 from dimefm.stages.images.views import ViewMaker
-from dimefm.stages.inputs.image_source import ImageFiles, PixelSource
+from dimefm.stages.inputs.image_folder import ImageFolder
+from dimefm.stages.inputs.image_source import ImageSource
 from dimefm.stages.inputs.kept_pixels import KeptPixels
 from dimefm.stages.load.batches import BatchLoader
 from dimefm.stages.sample.order import Stream
@@ -107,7 +108,7 @@ def make_cache(folder: Path, num_rows: int) -> EmbeddingSet:
     return EmbeddingSet(MappedArray.open(folder / "teacher.zarr", "images"), RowTable(folder / "images.parquet"))
 
 
-def measure(images: EmbeddingSet, pixels: PixelSource, options: argparse.Namespace) -> Memory:
+def measure(images: EmbeddingSet, pixels: ImageSource, options: argparse.Namespace) -> Memory:
     """Run some steps and read the memory."""
     loader = BatchLoader(
         images,
@@ -149,9 +150,7 @@ def main() -> int:
             make_images(folder / "photos", pictures, num_rows)
             packs = make_packs(folder / "packs", pictures, num_rows)
             for source in SOURCES:  # kept pixels first: the column of names is not there yet
-                found = measure(
-                    images, packs if source == SOURCES[0] else ImageFiles(folder / "photos", images), options
-                )
+                found = measure(images, packs if source == SOURCES[0] else ImageFolder(folder / "photos"), options)
                 medians[source].append(statistics.median(found.workers))
                 shown = ", ".join(f"{size / 2**20:.1f}" for size in found.workers)
                 own = f"(the loader's own process: {found.own / 2**20:,.0f} MiB)"

@@ -30,9 +30,9 @@ from dimefm.cache.disk.layout import IMAGES
 from dimefm.cache.disk.row_tables import IMAGE_COLUMNS, write_rows
 from dimefm.pipeline.stage_one.cluster import TEACHERS, run_shards
 from dimefm.stages.devices import resolve_device
-from dimefm.stages.embed.shard import ShardTask
-from dimefm.stages.inputs.image_folder import read_image
-from dimefm.stages.models.open_clip_teacher import Teacher, load_teacher
+from dimefm.stages.embed.tasks import ShardTask
+from dimefm.stages.inputs.image_folder import ImageFolder, read_image
+from dimefm.stages.models.open_clip_teacher import OpenClipTeacher, load_open_clip_teacher
 from dimefm.stages.settings.models import TeacherSettings
 
 
@@ -80,7 +80,7 @@ def main() -> None:
             batch_size=options.batch_size,
             device=options.device,
         )
-        teacher = load_teacher(settings, resolve_device(options.device))
+        teacher = load_open_clip_teacher(settings, resolve_device(options.device))
         files = [root / f"{i:05d}.jpg" for i in range(options.images)]
         for seed, path in enumerate(files):
             write_photo(path, seed)
@@ -90,7 +90,11 @@ def main() -> None:
 
 
 def compare(
-    root: Path, files: list[Path], settings: TeacherSettings, teacher: Teacher, options: argparse.Namespace
+    root: Path,
+    files: list[Path],
+    settings: TeacherSettings,
+    teacher: OpenClipTeacher,
+    options: argparse.Namespace,
 ) -> list[float]:
     """Run the three in turn and print what each takes."""
     workers = os.cpu_count() or 1
@@ -114,13 +118,14 @@ def compare(
     store = root / "teacher.zarr"
     declare_arrays(store, {IMAGES: spec})
     tasks = [
-        ShardTask("images", store, IMAGES, spec, shard, table=table, root=root) for shard in range(spec.num_chunks)
+        ShardTask("images", store, IMAGES, spec, shard, table=table, source=ImageFolder(root))
+        for shard in range(spec.num_chunks)
     ]
     TEACHERS.put(settings, teacher)
     weights = teacher.identity()["weights"]
 
     def stage_one() -> None:
-        assert sum(done.num_rows for done in run_shards(tasks, settings, weights, None)) == len(files)
+        assert sum(done.record.num_rows for done in run_shards(tasks, settings, weights, None)) == len(files)
 
     for warm in (forward, decode, stage_one):  # page cache, thread pools, imports
         warm()

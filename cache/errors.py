@@ -1,6 +1,8 @@
 """Known errors: the command line shows each as one line, `error: …`, and exits with 1."""
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 
 class DimefmError(Exception):
@@ -13,6 +15,19 @@ class CacheError(DimefmError):
 
 class InputError(DimefmError, ValueError):
     """Something the user gave: a config, an image folder, sentences, a checkpoint, a student."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that does not exist: up to three known names that are close to it.
+
+    Returns:
+        `; did you mean A or B?`, or nothing where none is close.
+
+    >>> did_you_mean("shard_row", ["dir", "shard_rows"])
+    '; did you mean shard_rows?'
+    """
+    close = difflib.get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 OS_ADVICE = {

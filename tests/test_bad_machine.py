@@ -22,7 +22,7 @@ from dimefm.cache.errors import os_advice
 from dimefm.cache.version.manifest import digest_lines
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
-from dimefm.stages.models.open_clip_teacher import Teacher
+from dimefm.stages.models.open_clip_teacher import OpenClipTeacher as Teacher
 
 from .support.commands import refused, run_dimefm, tree
 from .support.worlds import make_world
@@ -206,7 +206,7 @@ def test_too_few_file_handles_for_a_cache_are_one_line(tmp_path, tiny_teacher):
     config.write_text(config.read_text().replace("shard_rows = 4", "shard_rows = 1").replace("k = 3", "k = 0"))
     cache_teacher(load_config(config))
     program = (
-        "import resource; from dimefm.cache import feature_cache\n"
+        "import resource; from dimefm.cache.reader import feature_cache\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (50, 50))\n"
         "from dimefm.cli import main; main()"
     )

@@ -154,7 +154,7 @@ def test_what_make_distill_runs_does_nothing_the_second_time(copy, capfd, monkey
     cache, runs = copy.parent / "cache", copy.parent / "runs"
     files = [*cache.rglob("*"), *runs.rglob("checkpoint.pt"), *runs.rglob("metrics.jsonl")]
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files}
-    monkeypatch.setattr("dimefm.stages.models.open_clip_teacher.load_teacher", refuse)
+    monkeypatch.setattr("dimefm.stages.models.load_teacher.load_teacher", refuse)
     assert everything() == table
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in files} == before
 
@@ -166,7 +166,7 @@ def start(*words: object, program: str = "") -> subprocess.Popen:
 
 INTERRUPT_AT_THE_FIFTH_SHARD = """
 import os, signal
-from dimefm.cache.journal import Journal
+from dimefm.cache.version.journal import Journal
 add, counted = Journal.add, []
 def counting(self, *arguments):
     add(self, *arguments)

@@ -4,7 +4,6 @@ Each check looks at files whose bytes are right; what is damaged is reported as 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,7 @@ from ..disk.row_tables import FAILED, RowTable, good_rows, read_own_failures
 from ..errors import CacheError
 from ..reader.feature_cache import EmbeddingSet
 from ..reader.pixel_packs import pack_contents
+from ..version.schema import ArrayCounts, IndexInfo, Manifest
 from .findings import Finding, runs_of
 from .inventory import num_targets
 from .scan import Scanned
@@ -41,13 +41,13 @@ States = Callable[[], pa.Table]
 """Reads, or waits for, what `read_states` returns."""
 
 
-def read_states(layout: Layout, manifest: Mapping[str, Any], array: str) -> pa.Table:
+def read_states(layout: Layout, manifest: Manifest, array: str) -> pa.Table:
     """Columns `row`, `status` and `reason` of an array's table."""
-    return RowTable(table_of(layout, array), manifest["arrays"][array]["rows"]).columns("row", "status", "reason")
+    return RowTable(table_of(layout, array), manifest.arrays[array].rows).columns("row", "status", "reason")
 
 
 def check_content(
-    layout: Layout, manifest: Mapping[str, Any], scanned: Mapping[str, Scanned], states: Mapping[str, States]
+    layout: Layout, manifest: Manifest, scanned: Mapping[str, Scanned], states: Mapping[str, States]
 ) -> Iterator[Finding]:
     """Hold tables, arrays, pairs and indexes against each other.
 
@@ -64,7 +64,7 @@ def check_content(
         own = {}
     usable: dict[str, NDArray[np.bool_]] = {}
     unexplained: set[str] = set()
-    for array, entry in manifest["arrays"].items():
+    for array, entry in manifest.arrays.items():
         path = table_of(layout, array)
         if layout.name_of(path) in damaged:
             continue
@@ -72,7 +72,7 @@ def check_content(
             table = states[array]() if array in states else read_states(layout, manifest, array)
         except (CacheError, pa.ArrowException, OSError) as error:
             message = str(error).removeprefix(f"{path}: ").split(";")[0]
-            yield Finding("table", layout.name_of(path), message, array=array, rows=((0, entry["rows"] - 1),))
+            yield Finding("table", layout.name_of(path), message, array=array, rows=((0, entry.rows - 1),))
             continue
         usable[array] = good_rows(table, shared)
         yield from _check_table(layout.name_of(path), table, usable[array], array, entry, own.get(array, {}))
@@ -92,7 +92,7 @@ def check_content(
 
 
 def _check_table(
-    name: str, table: pa.Table, good: NDArray[np.bool_], array: str, entry: Mapping[str, Any], own: Mapping[int, str]
+    name: str, table: pa.Table, good: NDArray[np.bool_], array: str, entry: ArrayCounts, own: Mapping[int, str]
 ) -> Iterator[Finding]:
     wrong = np.flatnonzero(np.asarray(table["row"]) != np.arange(len(good)))
     if wrong.size:
@@ -102,8 +102,8 @@ def _check_table(
     if unknown.size:
         yield Finding("table", name, "rows with an unknown status", array=array, rows=runs_of(unknown))
     failed = np.union1d(bad, np.array(sorted(own), dtype=np.int64))
-    if len(failed) != entry["failed"]:
-        message = f"{len(failed):,} rows failed, the manifest counts {entry['failed']:,}"
+    if len(failed) != entry.failed:
+        message = f"{len(failed):,} rows failed, the manifest counts {entry.failed:,}"
         yield Finding("table", name, message, array=array, rows=runs_of(failed))
 
 
@@ -153,7 +153,7 @@ def _check_packs(layout: Layout, usable: NDArray[np.bool_], scanned: Mapping[str
 
 def _check_retrieval(
     layout: Layout,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     usable: Mapping[str, NDArray[np.bool_]],
     scanned: Mapping[str, Scanned],
     damaged: set[str],
@@ -166,16 +166,16 @@ def _check_retrieval(
             if low < -1 or high >= limit:
                 message = f"ids from {low} to {high}; wanted -1 to {limit - 1}"
                 yield Finding("pairs", found.piece.name, message, array=found.piece.array, rows=found.piece.runs)
-    if not manifest["pairs"] or any(name.startswith("teacher.zarr/") for name in damaged):
+    if not manifest.pairs or any(name.startswith("teacher.zarr/") for name in damaged):
         return
     sides = {
-        side: EmbeddingSet.open(layout, array, table_of(layout, array), manifest["arrays"][array]["rows"])
+        side: EmbeddingSet.open(layout, array, table_of(layout, array), manifest.arrays[array].rows)
         for side, array in SIDES.items()
     }
-    for side, info in manifest["index"].items():
-        if info["file"] not in damaged:
+    for side, info in manifest.index.items():
+        if info.file not in damaged:
             yield from _check_index(layout, info, side, sides[side], scanned)
-    store, under = (where.root / manifest["pairs"]["store"] for where in (layout, layout.base))
+    store, under = (where.root / manifest.pairs.store for where in (layout, layout.base))
     if any(name.startswith(f"{store.name}/") for name in damaged):
         return
     for direction, (asking, answering) in DIRECTIONS.items():
@@ -218,10 +218,10 @@ def _wrong_pairs(
 
 
 def _check_index(
-    layout: Layout, info: Mapping[str, Any], side: str, rows: EmbeddingSet, scanned: Mapping[str, Scanned]
+    layout: Layout, info: IndexInfo, side: str, rows: EmbeddingSet, scanned: Mapping[str, Scanned]
 ) -> Iterator[Finding]:
     """An index is over the usable rows, and these rows find themselves in it."""
-    name = str(info["file"])
+    name = info.file
     try:
         index = Index.load(layout.find(layout.root / name), rows.embeddings.shape[1], len(rows))
         there = index.rows()
@@ -239,7 +239,7 @@ def _check_index(
     except CacheError as error:
         yield Finding("index", name, str(error).split("; ")[0], array=SIDES[side])
         return
-    least = SELF_COSINE.get(str(info["type"]), SELF_COSINE["IVF"])
+    least = SELF_COSINE.get(info.type, SELF_COSINE["IVF"])
     lost = sample[~(np.minimum(scores, exact)[:, 0] >= least)]
     if lost.size:
         message = f"{len(lost)} of {len(sample)} sampled rows do not find themselves: an index of other embeddings"

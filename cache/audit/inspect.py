@@ -11,6 +11,7 @@ from ..disk.cosine import unit_rows
 from ..disk.layout import IMAGES
 from ..reader.feature_cache import EmbeddingSet, FeatureCache, Pairs
 from ..reader.masks import mask_names, read_mask
+from ..version.schema import Manifest
 
 SAMPLE_ROWS = 1024
 """Rows of each side whose cosines are looked at; a quantile of a million of them is good to about 0.01."""
@@ -46,21 +47,21 @@ def inspect_cache(cache: FeatureCache, seed: int = 0) -> dict[str, Any]:
     pairs = {name: found for name in DIRECTIONS if (found := cache.pairs(name))}
     return {
         "cache": str(cache.layout.root),
-        "format": manifest["format"],
-        "version": manifest.get("version", 1),
+        "format": manifest.format,
+        "version": manifest.version,
         "identity": cache.identity,
-        "shard_rows": plan.get("shard_rows"),
+        "shard_rows": plan.shard_rows,
         "teacher": {key: cache.teacher.get(key) for key in _TEACHER_KEYS},
-        "arrays": dict(manifest["arrays"]),
+        "arrays": {name: counts.to_dict() for name, counts in manifest.arrays.items()},
         "evaluate": {
             name: {"images": len(item.images), "classes": len(item.class_ids)} for name, item in cache.evaluate.items()
         },
         "bytes": _bytes(cache, manifest),
         "masks": _masks(cache, manifest),
-        "index": manifest.get("index") or {},
-        "pairs": manifest["pairs"],
+        "index": {side: info.to_dict() for side, info in manifest.index.items()},
+        "pairs": manifest.pairs and manifest.pairs.to_dict(),
         "pixels": _pixels(cache, manifest),
-        "views": cache.crops,
+        "views": cache.crops and cache.crops.to_dict(),
         "transductive": cache.transductive,
         "similarity": similarity(cache, pairs, np.random.default_rng(seed)),
         "hubs": {
@@ -146,30 +147,30 @@ def _sample(rows: EmbeddingSet, rng: np.random.Generator) -> NDArray[Any]:
     return rows.embeddings[_rows(rows, rng)]
 
 
-def _bytes(cache: FeatureCache, manifest: Mapping[str, Any]) -> dict[str, int]:
+def _bytes(cache: FeatureCache, manifest: Manifest) -> dict[str, int]:
     """Bytes of the files in force by kind, of all of them, and of those that wait for their last readers."""
     sizes: Counter[str] = Counter()
-    for name, entry in manifest.get("files", {}).items():
+    for name, entry in manifest.files.items():
         folder = name.split("/", 1)[0]
         kind = "pairs" if folder.startswith("pairs") else KINDS.get(folder, "other")
-        sizes[kind] += entry["bytes"]
-    superseded = (cache.layout.root / name for name in manifest.get("superseded", []))
+        sizes[kind] += entry.bytes
+    superseded = (cache.layout.root / name for name in manifest.superseded)
     found = dict(sorted(sizes.items())) | {"total": sum(sizes.values())}
     return found | {"superseded": sum(path.stat().st_size for path in superseded if path.is_file())}
 
 
-def _pixels(cache: FeatureCache, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+def _pixels(cache: FeatureCache, manifest: Manifest) -> dict[str, Any] | None:
     """What pictures there are for stage two; of a cache that shares rows, perhaps the other one's."""
     if cache.pixels is None:
         return None
-    own = manifest.get("pixels") is not None
-    sizes = [entry["bytes"] for name, entry in manifest.get("files", {}).items() if name.startswith("pixels/")]
-    num_pictures = max(1, len(cache.images) - manifest["arrays"][IMAGES].get("failed", 0))
+    own = manifest.pixels is not None
+    sizes = [entry.bytes for name, entry in manifest.files.items() if name.startswith("pixels/")]
+    num_pictures = max(1, len(cache.images) - manifest.arrays[IMAGES].failed)
     mean = sum(sizes) / num_pictures if own else None
     return {"setting": cache.pixels.setting, "own": own, "packs": len(sizes), "mean_bytes": mean}
 
 
-def _masks(cache: FeatureCache, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _masks(cache: FeatureCache, manifest: Manifest) -> list[dict[str, Any]]:
     found = []
     for side in ("images", "sentences"):
         rows: EmbeddingSet = getattr(cache, side)

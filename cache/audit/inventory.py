@@ -1,13 +1,13 @@
 """The files that a manifest lists, and which rows of which array each of them holds."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..disk.layout import IMAGES, SENTENCES
 from ..reader.pixel_packs import pack_path
+from ..version.schema import FileEntry, Manifest
 
 _PACK = re.compile(r"(?P<array>pixels/[^/]+)/(?P<chunk>\d+)\.pack")
 _CHUNK = re.compile(r"(?P<store>[^/]+\.zarr)/(?P<array>.+)/c/(?P<chunk>\d+)(/0)*")
@@ -56,16 +56,16 @@ class Piece:
         return self.content in ("embeddings", "head")
 
 
-def pieces(manifest: Mapping[str, Any], shard_rows: int) -> list[Piece]:
+def pieces(manifest: Manifest, shard_rows: int) -> list[Piece]:
     """Every file of a manifest, in the order of names."""
-    return [_piece(name, entry, manifest, shard_rows) for name, entry in sorted(manifest["files"].items())]
+    return [_piece(name, entry, manifest, shard_rows) for name, entry in sorted(manifest.files.items())]
 
 
-def _piece(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], shard_rows: int) -> Piece:
-    num_bytes, digest = int(entry["bytes"]), str(entry["digest"])
+def _piece(name: str, entry: FileEntry, manifest: Manifest, shard_rows: int) -> Piece:
+    num_bytes, digest = entry.bytes, entry.digest
     if pack := _PACK.fullmatch(name):
         first = int(pack["chunk"]) * shard_rows
-        num_rows = max(0, min(shard_rows, manifest["arrays"][IMAGES]["rows"] - first))
+        num_rows = max(0, min(shard_rows, manifest.arrays[IMAGES].rows - first))
         shard = int(pack["chunk"])
         return Piece(name, num_bytes, digest, "pixels", pack["array"], shard, first, num_rows, shard_rows=shard_rows)
     match = _CHUNK.fullmatch(name)
@@ -78,20 +78,24 @@ def _piece(name: str, entry: Mapping[str, Any], manifest: Mapping[str, Any], sha
     rows_of = _SIDES[direction][0] if direction in _SIDES else array
     content: Content = "embeddings" if direction not in _SIDES else "ids" if part == "ids" else "scores"
     first = chunk * shard_rows
-    num_rows = max(0, min(shard_rows, manifest["arrays"].get(rows_of, {"rows": 0})["rows"] - first))
+    num_rows = max(0, min(shard_rows, _rows(manifest, rows_of) - first))
     return Piece(name, num_bytes, digest, content, array, chunk, first, num_rows, num_bytes // shard_rows)
 
 
-def unlisted_packs(manifest: Mapping[str, Any], shard_rows: int) -> list[Piece]:
+def unlisted_packs(manifest: Manifest, shard_rows: int) -> list[Piece]:
     """Packs that a cache with pixels must have and its manifest does not list: of no bytes, so any file differs."""
-    if not manifest.get("pixels"):
+    if not manifest.pixels:
         return []
-    shards = range(-(-manifest["arrays"][IMAGES]["rows"] // shard_rows))
-    names = (pack_path(Path(manifest["pixels"]["folder"]), shard).as_posix() for shard in shards)
-    nothing = {"bytes": 0, "digest": ""}
-    return [_piece(name, nothing, manifest, shard_rows) for name in names if name not in manifest["files"]]
+    shards = range(-(-manifest.arrays[IMAGES].rows // shard_rows))
+    names = (pack_path(Path(manifest.pixels.folder), shard).as_posix() for shard in shards)
+    nothing = FileEntry(bytes=0, digest="")
+    return [_piece(name, nothing, manifest, shard_rows) for name in names if name not in manifest.files]
 
 
-def num_targets(array: str, manifest: Mapping[str, Any]) -> int:
+def num_targets(array: str, manifest: Manifest) -> int:
     """How many rows the ids of an array of pairs choose from."""
-    return int(manifest["arrays"][_SIDES[array.partition("/")[0]][1]]["rows"])
+    return manifest.arrays[_SIDES[array.partition("/")[0]][1]].rows
+
+
+def _rows(manifest: Manifest, array: str) -> int:
+    return manifest.arrays[array].rows if array in manifest.arrays else 0

@@ -4,7 +4,6 @@ Several threads read: both the reads and XXH3 over blocks of this size let go of
 """
 
 import errno
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from ..disk.cores import usable_cores
 from .inventory import Piece
 
 BLOCK_BYTES = 2**21
@@ -66,7 +66,7 @@ def scan(files: Sequence[tuple[Piece, Path]], progress: Callable[[int], None] | 
         OSError: where the machine refuses (rights, file handles), which is not the file's damage.
     """
     done = 0
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), thread_name_prefix="scan") as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, usable_cores()), thread_name_prefix="scan") as pool:
         try:
             for found in pool.map(lambda item: scan_file(*item), files):
                 done += max(0, found.num_bytes)

@@ -1,17 +1,17 @@
 """Is a cache sound? Every byte against its checksum, then what the files say about each other. Reads only."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..disk.arrays import read_spec
 from ..disk.durable import PARTIAL, digest
 from ..disk.layout import IMAGES, Layout, table_of
 from ..errors import CacheError
 from ..version.journal import Journal
-from ..version.manifest import read_document, read_manifest, refuse_newer, trusted_copy, vouched_digests
+from ..version.manifest import read_manifest, trusted_copy, vouched_digests
+from ..version.schema import Manifest, Plan, refuse_newer
 from ..version.spares import spare
 from .cross_checks import check_content, read_states
 from .findings import MOVE, Finding, Report
@@ -34,8 +34,8 @@ class Trusted:
     """
 
     layout: Layout
-    manifest: dict[str, Any]
-    plan: dict[str, Any] | None
+    manifest: Manifest
+    plan: Plan | None
     shard_rows: int
 
 
@@ -56,7 +56,7 @@ def verify_cache(folder: Path, started: Callable[[int], Callable[[int], None]] |
     in_turn = sorted(wanted, key=lambda piece: not piece.name.startswith("rows/"))
     files = [(piece, layout.find(layout.root / piece.name)) for piece in in_turn]
     progress = started(sum(piece.num_bytes for piece in wanted)) if started else None
-    arrays = {layout.name_of(table_of(layout, array)): array for array in manifest["arrays"]}
+    arrays = {layout.name_of(table_of(layout, array)): array for array in manifest.arrays}
     scanned, states = {}, {}
     with ThreadPoolExecutor(1, thread_name_prefix="tables") as pool:
         strangers = Report()
@@ -93,13 +93,13 @@ def read_trusted(layout: Layout, report: Report) -> Trusted:
         layout, manifest = layout.next, following
     elif layout.next.root.exists():
         report.notes.append("next/: a change is under way, or its command was stopped; run that command again")
-    report.version = int(manifest["version"])
+    report.version = manifest.version
     plan = _trusted_plan(layout, manifest)
-    shard_rows = plan["shard_rows"] if plan else read_spec(layout.base.teacher_zarr, IMAGES).chunk_rows
-    return Trusted(layout, manifest, plan, int(shard_rows))
+    shard_rows = plan.shard_rows if plan else read_spec(layout.base.teacher_zarr, IMAGES).chunk_rows
+    return Trusted(layout, manifest, plan, shard_rows)
 
 
-def _trusted_manifest(layout: Layout, report: Report) -> dict[str, Any]:
+def _trusted_manifest(layout: Layout, report: Report) -> Manifest:
     vouched, whole = vouched_digests(layout)
     data = layout.manifest.read_bytes() if layout.manifest.exists() else None
     if data is None and not layout.manifest_digest.exists():
@@ -110,13 +110,13 @@ def _trusted_manifest(layout: Layout, report: Report) -> dict[str, Any]:
             report.findings.append(
                 Finding("changed", layout.manifest_digest.name, "not what was written; it has checksums of manifests")
             )
-        return read_document(layout.manifest)
+        return Manifest.parse(layout.manifest, data)
     if data is not None and not whole:
         refuse_newer(layout.manifest, data)
     if data is not None and spare(layout, digest(data)) is not None:
         kind = "changed" if layout.manifest_digest.exists() else "missing"
         report.findings.append(Finding(kind, layout.manifest_digest.name, "does not vouch for manifest.json any more"))
-        return read_document(layout.manifest)
+        return Manifest.parse(layout.manifest, data)
     copy = spare(layout, trusted_copy(layout) or "")
     if copy is None:
         raise CacheError(
@@ -127,29 +127,29 @@ def _trusted_manifest(layout: Layout, report: Report) -> dict[str, Any]:
     report.findings.append(Finding(kind, layout.manifest.name, f"{what}; judged by its spare copy in log/spare/"))
     if not whole:
         report.findings.append(Finding("changed", layout.manifest_digest.name, "not what was written"))
-    return read_document(copy)
+    return Manifest.read(copy)
 
 
-def _trusted_plan(layout: Layout, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+def _trusted_plan(layout: Layout, manifest: Manifest) -> Plan | None:
     """The plan that the manifest was written for, or its spare copy; its own damage shows in its checksum."""
-    name, wanted = str(manifest.get("plan_file", "plan.json")), str(manifest["plan"])
-    path: Path | None = layout.find(layout.root / name)
+    wanted = manifest.plan
+    path: Path | None = layout.find(layout.root / manifest.plan_file)
     if path is None or not path.is_file() or digest(path.read_bytes()) != wanted:
         path = spare(layout.base, wanted)
-    return None if path is None else read_document(path)
+    return None if path is None else Plan.read(path)
 
 
 def _find_strangers(trusted: Trusted, wanted: set[str], report: Report) -> None:
     """Files that the manifest does not list."""
     root = trusted.layout.base.root
-    known = wanted | set(trusted.manifest.get("superseded", [])) | {"manifest.json", "manifest.xxh3"}
+    known = wanted | set(trusted.manifest.superseded) | {"manifest.json", "manifest.xxh3"}
     coming: set[str] = set()
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         top = name.split("/", 1)[0]
         if top in OUTSIDE or name in known or (path.is_dir() and not path.is_symlink()):
             continue
-        if top == "pixels" and not trusted.manifest.get("pixels") and path.suffix == ".pack":
+        if top == "pixels" and not trusted.manifest.pixels and path.suffix == ".pack":
             coming.add(name)
             continue
         if top.startswith(".") or path.name.endswith(PARTIAL):
@@ -179,16 +179,16 @@ def _file_finding(found: Scanned) -> Finding:
 
 def _check_journal(trusted: Trusted, wanted: list[Piece]) -> list[Finding]:
     """The next version takes checksums from the journal: a wrong one would make sound files look damaged."""
-    pairs = trusted.manifest["pairs"]
     records = {(record.array, record.shard): record.digest for record in Journal(trusted.layout)}
-    wrong = [piece for piece in wanted if piece.chunk >= 0 and records.get(journal_key(piece, pairs)) != piece.digest]
+    keys = {piece: journal_key(piece, trusted.manifest) for piece in wanted if piece.chunk >= 0}
+    wrong = [piece for piece, key in keys.items() if records.get(key) != piece.digest]
     if not wrong:
         return []
     message = f"does not have the checksums of {len(wrong)} chunk files as the manifest has them: {wrong[0].name}, ..."
     return [Finding("journal", "log/shards.jsonl", message)]
 
 
-def journal_key(piece: Piece, pairs: Mapping[str, Any] | None) -> tuple[str, int]:
+def journal_key(piece: Piece, manifest: Manifest) -> tuple[str, int]:
     """What the journal calls a chunk file."""
-    counted = str(pairs["counted"]) if pairs and piece.content in ("ids", "scores") else ""
+    counted = manifest.pairs.counted if manifest.pairs and piece.content in ("ids", "scores") else ""
     return counted + piece.array, piece.chunk

@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from ..errors import OS_ADVICE, CacheError
+from ..errors import OS_ADVICE, CacheError, InputError
 
 PARTIAL = ".partial"
 
@@ -104,6 +104,23 @@ def write_json(path: Path, value: Any) -> None:
         CacheError: if the system refuses.
     """
     write_bytes(path, to_json(value))
+
+
+def read_json(path: Path, wanted: str) -> Any:
+    """Read a JSON document.
+
+    Args:
+        wanted: what the file should be, for the message.
+
+    Raises:
+        InputError: one line, if it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}; wanted {wanted}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}; wanted {wanted}") from error
 
 
 def to_json_line(value: Any) -> bytes:

@@ -15,8 +15,9 @@ from ..disk.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_ima
 from ..disk.mapped import MappedArray
 from ..disk.row_tables import RowTable, good_rows, read_own_failures
 from ..errors import CacheError
-from ..version.manifest import read_document, read_manifest
+from ..version.manifest import read_manifest
 from ..version.plan_file import plan_named, read_plan
+from ..version.schema import Manifest, Plan, Views
 from .masks import mask_digest, read_mask
 from .pixel_packs import PixelPacks
 from .source_weights import Mixture, mixture_of
@@ -130,8 +131,8 @@ class FeatureCache:
     """
 
     layout: Layout
-    plan: dict[str, Any]
-    manifest: dict[str, Any]
+    plan: Plan
+    manifest: Manifest
     images: EmbeddingSet
     sentences: EmbeddingSet
     evaluate: dict[str, EvaluateSet]
@@ -153,18 +154,18 @@ class FeatureCache:
         if manifest is None:
             raise CacheError(f"{layout.root}: unfinished (no manifest.json); run `dimefm cache-teacher` to finish it")
         path = plan_named(layout, manifest)
-        if not path.exists() or digest(path.read_bytes()) != manifest.get("plan"):
+        if not path.exists() or digest(path.read_bytes()) != manifest.plan:
             raise CacheError(f"{path}: missing, or not the one that manifest.json was written for; restore it")
-        plan = read_document(path)
+        plan = Plan.read(path)
 
         def embedding_set(name: str, table: Path) -> EmbeddingSet:
-            return EmbeddingSet.open(layout, name, table, manifest["arrays"][name]["rows"])
+            return EmbeddingSet.open(layout, name, table, manifest.arrays[name].rows)
 
         evaluate = {}
-        for name, inputs in plan["inputs"]["evaluate"].items():
-            head = MappedArray.open(layout.teacher_zarr, evaluate_head(name), len(inputs["class_ids"]))
+        for name, inputs in plan.inputs.evaluate.items():
+            head = MappedArray.open(layout.teacher_zarr, evaluate_head(name), len(inputs.class_ids))
             images = embedding_set(evaluate_images(name), layout.evaluate_rows(name))
-            evaluate[name] = EvaluateSet(images, inputs["class_ids"], inputs["class_names"], head[:])
+            evaluate[name] = EvaluateSet(images, inputs.class_ids, inputs.class_names, head[:])
         return cls(
             layout,
             plan,
@@ -222,25 +223,25 @@ class FeatureCache:
     @property
     def identity(self) -> str:
         """Digest of what a student is trained from: teacher, images, views, sentences. A labelled set may join."""
-        inputs = {side: self.plan["inputs"][side] for side in ("images", "sentences")}
-        inputs |= {"views": self.plan["views"]} if "views" in self.plan else {}
-        return digest(to_json({"teacher": self.plan["teacher"], **inputs}))
+        plan = self.plan
+        parts = {"teacher": plan.teacher, "images": plan.inputs.images, "sentences": plan.inputs.sentences}
+        parts |= {"views": plan.views} if plan.views else {}
+        return digest(to_json({name: part.to_dict() for name, part in parts.items()}))
 
     @property
-    def crops(self) -> dict[str, Any] | None:
-        """The crops that were embedded beside the centre of each image, as plan.json has them: `count`, `crops` (their
-        settings) and `decoder`; None where there are none."""
-        return self.plan.get("views")
+    def crops(self) -> Views | None:
+        """The crops that were embedded beside the centre of each image; None where there are none."""
+        return self.plan.views
 
     @property
     def version(self) -> str:
         """Digest of everything in the manifest: it changes when the cache does."""
-        return digest(to_json(self.manifest))
+        return digest(to_json(self.manifest.to_dict()))
 
     @property
     def teacher(self) -> dict[str, Any]:
         """The teacher's identity, as plan.json has it: `logit_scale`, `embed_dim`, `preprocess`, ..."""
-        return dict(self.plan["teacher"])
+        return self.plan.teacher.to_dict()
 
     @property
     def text_tower(self) -> Path:
@@ -250,7 +251,7 @@ class FeatureCache:
     @property
     def transductive(self) -> list[str]:
         """Evaluation sets whose class names were among the training sentences."""
-        return list(self.manifest["transductive"])
+        return list(self.manifest.transductive)
 
     def pairs(self, direction: str) -> Pairs | None:
         """Pseudo-pairs, `image_to_sentence` or `sentence_to_image`; None where retrieval was off.
@@ -258,22 +259,23 @@ class FeatureCache:
         Raises:
             CacheError: if they are missing or damaged, which keeps nobody from the embeddings.
         """
-        if not self.manifest["pairs"]:
+        if not self.manifest.pairs:
             return None
         return self._pairs.get(direction) or _open_direction(self.layout, self.manifest, direction)
 
 
-def _open_pairs(layout: Layout, manifest: Mapping[str, Any]) -> dict[str, Pairs]:
+def _open_pairs(layout: Layout, manifest: Manifest) -> dict[str, Pairs]:
     """Pairs of both directions, mapped now: a later version of the cache removes their files in the end."""
     found = {}
-    for direction in DIRECTIONS if manifest["pairs"] else ():
+    for direction in DIRECTIONS if manifest.pairs else ():
         with suppress(CacheError):  # told when they are asked for
             found[direction] = _open_direction(layout, manifest, direction)
     return found
 
 
-def _open_direction(layout: Layout, manifest: Mapping[str, Any], direction: str) -> Pairs:
-    store = layout.root / manifest["pairs"]["store"]
+def _open_direction(layout: Layout, manifest: Manifest, direction: str) -> Pairs:
+    assert manifest.pairs is not None
+    store = layout.root / manifest.pairs.store
     return Pairs(MappedArray.open(store, f"{direction}/ids"), MappedArray.open(store, f"{direction}/scores"))
 
 
@@ -283,7 +285,7 @@ def draws_from_rounded_sizes(cache: FeatureCache) -> bool:
     So it is where the pictures are another cache's, kept without crops in mind: they do not say from what they
     were made smaller.
     """
-    if cache.crops is None or cache.pixels is None or cache.manifest.get("pixels"):
+    if cache.crops is None or cache.pixels is None or cache.manifest.pixels:
         return False
-    owner = read_plan(Layout(cache.layout.root / cache.plan["rows_of"]))
-    return owner is None or "views" not in owner
+    owner = read_plan(Layout(cache.layout.root / str(cache.plan.rows_of)))
+    return owner is None or not owner.views

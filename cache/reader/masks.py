@@ -5,9 +5,8 @@ A mask never changes, since runs are recorded with it: another choice is another
 
 import io
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,7 @@ from ..disk.layout import IMAGES, SENTENCES, Layout
 from ..errors import CacheError, InputError
 from ..version.lock import writer_lock
 from ..version.manifest import file_entry, read_manifest
+from ..version.schema import Manifest
 from ..version.versions import put_in_force
 
 Side = Literal["images", "sentences"]
@@ -54,7 +54,7 @@ def add_mask(layout: Layout, side: Side, name: str, keep: NDArray[np.bool_], *, 
         manifest = read_manifest(layout)
         if manifest is None:
             raise CacheError(f"{layout.root}: unfinished (no manifest.json); run `dimefm cache-teacher` to finish it")
-        num_rows = manifest["arrays"][ARRAYS[side]]["rows"]
+        num_rows = manifest.arrays[ARRAYS[side]].rows
         if rows_since and keep.ndim == 1:
             keep = np.concatenate([keep, np.zeros(max(0, num_rows - len(keep)), dtype=np.bool_)])
         if keep.shape != (num_rows,) or keep.dtype != np.bool_:
@@ -70,11 +70,11 @@ def add_mask(layout: Layout, side: Side, name: str, keep: NDArray[np.bool_], *, 
         path = layout.mask(side, name)
         with replacing(path) as partial:
             pq.write_table(pa.table([pa.array(np.arange(num_rows)), pa.array(keep)], schema=MASK_COLUMNS), partial)
-        files = {**manifest["files"], layout.name_of(path): file_entry(path)}
-        put_in_force(layout, {**manifest, "version": manifest["version"] + 1, "files": files})
+        files = {**manifest.files, layout.name_of(path): file_entry(path)}
+        put_in_force(layout, manifest.replace(version=manifest.version + 1, files=files))
 
 
-def read_mask(layout: Layout, manifest: Mapping[str, Any], side: str, name: str, num_rows: int) -> NDArray[np.bool_]:
+def read_mask(layout: Layout, manifest: Manifest, side: str, name: str, num_rows: int) -> NDArray[np.bool_]:
     """A mask as the manifest has it.
 
     Returns:
@@ -92,20 +92,20 @@ def read_mask(layout: Layout, manifest: Mapping[str, Any], side: str, name: str,
     return np.concatenate([keep, np.zeros(max(0, num_rows - len(keep)), dtype=np.bool_)])[:num_rows]
 
 
-def mask_digest(layout: Layout, manifest: Mapping[str, Any], side: str, name: str) -> str:
+def mask_digest(layout: Layout, manifest: Manifest, side: str, name: str) -> str:
     """Digest of a mask's file, from the manifest.
 
     Raises:
         InputError: if there is no such mask.
     """
-    entry = manifest.get("files", {}).get(layout.name_of(layout.mask(side, name)))
+    entry = manifest.files.get(layout.name_of(layout.mask(side, name)))
     if entry is None:
         there = ", ".join(mask_names(manifest, side)) or "none"
         raise InputError(f"{side}.mask = {name!r}: {layout.root} has no such mask of {side}; it has: {there}")
-    return str(entry["digest"])
+    return entry.digest
 
 
-def mask_names(manifest: Mapping[str, Any], side: str) -> list[str]:
+def mask_names(manifest: Manifest, side: str) -> list[str]:
     """Names of the masks over one side."""
-    files = (Path(name) for name in manifest.get("files", {}))
+    files = (Path(name) for name in manifest.files)
     return sorted(path.stem for path in files if path.parts[:2] == ("masks", side))

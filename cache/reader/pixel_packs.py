@@ -7,11 +7,11 @@ So a pack that has grown begins with the bytes of the one before, and a reader o
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
@@ -21,6 +21,7 @@ from ..disk.durable import replacing
 from ..disk.layout import IMAGES, Layout
 from ..errors import CacheError
 from ..version.manifest import read_manifest
+from ..version.schema import Manifest
 
 SOI = b"\xff\xd8\xff"
 """How every JPEG begins: the marker of its start and the first byte of another one."""
@@ -38,10 +39,9 @@ def table_bytes(shard_rows: int) -> int:
     return (shard_rows + 1) * OFFSET.itemsize
 
 
-def kept_setting(manifest: Mapping[str, Any] | None) -> str | None:
+def kept_setting(manifest: Manifest | None) -> str | None:
     """What `cache.pixels` was when the packs of a cache were made; None where it has none."""
-    pixels = manifest.get("pixels") if manifest else None
-    return str(pixels["setting"]) if pixels else None
+    return manifest.pixels.setting if manifest and manifest.pixels else None
 
 
 class PackWriter:
@@ -159,21 +159,21 @@ class PixelPacks:
         self._lock = Lock()
 
     @classmethod
-    def open(cls, layout: Layout, manifest: Mapping[str, Any]) -> "PixelPacks | None":
+    def open(cls, layout: Layout, manifest: Manifest) -> "PixelPacks | None":
         """The packs of a cache; of one that has none and shares another one's rows, the packs of that one.
 
         Returns:
             None where neither has any.
         """
-        num_rows = int(manifest["arrays"][IMAGES]["rows"])
-        if not manifest.get("pixels") and layout.shares_rows:
+        num_rows, pixels = manifest.arrays[IMAGES].rows, manifest.pixels
+        if not pixels and layout.shares_rows:
             # Whatever failed there is failed here as well, so no row that can be drawn is without pixels.
             layout = Layout(layout.base.image_rows.parent.resolve().parent)
-            manifest = read_manifest(layout) or {}
-        setting = kept_setting(manifest)
-        if setting is None:
+            owner = read_manifest(layout)
+            pixels = owner.pixels if owner else None
+        if pixels is None:
             return None
-        return cls(layout.root / layout.packs(setting), setting, num_rows, int(manifest["pixels"]["shard_rows"]))
+        return cls(layout.root / layout.packs(pixels.setting), pixels.setting, num_rows, pixels.shard_rows)
 
     def __len__(self) -> int:
         return self.num_rows

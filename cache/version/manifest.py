@@ -5,70 +5,35 @@ first and holds the lines of the old manifest and of the new one: whichever is t
 last line is the checksum of the lines before it.
 """
 
-import json
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..disk.durable import digest, to_json, write_bytes
-from ..disk.layout import FORMAT, Layout
+from ..disk.durable import digest, write_bytes
+from ..disk.layout import Layout
 from ..errors import CacheError
+from .schema import FileEntry, Manifest, parse_json
 from .spares import drop_spares, keep_spares, spare_manifests
 
 
-def parse_document(path: Path, data: bytes) -> dict[str, Any]:
-    """A JSON document of a cache, read from `path`.
-
-    Raises:
-        CacheError: if it is not JSON, or of a format newer than this code.
-    """
-    try:
-        document = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CacheError(f"{path}: not a JSON document ({error}); it was cut or edited") from error
-    found = document.get("format") if isinstance(document, dict) else None
-    if not isinstance(found, int):
-        raise CacheError(f"{path}: says no format; wanted a document that dimefm wrote")
-    if found > FORMAT:
-        raise CacheError(f"{path}: format {found}, this dimefm reads up to {FORMAT}; update dimefm")
-    return dict(document)
-
-
-def refuse_newer(path: Path, data: bytes) -> None:
-    """Refuse a document of a newer format before anybody takes what it does not understand for damage.
-
-    Raises:
-        CacheError: if it is one.
-    """
-    with suppress(json.JSONDecodeError, UnicodeDecodeError):
-        document = json.loads(data)
-        if isinstance(document, dict) and isinstance(document.get("format"), int) and document["format"] > FORMAT:
-            parse_document(path, data)
-
-
-def read_document(path: Path) -> dict[str, Any]:
-    """As `parse_document`, from the file."""
-    return parse_document(path, path.read_bytes())
-
-
-def file_entry(path: Path) -> dict[str, Any]:
+def file_entry(path: Path) -> FileEntry:
     """Size and checksum of a file, read whole."""
     data = path.read_bytes()
-    return {"bytes": len(data), "digest": digest(data)}
+    return FileEntry(bytes=len(data), digest=digest(data))
 
 
-def write_manifest(layout: Layout, document: Mapping[str, Any]) -> None:
+def write_manifest(layout: Layout, manifest: Manifest | Mapping[str, Any]) -> None:
     """Put a version of the cache into force."""
-    data = to_json({"format": FORMAT, **document})
+    manifest = Manifest.of(manifest)
+    data = manifest.to_bytes()
     known = [digest(layout.manifest.read_bytes())] if layout.manifest.exists() else []
     kept = not layout.under  # a version in the making becomes the cache's own with another call of this
     if kept:
-        keep_spares(layout, data, document["files"])
+        keep_spares(layout, data, manifest.files)
     write_bytes(layout.manifest_digest, digest_lines([*known, digest(data)]))
     write_bytes(layout.manifest, data)
     if kept:
-        drop_spares(layout, [*known, digest(data)], document["files"])
+        drop_spares(layout, [*known, digest(data)], manifest.files)
 
 
 def digest_lines(digests: Iterable[str]) -> bytes:
@@ -95,7 +60,7 @@ def trusted_copy(layout: Layout) -> str | None:
     return copies[-1] if copies else None  # an older one may be all that is still vouched for
 
 
-def read_manifest(layout: Layout) -> dict[str, Any] | None:
+def read_manifest(layout: Layout) -> Manifest | None:
     """The manifest in force, or None for an unfinished cache.
 
     Raises:
@@ -104,11 +69,11 @@ def read_manifest(layout: Layout) -> dict[str, Any] | None:
     if not layout.manifest.exists():
         return None
     data = layout.manifest.read_bytes()
-    document = parse_document(layout.manifest, data)
+    document = parse_json(layout.manifest, data)
     if not layout.manifest_digest.exists():
         raise CacheError(
             f"{layout.manifest_digest}: missing; without it nobody can tell whether manifest.json is whole"
         )
     if digest(data) not in vouched_digests(layout)[0]:
         raise CacheError(f"{layout.manifest}: not what dimefm wrote (its checksum differs); put the original back")
-    return document
+    return Manifest.from_dict(layout.manifest, document)

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..disk.durable import digest, write_json
-from ..disk.layout import FORMAT, Layout
+from ..disk.durable import digest, write_bytes
+from ..disk.layout import Layout
 from ..errors import CacheError
-from .manifest import read_document, read_manifest
+from .manifest import read_manifest
+from .schema import Manifest, Plan, Record
 
 MISSING = "nothing"
 
@@ -22,20 +23,20 @@ def plan_in_force(layout: Layout) -> Path:
     return plan_named(layout, read_manifest(layout))
 
 
-def plan_named(layout: Layout, manifest: Mapping[str, Any] | None) -> Path:
+def plan_named(layout: Layout, manifest: Manifest | None) -> Path:
     """The plan that a manifest was written for."""
-    return layout.root / manifest.get("plan_file", layout.plan.name) if manifest else layout.plan
+    return layout.root / manifest.plan_file if manifest else layout.plan
 
 
-def read_plan(layout: Layout) -> dict[str, Any] | None:
+def read_plan(layout: Layout) -> Plan | None:
     """The plan in force, or None where stage one has not started."""
     path = plan_in_force(layout)
-    return read_document(path) if path.exists() else None
+    return Plan.read(path) if path.exists() else None
 
 
-def write_plan(layout: Layout, plan: Mapping[str, Any]) -> None:
+def write_plan(layout: Layout, plan: Plan | Mapping[str, Any]) -> None:
     """Freeze the identity of a cache, or of a version in the making."""
-    write_json(layout.plan, {"format": FORMAT, **plan})
+    write_bytes(layout.plan, Plan.of(plan).to_bytes())
 
 
 def identity(layout: Layout) -> str:
@@ -49,6 +50,7 @@ def first_difference(found: Any, wanted: Any, key: str = "") -> tuple[str, Any, 
     >>> first_difference({"a": {"b": 1}}, {"a": {"b": 2}})
     ('a.b', 1, 2)
     """
+    found, wanted = (value.to_dict() if isinstance(value, Record) else value for value in (found, wanted))
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
         for name in sorted(set(found) | set(wanted)):
             inner = first_difference(
@@ -60,8 +62,12 @@ def first_difference(found: Any, wanted: Any, key: str = "") -> tuple[str, Any, 
     return None if found == wanted else (key, found, wanted)
 
 
-def require_same(root: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def require_same(root: Path, found: Record | Mapping[str, Any], wanted: Record | Mapping[str, Any]) -> None:
     """Refuse to go on with a cache that another run began.
+
+    Args:
+        found: of the cache: records, or mappings of plain values and records.
+        wanted: of this run, likewise.
 
     Raises:
         CacheError: naming the first key that differs.

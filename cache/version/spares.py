@@ -8,12 +8,12 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from ..disk.durable import digest, replacing, write_bytes
 from ..disk.layout import Layout
+from .schema import FileEntry
 
 BLOCK_BYTES = 2**20
 _KINDS = ("plan", "masks/", "rows/", "failed.parquet")
@@ -24,18 +24,18 @@ def has_spare(name: str) -> bool:
     return name.startswith(_KINDS) and not name.endswith("zarr.json")
 
 
-def keep_spares(layout: Layout, manifest: bytes, files: Mapping[str, Mapping[str, Any]]) -> None:
+def keep_spares(layout: Layout, manifest: bytes, files: Mapping[str, FileEntry]) -> None:
     """Copy what a manifest that is about to be in force relies on, and the manifest itself."""
     for name, entry in files.items():
-        target = _path(layout, entry["digest"])
-        if has_spare(name) and not (target.exists() and target.stat().st_size == entry["bytes"]):
-            _copy(layout.root / name, target, entry["digest"])
+        target = _path(layout, entry.digest)
+        if has_spare(name) and not (target.exists() and target.stat().st_size == entry.bytes):
+            _copy(layout.root / name, target, entry.digest)
     write_bytes(_path(layout, digest(manifest)), manifest)
 
 
-def drop_spares(layout: Layout, manifests: list[str], files: Mapping[str, Mapping[str, Any]]) -> None:
+def drop_spares(layout: Layout, manifests: list[str], files: Mapping[str, FileEntry]) -> None:
     """Remove copies that belong to neither of the manifests that may be in force."""
-    wanted = {*manifests, *(entry["digest"] for entry in files.values())}
+    wanted = {*manifests, *(entry.digest for entry in files.values())}
     folder = _path(layout, "").parent
     for path in folder.iterdir() if folder.exists() else ():
         if path.name not in wanted:

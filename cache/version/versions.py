@@ -19,24 +19,26 @@ from ..disk.layout import Layout
 from ..errors import CacheError
 from .journal import Journal
 from .manifest import read_manifest, write_manifest
+from .schema import Manifest
 
 
-def put_in_force(layout: Layout, document: Mapping[str, Any]) -> None:
+def put_in_force(layout: Layout, manifest: Manifest | Mapping[str, Any]) -> None:
     """Make this the cache's manifest; of a version in the making, move its files into place as well.
 
     Files of the version before that are no longer part of the cache are listed as `superseded` and stay, for readers
     that have them open, until the next change that supersedes any.
 
     Args:
-        document: the manifest but `superseded`.
+        manifest: its `superseded` is ignored.
     """
-    before = read_manifest(layout.base) or {}
-    superseded = sorted(set(before.get("files", {})) - set(document["files"]))
-    older = before.get("superseded", [])
+    manifest = Manifest.of(manifest)
+    before = read_manifest(layout.base)
+    older = before.superseded if before else []
+    superseded = sorted(set(before.files) - set(manifest.files)) if before else []
     if superseded:
-        for name in set(older) - set(document["files"]):
+        for name in set(older) - set(manifest.files):
             _remove(layout.base.root, name)
-    write_manifest(layout, {**document, "superseded": superseded or older})
+    write_manifest(layout, manifest.replace(superseded=superseded or older))
     if layout.under:
         complete_change(layout.base)
 
@@ -45,16 +47,16 @@ def complete_change(layout: Layout) -> None:
     """Finish a change that was decided, by this process or by one that was killed. For the one writer only."""
     _take_mended(layout)
     following = layout.next
-    document = read_manifest(following)
-    if document is None:
+    manifest = read_manifest(following)
+    if manifest is None:
         return
     # The new length last of all: a reader that goes by it alone finds every row.
-    for name in sorted(document["files"], key=lambda name: (name.endswith("zarr.json"), name)):
+    for name in sorted(manifest.files, key=lambda name: (name.endswith("zarr.json"), name)):
         if (following.root / name).exists():
             move_file(following.root / name, layout.root / name)
     Journal(layout).take_over(following)
     if not layout.manifest.exists() or layout.manifest.read_bytes() != following.manifest.read_bytes():
-        write_manifest(layout, document)
+        write_manifest(layout, manifest)
     discard_change(layout)
 
 
@@ -67,7 +69,7 @@ def _take_mended(layout: Layout) -> None:
         mended, current = read_manifest(mend), read_manifest(layout)
     except CacheError:  # one of the two is damaged: another repair will see to it
         return
-    if mended and current and mended["version"] == current["version"] + 1:
+    if mended and current and mended.version == current.version + 1:
         discard_change(layout)
         os.replace(mend.root, layout.next.root)  # noqa: PTH105 - as below
         sync_folder(layout.root)

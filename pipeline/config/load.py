@@ -120,6 +120,9 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
     def under(path: Path) -> Path:
         return Path(os.path.normpath(folder / path.expanduser()))
 
+    def images(location: Path | str) -> Path | str:
+        return under(location) if isinstance(location, Path) else location
+
     def templates(spec: str) -> str:
         return spec if spec == "openai" else str(under(Path(spec)))
 
@@ -144,7 +147,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
     evaluate = {
         name: item.model_copy(
             update={
-                "images": under(item.images),
+                "images": images(item.images),
                 "classes": under(item.classes),
                 "templates": templates(item.templates),
                 "captions": item.captions and under(item.captions),
@@ -155,7 +158,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
     return config.model_copy(
         update={
             "teacher": teacher.model_copy(update={"model": model, "pretrained": pretrained}),
-            "images": config.images.model_copy(update={"source": under(config.images.source)}),
+            "images": config.images.model_copy(update={"source": images(config.images.source)}),
             "sentences": config.sentences.model_copy(update={"source": sources, "prompts": prompts}),
             "cache": config.cache.model_copy(
                 update={"dir": under(config.cache.dir), "rows": config.cache.rows and under(config.cache.rows)}
@@ -192,7 +195,7 @@ def _check_evaluate_on(config: Config, path: Path) -> None:
 
 def _check_architectures(config: Config, path: Path) -> None:
     """Names of open_clip architectures, against the files beside its code: importing it would load torch."""
-    wanted = [("teacher.model", config.teacher.model)]
+    wanted = [] if config.teacher.is_from_outside else [("teacher.model", config.teacher.model)]
     wanted += [
         (f"student.{name}.model", student.model.removeprefix("open_clip:"))
         for name, student in config.student.items()

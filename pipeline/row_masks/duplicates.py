@@ -213,9 +213,9 @@ def _keep(num_rows: int, compared: NDArray[np.int64], dropped: NDArray[np.int64]
 def _index(cache: FeatureCache, side: str, rows: EmbeddingSet) -> Index:
     """The cache's own index of a side; built for the moment where retrieval was off."""
     num_rows, width = rows.embeddings.shape
-    info = (cache.manifest.get("index") or {}).get(side)
+    info = cache.manifest.index.get(side)
     if info:
-        return Index.load(cache.layout.root / info["file"], width, num_rows)
+        return Index.load(cache.layout.root / info.file, width, num_rows)
     say(f"building an index over {len(rows.usable):,} {side}: this cache has none")
     return own_index(rows.embeddings, rows.usable)
 

@@ -11,11 +11,12 @@ from ...cache.errors import InputError
 from ...cache.reader.pixel_packs import kept_setting
 from ...cache.version.journal import Journal
 from ...cache.version.manifest import read_manifest
-from ...stages.embed.pack_pixels import keep_shard
+from ...stages.embed.pack_pixels import pack_shard
+from ...stages.inputs.open_source import open_source
 from ..config.load import Config
 from ..progress import bar, say
 from .embed_shards import planned_specs, require_free
-from .kept_packs import image_sizes, pack_bytes, pack_task, wanted_images
+from .kept_packs import image_sizes, pack_bytes, pack_task, packed_images
 
 
 def add_pixels(config: Config, layout: Layout, plan: dict[str, object]) -> None:
@@ -27,13 +28,15 @@ def add_pixels(config: Config, layout: Layout, plan: dict[str, object]) -> None:
     setting = config.cache.pixels
     if setting is None or kept_setting(read_manifest(layout)):
         return
-    spec, journal, folder = planned_specs(plan)[IMAGES], Journal(layout), config.images.source
+    spec, journal, source = planned_specs(plan)[IMAGES], Journal(layout), open_source(config.images.source)
     num_rows, array = spec.shape[0], layout.packs(setting)
     missing = [shard for shard in range(spec.num_chunks) if not journal.has(array, shard, spec.rows_of(shard))]
     if not missing:
         return
-    if not folder.is_dir():
-        raise InputError(f"images.source: {folder} is not at hand; cache.pixels wants the images that were embedded")
+    if not source.at_hand():
+        raise InputError(
+            f"images.source: {source.location} is not at hand; cache.pixels wants the images that were embedded"
+        )
     sizes = image_sizes(layout, num_rows)
     in_missing = [sizes[shard * spec.chunk_rows : (shard + 1) * spec.chunk_rows] for shard in missing]
     require_free(layout, sum(pack_bytes(setting, part) for part in in_missing), estimated=True)
@@ -41,8 +44,8 @@ def add_pixels(config: Config, layout: Layout, plan: dict[str, object]) -> None:
     start, began_with = time.perf_counter(), done
     with bar("pixels", num_rows, "images", done) as shown:
         for shard in missing:
-            images = wanted_images(layout, layout.image_rows, num_rows, shard, folder)
-            record = keep_shard(pack_task(layout, setting, shard, plan), images, config.teacher.workers)
+            images = packed_images(source, layout, layout.image_rows, num_rows, shard)
+            record = pack_shard(pack_task(layout, setting, shard, plan), source, images, config.teacher.workers)
             journal.add(record, {})
             done += record.num_rows
             shown.update(done)

@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+import numpy as np
+
 from ...cache.disk.arrays import declare_arrays
 from ...cache.disk.durable import sweep_partials
 from ...cache.disk.layout import Layout
@@ -107,22 +109,27 @@ def _embed(
 
 def _check_teacher(config: Config, layout: Layout, teacher: Any) -> None:
     """Embed a few rows before the long run, show what came out, and stop if that cannot be a working teacher."""
-    from ...stages.images.decode import ImageError
-    from ...stages.inputs.image_folder import read_image
+    from ...stages.images.decode import ImageError, decode_image
+    from ...stages.inputs.image_source import row_keys
+    from ...stages.inputs.open_source import open_source
     from ...stages.models.teacher_check import check_teacher
 
-    def sample(table: RowTable, column: str) -> list[str]:
+    def sample(table: RowTable) -> list[int]:
         status = table.column("status").to_pylist()
         good = [row for row, value in enumerate(status) if value != FAILED]
-        return table.take(good[:: max(1, len(good) // SAMPLE_ROWS)][:SAMPLE_ROWS], column)
+        return good[:: max(1, len(good) // SAMPLE_ROWS)][:SAMPLE_ROWS]
 
-    crops, sampled = [], sample(RowTable(layout.image_rows), "source")
-    for source in sampled:
+    source, images, sentences = (
+        open_source(config.images.source),
+        *map(RowTable, (layout.image_rows, layout.sentence_rows)),
+    )
+    crops, sampled = [], row_keys(source, images)(np.array(sample(images), dtype=np.int64))
+    for key in sampled:
         try:
-            crops.append(teacher.crop(read_image(config.images.source / source)))
+            crops.append(teacher.crop(decode_image(source.read(key))))
         except ImageError:
             continue  # it has its row's reason when its shard comes
     if not crops:
-        raise InputError(f"images.source: {config.images.source}: none of {len(sampled)} sampled images is readable")
-    for line in check_teacher(teacher, crops, sample(RowTable(layout.sentence_rows), "text")).lines():
+        raise InputError(f"images.source: {source.location}: none of {len(sampled)} sampled images is readable")
+    for line in check_teacher(teacher, crops, sentences.take(sample(sentences), "text")).lines():
         say(line)

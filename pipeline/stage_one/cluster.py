@@ -13,8 +13,10 @@ from distributed import Client, KilledWorker, LocalCluster, get_worker, wait
 
 from ...cache.errors import InputError
 from ...stages.devices import devices_of, resolve_device
-from ...stages.embed.shard import ShardDone, ShardTask, embed_shard
-from ...stages.models.open_clip_teacher import Teacher, load_teacher
+from ...stages.embed.shard import embed_shard
+from ...stages.embed.tasks import ShardDone, ShardTask
+from ...stages.models.load_teacher import load_teacher
+from ...stages.models.teacher import Teacher
 from ...stages.settings.models import TeacherSettings
 
 TASKS_PER_DEVICE = 2

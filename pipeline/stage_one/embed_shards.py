@@ -15,9 +15,10 @@ from ...cache.disk.row_tables import FAILED, RowTable
 from ...cache.errors import InputError
 from ...cache.version.journal import Journal, ShardRecord
 from ...cache.version.manifest import read_manifest
-from ...stages.embed.pack_pixels import PackTask
-from ...stages.embed.shard import Kept, ShardTask
+from ...stages.embed.tasks import ExistingRows, PackTask, ShardTask
 from ...stages.images.crops import Crops
+from ...stages.inputs.image_source import ImageSource
+from ...stages.inputs.open_source import open_source
 from ..config.load import Config
 from ..progress import bar, say
 from .cached_views import num_crops
@@ -26,7 +27,7 @@ from .kept_packs import image_sizes, pack_bytes, pack_task
 from .pseudo_pairs import retrieval_bytes
 
 if TYPE_CHECKING:
-    from ...stages.models.open_clip_teacher import Teacher
+    from ...stages.models.teacher import Teacher
 
 _SPENT = ("read", "decode", "keep", "infer", "wait", "write")
 
@@ -35,7 +36,7 @@ _SPENT = ("read", "decode", "keep", "infer", "wait", "write")
 def teacher_at_hand(config: Config) -> Iterator["Teacher"]:
     """Load the config's teacher, for the caller and for the shards that are embedded meanwhile."""
     from ...stages.devices import resolve_device
-    from ...stages.models.open_clip_teacher import load_teacher
+    from ...stages.models.load_teacher import load_teacher
     from .cluster import TEACHERS
 
     say(f"loading the teacher {config.teacher.model} / {config.teacher.pretrained}")
@@ -79,38 +80,40 @@ def missing_shards(config: Config, layout: Layout, plan: dict[str, Any]) -> list
     Args:
         layout: the cache, or a version of it in the making: then a shard that has grown keeps the rows that it had.
     """
-    journal, tasks, crops = Journal(layout), [], Crops.read(plan.get("views"))
+    journal, tasks, crops = Journal(layout), [], Crops.read(plan.views)
     specs = planned_specs(plan)
     before = read_manifest(layout.base) if layout.under else None
 
-    def kept_rows(array: str, shard: int) -> Kept | None:
+    def existing_rows(array: str, shard: int) -> ExistingRows | None:
         rows = before["arrays"].get(array, {"rows": 0})["rows"] if before else 0
         num_rows = rows - shard * specs[array].chunk_rows
         if not before or num_rows <= 0:
             return None
         store = layout.base.teacher_zarr
         name = layout.base.name_of(chunk_path(store, array, shard, len(specs[array].shape)))
-        return Kept(store, num_rows, before["files"][name]["digest"])
+        return ExistingRows(store, num_rows, before["files"][name]["digest"])
 
     def pack_of(array: str, shard: int) -> PackTask | None:
         if array != IMAGES or not plan.get("pixels"):
             return None
         return pack_task(layout, plan["pixels"], shard, plan, before)
 
-    def add(kind: Literal["images", "sentences"], array: str, table: Path, root: Path | None = None) -> None:
+    def add(kind: Literal["images", "sentences"], array: str, table: Path, source: ImageSource | None = None) -> None:
         for shard in range(specs[array].num_chunks):
             num_rows, pack = specs[array].rows_of(shard), pack_of(array, shard)
             counted = [array, pack.array] if pack else [array]
             if not all(journal.has(name, shard, num_rows) for name in counted):
-                kept, found = kept_rows(array, shard), layout.find(table)
-                task = ShardTask(kind, layout.teacher_zarr, array, specs[array], shard, found, root, (), kept, pack)
+                existing, found = existing_rows(array, shard), layout.find(table)
+                task = ShardTask(
+                    kind, layout.teacher_zarr, array, specs[array], shard, found, source, (), existing, pack
+                )
                 tasks.append(replace(task, crops=crops) if array == IMAGES else task)
 
-    add("images", IMAGES, layout.image_rows, config.images.source)
+    add("images", IMAGES, layout.image_rows, open_source(config.images.source))
     add("sentences", SENTENCES, layout.sentence_rows)
     for name, settings in config.evaluate.items():
         if name in plan["inputs"]["evaluate"]:
-            add("images", evaluate_images(name), layout.evaluate_rows(name), settings.images)
+            add("images", evaluate_images(name), layout.evaluate_rows(name), open_source(settings.images))
             head = evaluate_head(name)
             if not journal.has(head, 0, specs[head].rows_of(0)):  # its prompts are files that may be gone by now
                 prompts = tuple(tuple(of_class) for of_class in evaluate_prompts(settings))
@@ -133,7 +136,7 @@ def embed_shards(
     limit = config.images.max_failed * plan["inputs"]["images"]["rows"]
     failed = _known_failures(layout, journal, plan)
     _require_few_failures(config, layout, failed, limit)
-    num_rows = sum(_num_rows(task) for task in tasks)
+    num_rows = sum(task.num_rows for task in tasks)
     total = sum(spec.shape[0] for spec in planned_specs(plan).values())
     embedded = total - num_rows
     spent: Counter[str] = Counter()
@@ -147,7 +150,7 @@ def embed_shards(
                 journal.add(done.pack, {})
             journal.add(done.record, done.seconds)
             spent.update(done.seconds)
-            embedded += done.num_rows
+            embedded += done.record.num_rows
             shown.update(embedded)
             if done.record.array == IMAGES:
                 failed |= _failures(done.record, plan["shard_rows"])
@@ -200,10 +203,6 @@ def require_free(layout: Layout, num_bytes: int, *, estimated: bool) -> None:
 def existing_parent(path: Path) -> Path:
     """The nearest folder above a path that is there, or the path itself."""
     return path if path.exists() else existing_parent(path.parent)
-
-
-def _num_rows(task: ShardTask) -> int:
-    return task.spec.rows_of(task.shard)
 
 
 def counted_reasons(reasons: Mapping[str, int]) -> str:

@@ -60,7 +60,7 @@ def finish_cache(config: Config, layout: Layout, plan: dict[str, Any], transduct
             "plan_file": plan_file.name,
             "arrays": arrays,
             "pairs_settings": pairs_document(config.pairs),
-            "text_tower": layout.text_tower.name,
+            "text_tower": layout.text_tower.name if layout.find(layout.text_tower).exists() else None,
             "pixels": pixels and pixels_document(layout, pixels, plan["shard_rows"]),
             "transductive": transductive,
             "files": {

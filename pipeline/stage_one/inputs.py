@@ -1,7 +1,6 @@
 """What goes into a cache: listed once into row tables, then compared with what a later run is given."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -12,7 +11,8 @@ from ...cache.disk.row_tables import FAILED, IMAGE_COLUMNS, LABELLED_COLUMNS, OK
 from ...cache.errors import CacheError, InputError
 from ...cache.version.manifest import read_manifest
 from ...cache.version.plan_file import require_same
-from ...stages.inputs.image_folder import find_images, find_labelled_images
+from ...stages.inputs.image_source import ImageSource, label_images
+from ...stages.inputs.open_source import open_source
 from ...stages.inputs.prompts import class_prompts, read_classes, read_templates
 from ...stages.inputs.sentences import Sentence, read_sentences
 from ...stages.settings.data import EvaluateSettings, PromptSettings
@@ -32,11 +32,9 @@ def freeze_inputs(config: Config, layout: Layout) -> dict[str, Any]:
         InputError: if a source is missing or empty.
     """
     shard_rows = config.cache.shard_rows
-    images = find_images(config.images.source)
-    if not images:
-        raise InputError(f"images.source: {config.images.source}: no .jpg, .jpeg, .png or .webp file below it")
-    hashed = config.images.hash
-    write_rows(layout.image_rows, IMAGE_COLUMNS, image_rows(config.images.source, images, hashed), shard_rows)
+    source = open_source(config.images.source)
+    images = source.list()
+    write_rows(layout.image_rows, IMAGE_COLUMNS, image_rows(source, images, config.images.hash), shard_rows)
     sentences = _SentenceRows(config)
     num_sentences = write_rows(layout.sentence_rows, SENTENCE_COLUMNS, sentences.rows(), shard_rows)
     if sentences.num_good == 0:
@@ -56,10 +54,9 @@ def freeze_evaluate_set(config: Config, layout: Layout, name: str) -> dict[str, 
         InputError: if its images or its classes are missing or do not fit.
     """
     settings = config.evaluate[name]
-    found = find_labelled_images(settings.images, sorted(read_classes(settings.classes)))
-    if not found:
-        raise InputError(f"evaluate.{name}.images: {settings.images}: no image in a folder named after a class id")
-    rows = labelled_rows(settings.images, found, config.images.hash)
+    source = open_source(settings.images)
+    found = label_images(source, read_classes(settings.classes))
+    rows = labelled_rows(source, found, config.images.hash)
     write_rows(layout.evaluate_rows(name), LABELLED_COLUMNS, rows, config.cache.shard_rows)
     return {**classes_document(settings), **list_document(image.source for image in found)}
 
@@ -79,7 +76,7 @@ def compare_inputs(config: Config, layout: Layout, plan: dict[str, Any], *, repo
     frozen = plan["inputs"]
     notes: list[str] = []
     rows = RowTable(layout.find(layout.image_rows), frozen["images"]["rows"])
-    _compare_images(config.images.source, rows, "images.source", notes)
+    _compare_images(open_source(config.images.source), rows, "images.source", notes)
     try:
         _compare_sentences(config, layout, plan, notes, report)
     except InputError as error:
@@ -94,7 +91,7 @@ def compare_inputs(config: Config, layout: Layout, plan: dict[str, Any], *, repo
         except InputError as error:
             notes.append(f"evaluate.{name}: not compared: {error}")
         rows = RowTable(layout.find(layout.evaluate_rows(name)), frozen["evaluate"][name]["rows"])
-        _compare_images(settings.images, rows, f"evaluate.{name}.images", notes)
+        _compare_images(open_source(settings.images), rows, f"evaluate.{name}.images", notes)
     return notes
 
 
@@ -229,11 +226,11 @@ def _compare_sentences(config: Config, layout: Layout, plan: dict[str, Any], not
     require_same(layout.root, {"sentences": {"prompts": frozen["prompts"]}}, {"sentences": {"prompts": prompts}})
 
 
-def _compare_images(folder: Path, table: RowTable, key: str, notes: list[str]) -> None:
-    if not folder.is_dir():
-        notes.append(f"{key}: {folder} is not at hand")
+def _compare_images(source: ImageSource, table: RowTable, key: str, notes: list[str]) -> None:
+    if not source.at_hand():
+        notes.append(f"{key}: {source.location} is not at hand")
         return
-    notes.extend(compare_images(folder, table).notes(key))
+    notes.extend(compare_images(source, table).notes(key))
 
 
 def transductive_sets_or_recorded(config: Config, layout: Layout) -> list[str]:

@@ -13,7 +13,9 @@ from ...cache.errors import CacheError
 from ...cache.reader.pixel_packs import kept_setting, pack_path
 from ...cache.version.journal import Journal
 from ...cache.version.manifest import file_entry, read_manifest
-from ...stages.embed.pack_pixels import QUALITY, SUBSAMPLING, KeptRows, PackTask, Wanted
+from ...stages.embed.pack_pixels import QUALITY, SUBSAMPLING, PackedImage
+from ...stages.embed.tasks import ExistingRows, PackTask
+from ...stages.inputs.image_source import ImageSource, keys_of
 from ...stages.settings.cache import kept_side
 from ..config.load import Config
 
@@ -56,23 +58,25 @@ def pack_task(
     side, shard_rows = kept_side(setting), int(plan["shard_rows"])
     assert side is not None
     array = layout.packs(setting)
-    kept = None
+    existing = None
     num_rows = before["arrays"][IMAGES]["rows"] - shard * shard_rows if before else 0
     if before and num_rows > 0:
         path = pack_path(layout.base.root / array, shard)
-        kept = KeptRows(path, num_rows, before["files"][layout.base.name_of(path)]["digest"])
+        existing = ExistingRows(path, num_rows, before["files"][layout.base.name_of(path)]["digest"])
     path = pack_path(layout.root / array, shard)
-    return PackTask(path, array, shard, side, shard_rows, kept, note_size="views" in plan)
+    return PackTask(path, array, shard, side, shard_rows, existing, note_size="views" in plan)
 
 
-def wanted_images(layout: Layout, table: Path, num_rows: int, shard: int, folder: Path) -> Iterator[Wanted | None]:
+def packed_images(
+    source: ImageSource, layout: Layout, table: Path, num_rows: int, shard: int
+) -> Iterator[PackedImage | None]:
     """The images of a shard whose pixels are kept, those of lost rows among them; None for rows that failed."""
     rows = RowTable(table, num_rows)
-    columns = [name for name in ("source", "bytes", "status", "reason", "digest") if rows.has(name)]
+    columns = [name for name in ("bytes", "status", "reason", "digest") if rows.has(name)]
     own = read_own_failures(layout.find(layout.own_failures)).get(IMAGES, {})
-    shard_rows = rows.shard(shard, columns)
+    shard_rows = rows.shard(shard, [*source.columns, *columns])
     first = shard * rows.shard_rows
-    for i, source in enumerate(shard_rows["source"]):
+    for i, key in enumerate(keys_of(source, shard_rows)):
         ok, reason = shard_rows["status"][i] == OK, shard_rows["reason"][i] or ""
         lost = not ok and reason.startswith(LOST)
         if (
@@ -83,7 +87,7 @@ def wanted_images(layout: Layout, table: Path, num_rows: int, shard: int, folder
             ok = ok and not reason
         if ok or lost:
             digest = shard_rows["digest"][i] if "digest" in shard_rows else None
-            yield Wanted(folder / source, shard_rows["bytes"][i], digest, lost)
+            yield PackedImage(key, shard_rows["bytes"][i], digest, lost)
         else:
             yield None
 

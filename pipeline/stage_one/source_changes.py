@@ -12,7 +12,7 @@ import numpy as np
 from ...cache.audit.findings import runs_of, show_runs
 from ...cache.disk.row_tables import FAILED, OK, RowTable
 from ...cache.errors import CacheError
-from ...stages.inputs.image_folder import FoundImage, LabelledImage, file_digests, find_images
+from ...stages.inputs.image_source import FoundImage, ImageSource, LabelledImage, image_digests, keys_of, row_keys
 from ...stages.inputs.sentences import read_sentences
 
 NAMES_SHOWN = 3
@@ -58,40 +58,43 @@ class SourceChanges:
         return [f"{key}: {len(names):,} {what}: {_first(names)}" for names, what in lines if names]
 
 
-def compare_images(folder: Path, table: RowTable) -> SourceChanges:
-    """Hold the images below a folder against the rows that were made from them. Opens only files whose time differs.
+def compare_images(source: ImageSource, table: RowTable) -> SourceChanges:
+    """Hold the images of a source against the rows that were made from them; only those whose time differs are read.
 
     Raises:
         CacheError: if not one image of the table is there, as when it is another folder.
-        InputError: if the folder is missing or cannot be listed.
+        InputError: if the source is missing or cannot be listed.
     """
     num_rows = table.num_rows
     columns = [name for name in ("source", "bytes", "modified_ns", "digest") if table.has(name)]
     frozen = {name: table.column(name).to_pylist() for name in columns}
-    now = {image.source: image for image in find_images(folder)}
-    there = [source in now for source in frozen["source"]]
+    now = {image.source: image for image in source.list()}
+    there = [name in now for name in frozen["source"]]
     if not any(there):
-        raise CacheError(f"{folder}: holds none of the {num_rows:,} images of this cache; is it another folder?")
+        raise CacheError(
+            f"{source.location}: holds none of the {num_rows:,} images of this cache; is it another folder?"
+        )
     gone = {row: frozen["source"][row] for row in np.flatnonzero(~np.array(there)).tolist()}
     changes = SourceChanges(num_rows, gone=gone)
     suspects = []
     digests = frozen.get("digest", [None] * num_rows)
-    for row, source in enumerate(frozen["source"]):
+    for row, name in enumerate(frozen["source"]):
         if row in gone:
             continue
-        image = now[source]
+        image = now[name]
         if image.bytes != frozen["bytes"][row] or (image.problem and digests[row]):
-            changes.changed[row] = source
+            changes.changed[row] = name
         elif image.modified_ns != frozen["modified_ns"][row]:
             if digests[row] is None:
-                changes.touched[row] = source
+                changes.touched[row] = name
             else:
                 suspects.append(row)
-    for row, found in zip(suspects, file_digests(folder, [frozen["source"][row] for row in suspects])):
+    keys = row_keys(source, table)(np.array(suspects, dtype=np.int64)) if suspects else []
+    for row, found in zip(suspects, image_digests(source, keys)):
         if found != digests[row]:
             changes.changed[row] = frozen["source"][row]
     known = set(frozen["source"])
-    changes.new.extend(source for source in now if source not in known)
+    changes.new.extend(name for name in now if name not in known)
     return changes
 
 
@@ -162,14 +165,17 @@ def _lines_of(table: RowTable, origin: str) -> Iterator[tuple[int, str]]:
                 yield row, text
 
 
-def image_rows(folder: Path, images: Sequence[FoundImage], hashed: bool) -> Iterator[dict[str, Any]]:
+def image_rows(source: ImageSource, images: Sequence[FoundImage], hashed: bool) -> Iterator[dict[str, Any]]:
     """Rows of an image table, without their numbers.
 
     Args:
         hashed: whether each file's checksum joins its row.
     """
-    good = (image.source for image in images if not image.problem)  # reading a pipe would wait for ever
-    digests = file_digests(folder, good) if hashed else None
+    digests: Iterator[str | None] | None = None
+    if hashed:
+        good = [image for image in images if not image.problem]  # reading a pipe would wait for ever
+        keys = keys_of(source, {name: [getattr(image, name) for image in good] for name in source.columns})
+        digests = image_digests(source, keys)
     for image in images:
         row: dict[str, Any] = {"source": image.source, "bytes": image.bytes, "modified_ns": image.modified_ns}
         row["digest"] = next(digests) if digests and not image.problem else None
@@ -177,9 +183,9 @@ def image_rows(folder: Path, images: Sequence[FoundImage], hashed: bool) -> Iter
         yield row
 
 
-def labelled_rows(folder: Path, images: Sequence[LabelledImage], hashed: bool) -> Iterator[dict[str, Any]]:
+def labelled_rows(source: ImageSource, images: Sequence[LabelledImage], hashed: bool) -> Iterator[dict[str, Any]]:
     """The same of an evaluation set: with each image's class."""
-    for image, row in zip(images, image_rows(folder, images, hashed), strict=True):
+    for image, row in zip(images, image_rows(source, images, hashed), strict=True):
         yield {**row, "class_id": image.class_id}
 
 

@@ -22,7 +22,7 @@ def cached_set_prompts(cache: FeatureCache, name: str, templates: str | None) ->
         )
     lines = read_templates(templates)
     prompts = [prompts_for(names, lines) for names in cache.evaluate[name].class_names]
-    made_with = cache.plan["inputs"]["evaluate"][name].get("prompts")
+    made_with = cache.plan.inputs.evaluate[name].prompts
     if made_with != digest(*(prompt.encode() + b"\0" for of_class in prompts for prompt in of_class)):
         raise InputError(
             f"evaluate.{name}.templates: {templates}: not those that the cache's class vectors were made with; the "

@@ -9,8 +9,9 @@ from ...cache.reader.feature_cache import FeatureCache, draws_from_rounded_sizes
 from ...cache.version.lock import held
 from ...cache.version.plan_file import first_difference
 from ...stages.devices import memory_errors_as
-from ...stages.inputs.image_source import ImageFiles, PixelSource
-from ...stages.inputs.kept_pixels import FILES, choose_pixels
+from ...stages.inputs.image_source import FILES, ImageSource
+from ...stages.inputs.kept_pixels import choose_pixels
+from ...stages.inputs.open_source import open_source
 from ...stages.models.teacher_identity import configured_identity
 from ...stages.run_folder.run_record import CHECKPOINT, read_run_record
 from ...stages.score.embed_set import labelled_set
@@ -59,7 +60,7 @@ def _groups(runs: list[Run], together: bool) -> list[list[Run]]:
     return [[run] for run in runs if run not in left] + ([left] if left else [])
 
 
-def _pixels(config: Config, cache: FeatureCache, runs: Sequence[Run]) -> PixelSource:
+def _pixels(config: Config, cache: FeatureCache, runs: Sequence[Run]) -> ImageSource:
     """The images that these runs began with, or begin with now."""
     begun = [run.folder for run in runs if (run.folder / CHECKPOINT).exists()]
     began_with = {str(read_run_record(folder).get("pixels", FILES)) for folder in begun}
@@ -67,7 +68,7 @@ def _pixels(config: Config, cache: FeatureCache, runs: Sequence[Run]) -> PixelSo
         found = " and ".join(sorted(began_with))
         raise InputError(f"--together: these runs began with {found} for pixels; train them one after the other")
     kept = choose_pixels(config.distill.pixels, cache, began_with.pop() if began_with else None)
-    return kept or ImageFiles(config.images.source, cache.images)
+    return kept or open_source(config.images.source)
 
 
 def _dev_scores(config: Config, cache: FeatureCache, runs: list[Run], world: World) -> DevScores | None:
@@ -85,7 +86,7 @@ def _dev_scores(config: Config, cache: FeatureCache, runs: list[Run], world: Wor
 def _train(
     config: Config,
     cache: FeatureCache,
-    pixels: PixelSource,
+    pixels: ImageSource,
     dev: DevScores | None,
     runs: Sequence[Run],
     world: World,

@@ -4,28 +4,21 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
-
-from ...cache.disk.durable import write_json
+from ...cache.disk.durable import to_json, write_json
+from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
 from ...stages.devices import memory_errors_as
-from ...stages.models.text_student import TextStudent
 from ...stages.run_folder.load_student import Which, load_student, load_text_student
-from ...stages.score.captions import Captions, embed_captions, read_captions
-from ...stages.score.embed_set import embed_set
+from ...stages.score.embed_set import embed_set, labelled_set
 from ...stages.score.embedded_set import EmbeddedSet
-from ...stages.score.predictions import versus, write_predictions, zero_shot_predictions
-from ...stages.score.probe import FittedProbes, probe_scores, require_same_classes
-from ...stages.score.recall import recall_scores
-from ...stages.score.zero_shot import zero_shot_scores
+from ...stages.score.predictions import write_predictions, zero_shot_predictions
+from ...stages.score.score_inputs import Memo, ScoreInputs
+from ...stages.score.scores import FROM_OUTSIDE, scores_of
+from ...stages.settings.plugins import load_function
 from ..progress import say
 from .class_prompts import cached_set_prompts
-from .run_source import runs_to_score
+from .run_source import RunSource, runs_to_score
 from .score_table import Scores
-
-Predictions = dict[str, pa.Table]
 
 
 def evaluate(runs: list[Path], which: Which | None = None) -> Scores:
@@ -43,90 +36,73 @@ def evaluate(runs: list[Path], which: Which | None = None) -> Scores:
         InputError: if a folder is no run, or its run has no such checkpoint.
         CacheError: if the cache it was trained from is gone or damaged.
     """
-    scores: Scores = {}
-    texts, probes = _EmbeddedTexts(), FittedProbes()
-    baseline: tuple[Path, Predictions] | None = None
+    memo = Memo()
+    scores = {}
     for run, source in runs_to_score(runs):
-        cache = FeatureCache.open(source["cache"])
-        _require_probes(cache, source["probes"])
-        read = _captions(cache, source["captions"])
-        student, record = load_student(run, which)
-        own_text = load_text_student(run, which=which)
-        heads = {} if own_text is None else _own_heads(own_text, cache, source)
-        _tell_of_weights(run, record)
-        embedded: dict[str, EmbeddedSet] = {}
-        for name, folder in source["evaluate"].items():
-            say(f"embedding {name} with {run}")
-            with memory_errors_as(f"{run}: scoring does not fit into memory; end what else uses it and run this again"):
-                item = embed_set(student, record, cache, name, Path(folder))
-            embedded[name] = dataclasses.replace(item, student_head=heads.get(name))
-        said = {key: record[key] for key in ("weights", "step", "checkpoint")}
-        of_run = {
-            name: {**zero_shot_scores(item), **said, "chosen_on": name == record["chosen_on"]}
-            for name, item in embedded.items()
-        }
-        for name, fit_name in source["probes"].items():
-            say(f"fitting probes on {fit_name}, for {name}")
-            of_run[name]["probe"] = probe_scores(embedded[name], embedded[fit_name], name, fit_name, probes)
-            _tell_of_duplicates(name, of_run[name]["probe"])
-        for name, of_set in read.items():
-            own = None if own_text is None else own_text.encode_sentences(of_set.texts)
-            captions = texts.embed(cache, name, of_set)
-            of_run[name]["retrieval"] = recall_scores(embedded[name], captions, of_set.image_of, own)
-        predictions = {name: zero_shot_predictions(item) for name, item in embedded.items()}
-        for name, table in predictions.items():
-            write_predictions(run / "predictions" / f"{name}.parquet", table)
-            compared = versus(table, baseline[1][name]) if baseline and name in baseline[1] else None
-            if baseline and compared:
-                of_run[name]["versus"] = {"run": str(baseline[0]), **compared}
-        baseline = baseline or (run, predictions)
-        scores[str(run)] = of_run
-        write_json(run / "evaluation.json", of_run)
+        scores[str(run)] = _evaluate_run(run, source, which, memo)
+        write_json(run / "evaluation.json", scores[str(run)])
     return scores
 
 
-def _require_probes(cache: FeatureCache, probes: dict[str, str]) -> None:
-    """Refuse probes that cannot be fitted before anything is embedded; a set that is not there has an error later."""
-    for name, fit_name in probes.items():
-        if name in cache.evaluate and fit_name in cache.evaluate:
-            sets = cache.evaluate[name], cache.evaluate[fit_name]
-            require_same_classes(sets[0].class_ids, sets[1].class_ids, name, fit_name)
-
-
-def _own_heads(text: TextStudent, cache: FeatureCache, source: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
-    """Class vectors by a student's own text tower; a set that is not there has an error later."""
-    prompts = {
-        name: cached_set_prompts(cache, name, source["templates"].get(name))
-        for name in source["evaluate"]
-        if name in cache.evaluate
+def _evaluate_run(run: Path, source: RunSource, which: Which | None, memo: Memo) -> dict[str, dict[str, Any]]:
+    """The scores of a run on each of its sets."""
+    cache = FeatureCache.open(source.cache)
+    student, record = load_student(run, which)
+    text = load_text_student(run, which=which)
+    embedded: dict[str, EmbeddedSet] = {}
+    sets = {
+        name: ScoreInputs(run, name, one.images, one.settings, cache, embedded, text, memo, say)
+        for name, one in source.sets.items()
     }
-    return {name: text.class_head(of_set) for name, of_set in prompts.items()}
-
-
-def _captions(cache: FeatureCache, files: dict[str, str]) -> dict[str, Captions]:
-    """Captions of each set that has some, refused before anything is embedded."""
-    there = {name: cache.evaluate[name].images for name in files if name in cache.evaluate}
-    return {
-        name: read_captions(Path(files[name]), images.rows.column("source").slice(0, len(images)).to_pylist(), name)
-        for name, images in there.items()
+    for name, inputs in sets.items():
+        labelled_set(cache, name)
+        for score in scores_of(inputs.settings):
+            score.load()
+            if score.require is not None:
+                load_function(score.require, ["inputs"])(inputs=inputs)
+    heads = {}
+    if text is not None:
+        prompts = {name: cached_set_prompts(cache, name, one.settings.get("templates")) for name, one in sets.items()}
+        heads = {name: text.class_head(of_set) for name, of_set in prompts.items()}
+    _note_weights(run, record)
+    for name, inputs in sets.items():
+        say(f"embedding {name} with {run}")
+        with memory_errors_as(f"{run}: scoring does not fit into memory; end what else uses it and run this again"):
+            item = embed_set(student, record, cache, name, inputs.images)
+        embedded[name] = dataclasses.replace(item, student_head=heads.get(name))
+    weights = {key: record[key] for key in ("weights", "step", "checkpoint")}
+    scores = {
+        name: {**_scores(inputs), **weights, "chosen_on": name == record["chosen_on"]} for name, inputs in sets.items()
     }
+    for name, item in embedded.items():
+        write_predictions(run / "predictions" / f"{name}.parquet", zero_shot_predictions(item))
+    return scores
 
 
-class _EmbeddedTexts:
-    """Embeddings of captions, once for all runs of a cache."""
+def _scores(inputs: ScoreInputs) -> dict[str, Any]:
+    """Every score that the set has, as JSON values."""
+    found: dict[str, Any] = {}
+    for score in scores_of(inputs.settings):
+        result = score.load()(inputs=inputs)
+        try:
+            to_json(result)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{score.function}: its score of {inputs.name} is no JSON ({error}); wanted a dict of numbers (finite "
+                "ones), texts, lists and dicts, or None"
+            ) from error
+        if result is None:
+            continue
+        if score.merged:
+            found |= result
+        elif score.from_outside:
+            found.setdefault(FROM_OUTSIDE, {})[score.name] = result
+        else:
+            found[score.name] = result
+    return found
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[Path, str, tuple[str, ...]], NDArray[np.float32]] = {}
 
-    def embed(self, cache: FeatureCache, name: str, captions: Captions) -> NDArray[np.float32]:
-        key = (cache.text_tower.resolve(), name, tuple(captions.texts))
-        if key not in self._known:
-            say(f"embedding {len(captions.texts):,} captions of {name}")
-            self._known[key] = embed_captions(cache.text_tower, captions)
-        return self._known[key]
-
-
-def _tell_of_weights(run: Path, record: dict[str, Any]) -> None:
+def _note_weights(run: Path, record: dict[str, Any]) -> None:
     step, total = record["step"], record["total_steps"]
     if record["checkpoint"] == "best":
         say(
@@ -135,11 +111,3 @@ def _tell_of_weights(run: Path, record: dict[str, Any]) -> None:
         )
     elif step < total:
         say(f"{run}: not finished, at step {step:,} of {total:,}")
-
-
-def _tell_of_duplicates(name: str, probe: dict[str, Any]) -> None:
-    if probe["near_duplicates"]:
-        say(
-            f"evaluate.{name}.probe: {probe['near_duplicates']:,} of its images are nearly in {probe['fitted_on']} too "
-            "(teacher's cosine of 0.999 or more): neighbours and probe know their answers"
-        )

@@ -13,8 +13,9 @@ from ...cache.disk.layout import Layout
 from ...cache.errors import CacheError, InputError
 from ...cache.reader.pixel_packs import kept_setting
 from ...cache.version.lock import writer_lock
-from ...cache.version.manifest import read_document, read_manifest
+from ...cache.version.manifest import read_manifest
 from ...cache.version.plan_file import identity, read_plan, require_same, write_plan
+from ...cache.version.schema import Plan
 from ...cache.version.versions import discard_change
 from ...stages.images.crops import decoder
 from ..config.load import Config
@@ -82,7 +83,7 @@ def append(config: Config, layout: Layout, scheduler: str | None = None) -> bool
 def _begun(layout: Layout) -> dict[str, Any] | None:
     """The plan of an append to this very version that was interrupted; what is left of another one is removed."""
     following = layout.next
-    staged = read_document(following.plan) if following.plan.exists() else None
+    staged = Plan.read(following.plan) if following.plan.exists() else None
     pixels = kept_setting(read_manifest(layout))  # they may have been added since
     if staged is None or staged["grown"][-1]["plan"] != identity(layout) or staged.get("pixels") != pixels:
         discard_change(layout)

@@ -13,7 +13,8 @@ from ...cache.disk.layout import Layout
 from ...cache.disk.row_tables import IMAGE_COLUMNS, SENTENCE_COLUMNS, RowTable, write_rows
 from ...cache.errors import CacheError
 from ...cache.version.plan_file import read_plan
-from ...stages.inputs.image_folder import FoundImage, find_images
+from ...stages.inputs.image_source import FoundImage
+from ...stages.inputs.open_source import open_source
 from ...stages.inputs.sentences import read_sentences
 from ..config.load import Config
 from ..stage_one.inputs import (
@@ -82,10 +83,11 @@ def find_growth(config: Config, layout: Layout, plan: dict[str, Any]) -> Growth:
         require_same_classes(layout, frozen, name, config.evaluate[name])
     there = RowTable(layout.image_rows, frozen["images"]["rows"]).column("source").to_pylist()
     known = set(there)
-    found = find_images(config.images.source)
+    source = open_source(config.images.source)
+    found = source.list()
     if known.isdisjoint(image.source for image in found):
         raise CacheError(
-            f"images.source: {config.images.source}: holds none of the {len(known):,} images of {layout.root}; "
+            f"images.source: {source.location}: holds none of the {len(known):,} images of {layout.root}; "
             "append adds to a folder: is it another one?"
         )
     images = [image for image in found if image.source not in known]
@@ -121,7 +123,7 @@ def stage_growth(config: Config, layout: Layout, plan: dict[str, Any], growth: G
     frozen, following, shard_rows = plan["inputs"], layout.next, plan["shard_rows"]
     if growth.num_rows["images"]:
         there = RowTable(layout.image_rows, frozen["images"]["rows"]).records()
-        new = image_rows(config.images.source, growth.images, config.images.hash)
+        new = image_rows(open_source(config.images.source), growth.images, config.images.hash)
         write_rows(following.image_rows, IMAGE_COLUMNS, chain(there, new), shard_rows)
     if growth.num_rows["sentences"]:
         there = RowTable(layout.sentence_rows, frozen["sentences"]["rows"]).records()

@@ -1,6 +1,6 @@
 """The live teacher against what a cache holds: the same rows embedded again, and the cosine of old and new."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -14,121 +14,120 @@ from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
 from ...cache.disk.row_tables import OK, RowTable
 from ...cache.errors import InputError
 from ...cache.version.plan_file import first_difference
+from ...cache.version.schema import Plan
+from ...stages.inputs.image_source import ImageSource, row_keys
+from ...stages.inputs.open_source import open_source
 from ..config.load import Config
 
 if TYPE_CHECKING:
-    from ...stages.models.open_clip_teacher import Teacher
+    from ...stages.models.teacher import Teacher
 
 SAMPLE_ROWS = 256
 SAME_ROW = 0.999
 """Least cosine of a row and the same row computed elsewhere: other libraries and hardware, the same teacher."""
 
 
-def image_folder(config: Config, array: str) -> Path | None:
-    """The folder that an array's images come from; None where they are not at hand, or it holds sentences."""
+def image_source(config: Config, array: str) -> ImageSource | None:
+    """The source of an array's images; None if it is not at hand or not in the config, or the array holds sentences."""
     if array == IMAGES:
-        folder = config.images.source
+        source = open_source(config.images.source)
     elif array == SENTENCES or array.split("/")[1] not in config.evaluate:
         return None
     else:
-        folder = config.evaluate[array.split("/")[1]].images
-    return folder if folder.is_dir() else None
+        source = open_source(config.evaluate[array.split("/")[1]].images)
+    return source if source.at_hand() else None
 
 
-def require_same_teacher(root: Path, plan: Mapping[str, Any], teacher: "Teacher") -> None:
-    """Refuse a teacher that is not the cache's; other versions of libraries are no other teacher.
+def require_loaded_teacher(root: Path, plan: Plan, teacher: "Teacher") -> None:
+    """Refuse a loaded teacher that did not make the cache; library versions may differ.
 
     Raises:
         InputError: naming what differs.
     """
+    made_with = plan.teacher.to_dict()
     live = {key: value for key, value in teacher.identity().items() if key != "libraries"}
-    difference = first_difference({key: plan["teacher"].get(key) for key in live}, live, "teacher")
+    difference = first_difference({key: made_with.get(key) for key in live}, live, "teacher")
     if difference:
         key, there, here = difference
         raise InputError(f"{root}: made with {key} = {there}, the config's teacher has {here}; wanted the same teacher")
 
 
-def live_rows(
-    config: Config,
-    layout: Layout,
-    plan: Mapping[str, Any],
-    teacher: "Teacher",
-    array: str,
-    rows: NDArray[np.int64],
-) -> tuple[NDArray[np.float16], list[str | None]]:
-    """Embed rows of an array again, all views of them.
+@dataclass(frozen=True)
+class LiveTeacher:
+    """The teacher of a cache, loaded, and its sources as the config names them.
 
-    Returns:
-        (n, D) or (n, views, D) float16, and for each row why it could not be embedded.
-    """
-    from ...stages.embed.image_rows import RowCrops, embed_image_shard
-    from ...stages.embed.sentence_rows import embed_sentence_shard
-    from ...stages.images.crops import Crops
-
-    table = RowTable(table_of(layout, array))
-    folder = image_folder(config, array)
-    if array == SENTENCES:
-        done = embed_sentence_shard(teacher, table.take(rows.tolist(), "text"), config.teacher.batch_size, Lock())
-    else:
-        assert folder is not None
-        files = [folder / source for source in table.take(rows.tolist(), "source")]
-        crops = Crops.read(plan.get("views")) if array == IMAGES else None
-        beside = RowCrops(crops, rows) if crops else None
-        settings = config.teacher
-        done = embed_image_shard(teacher, files, settings.batch_size, settings.workers, Lock(), None, beside)
-    reasons = dict(done.failures)
-    return done.embeddings, [reasons.get(i) for i in range(len(rows))]
-
-
-def compare_live(
-    config: Config,
-    layout: Layout,
-    plan: Mapping[str, Any],
-    teacher: "Teacher",
-    array: str,
-    num_rows: int,
-    bad: NDArray[np.int64],
-    chunk_rows: int,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Embed a random sample of an array's rows again and compare; a row is as near as its farthest view.
-
-    Args:
+    Attributes:
+        layout: the cache, or a version of it in the making.
         plan: of the cache.
-        bad: chunks that are damaged; none of their rows are looked at.
-
-    Returns:
-        `rows` compared, `cosine` (least, mean; None where there was nothing to compare), `unreadable` rows, and
-        `differ`: rows whose cosine is below `SAME_ROW`.
     """
-    status = RowTable(table_of(layout, array), num_rows).column("status").to_pylist()
-    good = np.array([row for row, value in enumerate(status) if value == OK], dtype=np.int64)
-    good = good[~np.isin(good // chunk_rows, bad)]
-    if not good.size or (array != SENTENCES and image_folder(config, array) is None):
-        return {"rows": 0, "cosine": None, "unreadable": [], "differ": []}
-    rows = np.sort(np.random.default_rng(seed).choice(good, min(SAMPLE_ROWS, len(good)), replace=False))
-    live, reasons = live_rows(config, layout, plan, teacher, array, rows)
-    read = np.array([reason is None for reason in reasons])
-    stored = _rows_of(layout, array, rows, chunk_rows)
-    views = live.reshape(len(rows), -1, live.shape[-1])[read], stored.reshape(len(rows), -1, live.shape[-1])[read]
-    now, then = (of_rows.reshape(-1, live.shape[-1]) for of_rows in views)
-    unit, _ = unit_rows(now)
-    each = cosines(unit, np.arange(len(now))[:, None], then)[:, 0].reshape(int(read.sum()), -1)
-    found = each.min(axis=1)
-    return {
-        "rows": int(read.sum()),
-        "cosine": {"least": float(each.min()), "mean": float(each.mean())} if each.size else None,
-        "unreadable": rows[~read].tolist(),
-        "differ": rows[read][~(found >= SAME_ROW)].tolist(),
-    }
 
+    config: Config
+    layout: Layout
+    plan: Plan
+    teacher: "Teacher"
 
-def _rows_of(layout: Layout, array: str, rows: NDArray[np.int64], chunk_rows: int) -> NDArray[Any]:
-    """Stored embeddings, chunk by chunk: other chunks may be missing."""
-    store = layout.base.teacher_zarr
-    spec = read_spec(store, array)
-    parts = [
-        read_chunk(store, array, spec, int(chunk))[rows[rows // chunk_rows == chunk] % chunk_rows]
-        for chunk in np.unique(rows // chunk_rows)
-    ]
-    return np.concatenate(parts)
+    def embed(self, array: str, rows: NDArray[np.int64]) -> tuple[NDArray[np.float16], list[str | None]]:
+        """Embed rows of an array again, all views of them.
+
+        Returns:
+            (n, D) or (n, views, D) float16, and for each row why it could not be embedded.
+        """
+        from ...stages.embed.image_rows import RowCrops, embed_image_shard
+        from ...stages.embed.sentence_rows import embed_sentence_shard
+        from ...stages.images.crops import Crops
+
+        table, settings = RowTable(table_of(self.layout, array)), self.config.teacher
+        if array == SENTENCES:
+            done = embed_sentence_shard(self.teacher, table.take(rows.tolist(), "text"), settings.batch_size, Lock())
+        else:
+            source = image_source(self.config, array)
+            assert source is not None
+            keys = row_keys(source, table)(rows)
+            crops = Crops.read(self.plan.views) if array == IMAGES else None
+            row_crops = RowCrops(crops, rows) if crops else None
+            done = embed_image_shard(
+                self.teacher, source, keys, settings.batch_size, settings.workers, Lock(), None, row_crops
+            )
+        reasons = dict(done.failures)
+        return done.embeddings, [reasons.get(i) for i in range(len(rows))]
+
+    def compare(self, array: str, num_rows: int, damaged: NDArray[np.int64], seed: int = 0) -> dict[str, Any]:
+        """Embed a random sample of an array's rows again; a row with several views counts by its least cosine.
+
+        Args:
+            damaged: numbers of damaged chunks; their rows are not sampled.
+
+        Returns:
+            `rows` compared, `cosine` (least, mean; None where there was nothing to compare), `unreadable` rows, and
+            `differ`: rows whose cosine is below `SAME_ROW`.
+        """
+        status = RowTable(table_of(self.layout, array), num_rows).column("status").to_pylist()
+        good = np.array([row for row, value in enumerate(status) if value == OK], dtype=np.int64)
+        good = good[~np.isin(good // self.plan.shard_rows, damaged)]
+        if not good.size or (array != SENTENCES and image_source(self.config, array) is None):
+            return {"rows": 0, "cosine": None, "unreadable": [], "differ": []}
+        rows = np.sort(np.random.default_rng(seed).choice(good, min(SAMPLE_ROWS, len(good)), replace=False))
+        live, reasons = self.embed(array, rows)
+        read = np.array([reason is None for reason in reasons])
+        width = live.shape[-1]
+        num_read, num_views = int(read.sum()), live[0].size // width
+        now = live[read].reshape(-1, width)
+        stored = self._stored(array, rows)[read].reshape(-1, width)
+        each = cosines(unit_rows(now)[0], np.arange(len(now))[:, None], stored)[:, 0].reshape(num_read, num_views)
+        least = each.min(axis=1)
+        return {
+            "rows": num_read,
+            "cosine": {"least": float(each.min()), "mean": float(each.mean())} if each.size else None,
+            "unreadable": rows[~read].tolist(),
+            "differ": rows[read][~(least >= SAME_ROW)].tolist(),  # NaN differs too
+        }
+
+    def _stored(self, array: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Cached embeddings of ascending rows, from the chunks that have them: others may be missing."""
+        store, chunk_rows = self.layout.base.teacher_zarr, self.plan.shard_rows
+        spec = read_spec(store, array)
+        parts = [
+            read_chunk(store, array, spec, int(chunk))[rows[rows // chunk_rows == chunk] % chunk_rows]
+            for chunk in np.unique(rows // chunk_rows)
+        ]
+        return np.concatenate(parts)

@@ -13,7 +13,8 @@ from ...cache.reader.pixel_packs import kept_setting
 from ...cache.version.journal import Journal
 from ...cache.version.manifest import read_manifest
 from ...cache.version.plan_file import read_plan
-from ...stages.inputs.image_folder import find_images, find_labelled_images
+from ...stages.inputs.image_source import label_images
+from ...stages.inputs.open_source import open_source
 from ...stages.inputs.prompts import read_classes
 from ...stages.inputs.sentences import read_sentences
 from ...stages.models.teacher_identity import configured_embed_dim
@@ -106,8 +107,8 @@ def _count_inputs(config: Config) -> dict[str, Any]:
     evaluate = {}
     for name, settings in config.evaluate.items():
         class_ids = sorted(read_classes(settings.classes))
-        evaluate[name] = {"rows": len(find_labelled_images(settings.images, class_ids)), "class_ids": class_ids}
-    found = find_images(config.images.source)
+        evaluate[name] = {"rows": len(label_images(open_source(settings.images), class_ids)), "class_ids": class_ids}
+    found = open_source(config.images.source).list()
     images = {"rows": len(found), "sizes": np.array([image.bytes for image in found])}
     return {"images": images, "sentences": {"rows": sentences}, "evaluate": evaluate}
 

@@ -13,6 +13,8 @@ from ...cache.audit.verify import Trusted, read_trusted, verify_cache
 from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
 from ...cache.disk.row_tables import RowTable
 from ...cache.errors import CacheError, InputError
+from ...stages.inputs.image_source import ImageSource
+from ...stages.inputs.open_source import open_source
 from ..config.load import Config
 from ..config.remembered import config_of
 from ..progress import bar
@@ -109,29 +111,19 @@ def damaged_chunks(report: Report, array: str) -> np.ndarray[Any, np.dtype[np.in
 
 def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str, Any]:
     from ..stage_one.embed_shards import teacher_at_hand
-    from .live_teacher import SAME_ROW, compare_live, require_same_teacher
+    from .live_teacher import SAME_ROW, LiveTeacher, require_loaded_teacher
 
     trusted = read_trusted(layout, Report())
     if trusted.plan is None:
         raise CacheError(f"{layout.root}: its plan is lost; there is no telling what teacher made it")
     compared = {}
     with teacher_at_hand(config) as teacher:
-        require_same_teacher(layout.root, trusted.plan, teacher)
-        for array, entry in trusted.manifest["arrays"].items():
+        require_loaded_teacher(layout.root, trusted.plan, teacher)
+        live = LiveTeacher(config, trusted.layout, trusted.plan, teacher)
+        for array, entry in trusted.manifest.arrays.items():
             if layout.name_of(table_of(layout, array)) in report.files or "teacher.zarr/zarr.json" in report.files:
                 continue
-            bad = damaged_chunks(report, array)
-            item = compare_live(
-                config,
-                trusted.layout,
-                trusted.plan,
-                teacher,
-                array,
-                entry["rows"],
-                bad,
-                trusted.shard_rows,
-                seed=time.time_ns(),
-            )
+            item = live.compare(array, entry.rows, damaged_chunks(report, array), seed=time.time_ns())
             compared[array] = item
             if item["differ"]:
                 least = item["cosine"]["least"]
@@ -147,23 +139,23 @@ def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str
 
 def _against_sources(config: Config, layout: Layout) -> dict[str, Any]:
     trusted = read_trusted(layout, Report())
-    arrays = trusted.manifest["arrays"]
-    found = {"images": _images(config.images.source, trusted, IMAGES, "images.source")}
+    arrays = trusted.manifest.arrays
+    found = {"images": _images(open_source(config.images.source), trusted, IMAGES, "images.source")}
     for name, settings in sorted(config.evaluate.items()):
         array = f"evaluate/{name}/images/embedding"
         if array in arrays:
-            found[f"evaluate.{name}"] = _images(settings.images, trusted, array, f"evaluate.{name}.images")
+            found[f"evaluate.{name}"] = _images(open_source(settings.images), trusted, array, f"evaluate.{name}.images")
     found["sentences"] = _sentences(config, trusted)
     return found
 
 
-def _images(folder: Path, trusted: Trusted, array: str, key: str) -> dict[str, Any]:
+def _images(source: ImageSource, trusted: Trusted, array: str, key: str) -> dict[str, Any]:
     from ..stage_one.source_changes import compare_images
 
-    if not folder.is_dir():
-        raise InputError(f"{key}: {folder} is not at hand; mount it, or give --config CONFIG")
-    table = RowTable(table_of(trusted.layout, array), trusted.manifest["arrays"][array]["rows"])
-    changes = compare_images(folder, table)
+    if not source.at_hand():
+        raise InputError(f"{key}: {source.location} is not at hand; mount it, or give --config CONFIG")
+    table = RowTable(table_of(trusted.layout, array), trusted.manifest.arrays[array].rows)
+    changes = compare_images(source, table)
     rows = {kind: [list(run) for run in runs_of(sorted(getattr(changes, kind)))] for kind in ("changed", "gone")}
     notes = changes.notes(key)
     for kind, runs in rows.items():
@@ -175,7 +167,7 @@ def _images(folder: Path, trusted: Trusted, array: str, key: str) -> dict[str, A
 def _sentences(config: Config, trusted: Trusted) -> dict[str, Any]:
     from ..stage_one.source_changes import compare_sentences
 
-    table = RowTable(table_of(trusted.layout, SENTENCES), trusted.manifest["arrays"][SENTENCES]["rows"])
+    table = RowTable(table_of(trusted.layout, SENTENCES), trusted.manifest.arrays[SENTENCES].rows)
     changes = compare_sentences(config.sentences.source, trusted.plan, table)
     rows = {kind: [list(run) for run in runs_of(sorted(getattr(changes, kind)))] for kind in ("changed", "gone")}
     return {"counts": changes.counts(), "rows": rows, "notes": changes.notes}

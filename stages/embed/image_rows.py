@@ -1,10 +1,9 @@
-"""Asking the teacher: files and sentences in, embeddings out, one shard at a time.
+"""Embedding images: encoded images in, embeddings out, one shard at a time.
 
 Batches start at multiples of the batch size and are always full, the last one padded: the last bits of an embedding
 depend on the shape of its batch, and so a shard comes out the same whether or not a run was interrupted before it.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,21 +12,22 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...cache.disk.cores import usable_cores
 from ..devices import memory_errors_as
 from ..images.crops import Crop, Crops
 from ..images.decode import ImageError, decode_image
-from ..inputs.image_folder import read_file
-from ..models.open_clip_teacher import Teacher
-from ..models.teacher import out_of_memory
+from ..inputs.image_source import ImageSource
+from ..models.teacher import ImageTeacher, out_of_memory
 from ..profiling import first_batches_traced, phase
-from .pack_pixels import Keeper, PackTask, make_small
+from .pack_pixels import ShardPack, make_small
+from .tasks import PackTask
 
 BATCHES_IN_FLIGHT = 3
 """Batches that are being decoded, wait for the model or are on it; bounds the memory. Where an image has several views,
@@ -71,12 +71,13 @@ class RowCrops:
 
 
 def embed_image_shard(
-    teacher: Teacher,
-    files: Sequence[Path | None],
+    teacher: ImageTeacher,
+    source: ImageSource,
+    keys: Sequence[Any | None],
     batch_size: int,
     workers: int,
     lock: Lock,
-    keeper: Keeper | None = None,
+    pack: ShardPack | None = None,
     crops: RowCrops | None = None,
 ) -> ShardResult:
     """Embed images. One that cannot be read is embedded as black, so that shapes stay, and then marked.
@@ -85,45 +86,46 @@ def embed_image_shard(
     of the same images follows each, so that what comes out does not depend on where an earlier run was interrupted.
 
     Args:
-        files: the shard's images; None where it is known that there is nothing to read.
+        keys: of the shard's images in their source; None where it is known that there is nothing to read.
         batch_size: rows of every forward pass.
         workers: threads that read and decode; 0 takes one for each core.
         lock: held while the model runs. The first batches are started before it is asked for, so that a shard gets
             ready while another one has the device.
-        keeper: is handed every image that was decoded, small, for its pack.
+        pack: gets every image that was decoded, made small.
         crops: what is embedded beside the centre of each image; None for the centre alone.
 
     Raises:
         InputError: if a batch does not fit into the device's memory.
     """
     num_views = 1 + crops.crops.count if crops else 1
-    rows = ShardRows(len(files), (num_views, teacher.embed_dim) if crops else (teacher.embed_dim,))
-    seconds = {"read": 0.0, "decode": 0.0} | ({"keep": 0.0} if keeper else {})
+    rows = ShardRows(len(keys), (num_views, teacher.embed_dim) if crops else (teacher.embed_dim,))
+    seconds = {"read": 0.0, "decode": 0.0} | ({"keep": 0.0} if pack else {})
     in_flight = 2 if crops else BATCHES_IN_FLIGHT
     on_gpu = teacher.device.type == "cuda"
     # Used in turn: fresh pinned memory costs more time than it saves.
     buffers = deque(
         torch.empty(num_views, batch_size, *teacher.image_size, 3, dtype=torch.uint8, pin_memory=on_gpu)
-        for _ in range(min(in_flight, -(-len(files) // batch_size)))
+        for _ in range(min(in_flight, -(-len(keys) // batch_size)))
     )
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(workers or usable_cores(), thread_name_prefix="decode") as pool:
 
         def prepare(first: int) -> Callable[[], Tensor]:
             buffer = buffers[0]
             buffers.rotate(-1)
-            batch = [*files[first : first + batch_size]]
+            batch = [*keys[first : first + batch_size]]
             batch += [None] * (batch_size - len(batch))
             row_of = crops.rows[first : first + batch_size].tolist() if crops else []
             loading = [
                 pool.submit(
                     _load,
                     teacher,
-                    file,
+                    source,
+                    key,
                     buffer.numpy()[:, i],
-                    keeper.task if keeper else None,
+                    pack.task if pack else None,
                     partial(crops.crops.of_row, row_of[i]) if crops and i < len(row_of) else None,
                 )
-                for i, file in enumerate(batch)
+                for i, key in enumerate(batch)
             ]
 
             def finish() -> Tensor:
@@ -133,9 +135,9 @@ def embed_image_shard(
                     seconds["decode"] += loaded.decode_s
                     if loaded.failed:
                         rows.reasons[row] = loaded.reason
-                    elif keeper:
+                    elif pack:
                         seconds["keep"] += loaded.keep_s
-                        keeper.take(row, loaded.small)
+                        pack.add(row, loaded.small)
                 return buffer
 
             return finish
@@ -146,11 +148,11 @@ def embed_image_shard(
 
         def take(first: int, block: np.ndarray) -> None:
             rows.take(first, block)
-            if keeper:  # only now it is known which rows the teacher failed on
-                keeper.write(range(first, min(first + batch_size, len(files))), rows.reasons.__contains__)
+            if pack:  # only now it is known which rows the teacher failed on
+                pack.write(range(first, min(first + batch_size, len(keys))), rows.reasons.__contains__)
 
         try:
-            seconds |= run_batches(teacher, range(0, len(files), batch_size), prepare, encode, take, lock, in_flight)
+            seconds |= run_batches(teacher, range(0, len(keys), batch_size), prepare, encode, take, lock, in_flight)
         finally:
             pool.shutdown(cancel_futures=True)
     return rows.result(seconds)
@@ -196,8 +198,9 @@ class _Loaded:
 
 
 def _load(
-    teacher: Teacher,
-    file: Path | None,
+    teacher: ImageTeacher,
+    source: ImageSource,
+    key: Any | None,
     pixels: NDArray[np.uint8],
     pack: PackTask | None,
     crops_of: Callable[[tuple[int, int]], list[Crop]] | None,
@@ -213,9 +216,9 @@ def _load(
     started = opened = time.perf_counter()
     reason = None
     try:
-        if file is not None:
+        if key is not None:
             with phase("read"):
-                data = read_file(file)
+                data = source.read(key)
             opened = time.perf_counter()
             with phase("decode"):
                 image = decode_image(data)
@@ -233,7 +236,7 @@ def _load(
 
 
 def run_batches(
-    teacher: Teacher,
+    teacher: ImageTeacher,
     firsts: range,
     prepare: Prepare,
     encode: Callable[[Tensor], Tensor],

@@ -6,25 +6,26 @@ the resize itself does, and full colour would bring it a seventh nearer.
 """
 
 import io
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
+from typing import Any
 
 from PIL import ExifTags, Image
 
+from ...cache.disk.cores import usable_cores
 from ...cache.disk.durable import digest
 from ...cache.errors import InputError
 from ...cache.reader.pixel_packs import PackWriter, writing_pack
 from ...cache.version.journal import ShardRecord
 from ..images.decode import ImageError, decode_image
 from ..images.jpeg import size_note
-from ..inputs.image_folder import read_file
+from ..inputs.image_source import ImageSource
 from ..profiling import phase
+from .tasks import PackTask
 
 QUALITY = 90
 SUBSAMPLING = "4:2:0"
@@ -43,48 +44,12 @@ class SourceError(InputError):
     """An image that a row was made from is no longer what it was."""
 
 
-@dataclass(frozen=True)
-class KeptRows:
-    """The rows that a growing pack begins with: copied from the pack that it replaces.
-
-    Attributes:
-        path: that pack.
-        digest: of it, which must be sound.
-    """
-
-    path: Path
-    num_rows: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class PackTask:
-    """One pack to write; small and picklable.
-
-    Attributes:
-        path: where it goes.
-        array: what the journal calls the packs of this setting.
-        side: shorter side of what is kept, pixels.
-        shard_rows: rows of a full shard.
-        kept: rows of a growing pack that were kept before.
-        note_size: of images that are made smaller, note the size that they had: crops are drawn from it.
-    """
-
-    path: Path
-    array: str
-    shard: int
-    side: int
-    shard_rows: int
-    kept: KeptRows | None = None
-    note_size: bool = False
-
-
 @dataclass
-class Keeper:
-    """Takes the images of one shard, row by row, while somebody else decodes them.
+class ShardPack:
+    """The pack of one shard in the making: small images come in any order and are written in the order of rows.
 
     Attributes:
-        skip: rows that will be handed in although the pack has them already.
+        skip: rows at the beginning that the pack has already.
     """
 
     task: PackTask
@@ -92,8 +57,8 @@ class Keeper:
     skip: int
     _waiting: dict[int, bytes] = field(default_factory=dict)
 
-    def take(self, row: int, small: bytes) -> None:
-        """An image that was made small; it waits until its batch is known to be good."""
+    def add(self, row: int, small: bytes) -> None:
+        """A small image; it waits until its batch is known to be good."""
         self._waiting[row] = small
 
     def write(self, rows: Iterable[int], failed: Callable[[int], bool]) -> None:
@@ -110,15 +75,15 @@ class Keeper:
 
 
 @contextmanager
-def keeping(task: PackTask | None, skip: int = 0) -> Iterator[Keeper | None]:
-    """A pack to hand images to; it is durable after this. None where nothing is kept."""
+def open_pack(task: PackTask | None, skip: int = 0) -> Iterator[ShardPack | None]:
+    """Write a pack, which is durable after this; None where no pixels are kept."""
     if task is None:
         yield None
         return
     with writing_pack(task.path, task.shard_rows) as writer:
-        if task.kept:
-            writer.take_over(task.kept.path, task.kept.num_rows, task.kept.digest)
-        yield Keeper(task, writer, skip)
+        if task.existing:
+            writer.take_over(task.existing.path, task.existing.num_rows, task.existing.digest)
+        yield ShardPack(task, writer, skip)
 
 
 @phase("keep")
@@ -156,57 +121,60 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """An image whose pixels are to be kept.
+class PackedImage:
+    """An image whose pixels are to be kept, though it was embedded before.
 
     Attributes:
+        key: of the image in its source.
         bytes: size of the file that the row was made from.
         digest: checksum of that file, where it is known.
         lost: the row has no embedding any more, so it may do without pixels.
     """
 
-    path: Path
+    key: Any
     bytes: int
     digest: str | None
     lost: bool
 
 
-def keep_shard(task: PackTask, wanted: Iterable[Wanted | None], workers: int) -> ShardRecord:
-    """Write a pack from the sources alone, where the embeddings are there already.
+def pack_shard(task: PackTask, source: ImageSource, images: Iterable[PackedImage | None], workers: int) -> ShardRecord:
+    """Write a pack from the source alone, where the embeddings are there already.
 
     Args:
-        wanted: for each row of the shard its image; None for one that failed.
+        images: for each row of the shard its image; None for one that failed.
         workers: threads that read and decode; 0 takes one for each core.
 
     Raises:
         SourceError: if an image that has an embedding is gone, unreadable or has changed.
     """
-    num_threads = workers or os.cpu_count() or 1
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="keep") as pool, keeping(task) as keeper:
-        assert keeper is not None
-        upcoming = iter(wanted)
+    num_threads = workers or usable_cores()
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="keep") as pool, open_pack(task) as pack:
+        assert pack is not None
+        upcoming = iter(images)
         pending: deque[Future[bytes]] = deque()
         try:
             for image in islice(upcoming, IN_FLIGHT * num_threads):
-                pending.append(pool.submit(_small_of, image, task))
+                pending.append(pool.submit(_small_of, image, source, task))
             while pending:
-                keeper.writer.add(pending.popleft().result())
-                pending.extend(pool.submit(_small_of, image, task) for image in islice(upcoming, 1))
+                pack.writer.add(pending.popleft().result())
+                pending.extend(pool.submit(_small_of, image, source, task) for image in islice(upcoming, 1))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return keeper.record
+    return pack.record
 
 
-def _small_of(image: Wanted | None, task: PackTask) -> bytes:
+def _small_of(image: PackedImage | None, source: ImageSource, task: PackTask) -> bytes:
     if image is None:
         return b""
     try:
-        data = read_file(image.path)
+        data = source.read(image.key)
         if len(data) != image.bytes or (image.digest is not None and digest(data) != image.digest):
             raise ImageError("it has changed since")
         return make_small(data, decode_image(data), task.side, note_size=task.note_size)
     except ImageError as error:
         if image.lost:
             return b""
-        raise SourceError(f"{image.path}: its pixels cannot be kept: {error}; put back what was embedded") from error
+        raise SourceError(
+            f"{source.locate(image.key)}: its pixels cannot be kept: {error}; put back what was embedded"
+        ) from error

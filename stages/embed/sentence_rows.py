@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from torch import Tensor
 
-from ...cache.errors import InputError
-from ..models.open_clip_teacher import Teacher
+from ..models.class_vectors import ClassVectors
+from ..models.teacher import Teacher
 from ..profiling import phase
 from .image_rows import Lock, ShardResult, ShardRows, run_batches
 
@@ -45,26 +45,10 @@ def class_head(teacher: Teacher, prompts: Sequence[Sequence[str]], batch_size: i
     Raises:
         InputError: if a class has no prompt or no direction: a NaN among its embeddings, or a mean of zero.
     """
-    class_of = np.repeat(np.arange(len(prompts)), [len(texts) for texts in prompts])
-    sums = np.zeros((len(prompts), teacher.embed_dim))
-
-    def take(first: int, block: np.ndarray) -> None:
-        classes = class_of[first : first + len(block)]
-        vectors = block[: len(classes)].astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            np.add.at(sums, classes, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-
+    head = ClassVectors(prompts, teacher.embed_dim)
     texts = [text for texts in prompts for text in texts]
-    _encode_texts(teacher, texts, batch_size, take, lock, {"decode": 0.0})
-    norms = np.linalg.norm(sums, axis=1, keepdims=True)
-    broken = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
-    if len(broken):
-        first = int(broken[0])
-        raise InputError(
-            f"class prompts: class {first} of {len(prompts)} has no vector (its prompts: {list(prompts[first])[:2]}); "
-            "wanted at least one prompt, and a teacher whose embeddings of them are finite and not zero"
-        )
-    return np.asarray(sums / norms, dtype=np.float32)
+    _encode_texts(teacher, texts, batch_size, head.add, lock, {"decode": 0.0})
+    return head.result("the teacher")
 
 
 def _encode_texts(

@@ -1,80 +1,22 @@
-"""Stage one's unit of work: the embeddings of one shard, read, computed and written durably."""
+"""One shard of stage one: its rows read, embedded and written durably."""
 
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 from threading import Lock
-from typing import Literal
+from typing import Any
 
 import numpy as np
 
-from ...cache.disk.arrays import ArraySpec, first_rows, write_chunk
+from ...cache.disk.arrays import first_rows, write_chunk
 from ...cache.disk.row_tables import OK, RowTable
 from ...cache.version.journal import ShardRecord
-from ..images.crops import Crops
-from ..models.open_clip_teacher import Teacher
+from ..inputs.image_source import keys_of
+from ..models.teacher import Teacher
 from ..profiling import phase
 from ..settings.models import TeacherSettings
-from .image_rows import RowCrops, embed_image_shard
-from .pack_pixels import PackTask, keeping
+from .image_rows import RowCrops, ShardResult, embed_image_shard
+from .pack_pixels import open_pack
 from .sentence_rows import class_head, embed_sentence_shard
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The rows that a growing shard begins with: copied from the chunk file that it replaces, never embedded again.
-
-    Attributes:
-        store: the Zarr group with that chunk file.
-        digest: of the file, which must be sound: copying damage would seal it.
-    """
-
-    store: Path
-    num_rows: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """One shard to embed; small and picklable, so that it can travel to another machine.
-
-    Attributes:
-        store: the Zarr group that the array is in.
-        table: row table of the array; None for a head.
-        root: folder that the image rows are relative to.
-        prompts: prompts of each class, for a head.
-        kept: rows of a growing shard that were embedded before.
-        pack: of images, where their pixels are kept meanwhile; None keeps none.
-        crops: of images, what is embedded beside the centre; None embeds that alone.
-    """
-
-    kind: Literal["images", "sentences", "head"]
-    store: Path
-    array: str
-    spec: ArraySpec
-    shard: int
-    table: Path | None = None
-    root: Path | None = None
-    prompts: tuple[tuple[str, ...], ...] = ()
-    kept: Kept | None = None
-    pack: PackTask | None = None
-    crops: Crops | None = None
-
-
-@dataclass(frozen=True)
-class ShardDone:
-    """A shard whose files are durable.
-
-    Attributes:
-        pack: of the pack that was written with it.
-        num_rows: rows embedded, failed ones included.
-        seconds: of `read`, `decode`, `keep` (summed over threads), `infer`, `wait` and `write`.
-    """
-
-    record: ShardRecord
-    num_rows: int
-    seconds: dict[str, float] = field(default_factory=dict)
-    pack: ShardRecord | None = None
+from .tasks import ShardDone, ShardTask
 
 
 def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lock: Lock) -> ShardDone:
@@ -85,39 +27,50 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
             decoded, and the last shard's file written, meanwhile.
     """
     pack: ShardRecord | None = None
+    failures: tuple[tuple[int, str], ...] = ()
     if task.kind == "head":
         start = time.perf_counter()
-        block = class_head(teacher, [list(prompts) for prompts in task.prompts], settings.batch_size, lock)
-        failures: list[tuple[int, str]] = []
+        block = class_head(teacher, task.prompts, settings.batch_size, lock)
         seconds = {"infer": time.perf_counter() - start}
     else:
-        assert task.table is not None
-        column = "source" if task.kind == "images" else "text"
-        rows = RowTable(task.table, task.spec.shape[0]).shard(task.shard, [column, "status"])
-        given = [value if status == OK else None for value, status in zip(rows[column], rows["status"], strict=True)]
-        num_kept = task.kept.num_rows if task.kept else 0
-        # Batches stay on the grid that the whole shard would have; in the first one, kept rows are blank.
-        first = num_kept // settings.batch_size * settings.batch_size
-        given = [None] * (num_kept - first) + given[num_kept:]
+        num_existing = task.existing.num_rows if task.existing else 0
+        # Batches stay on the grid that the whole shard would have; in the first one, existing rows are blank.
+        first = num_existing // settings.batch_size * settings.batch_size
+        given = [None] * (num_existing - first) + _readable(task)[num_existing:]
         if task.kind == "images":
-            assert task.root is not None
-            files = [None if source is None else task.root / source for source in given]
-            start = task.shard * task.spec.chunk_rows + first
-            crops = RowCrops(task.crops, np.arange(start, start + len(files))) if task.crops else None
-            with keeping(task.pack, skip=num_kept - first) as keeper:
-                result = embed_image_shard(teacher, files, settings.batch_size, settings.workers, lock, keeper, crops)
-            pack = keeper.record if keeper else None
+            result, pack = _embed_images(task, given, first, teacher, settings, lock)
         else:
             result = embed_sentence_shard(teacher, given, settings.batch_size, lock)
         # A row that was listed as failed has its reason in the table already.
-        failures = [(first + row, reason) for row, reason in result.failures if given[row] is not None]
-        block, seconds = result.embeddings[num_kept - first :], dict(result.seconds)
-        if task.kept:
-            old = first_rows(task.kept.store, task.array, task.spec, task.shard, num_kept, task.kept.digest)
+        failures = tuple((first + row, reason) for row, reason in result.failures if given[row] is not None)
+        block, seconds = result.embeddings[num_existing - first :], dict(result.seconds)
+        if task.existing:
+            old = first_rows(task.existing.path, task.array, task.spec, task.shard, num_existing, task.existing.digest)
             block = np.concatenate([old, block])
     start = time.perf_counter()
     with phase("write"):
         written = write_chunk(task.store, task.array, task.spec, task.shard, block)
     seconds["write"] = time.perf_counter() - start
-    record = ShardRecord(task.array, task.shard, len(block), written, tuple(failures))
-    return ShardDone(record, len(block), seconds, pack)
+    return ShardDone(ShardRecord(task.array, task.shard, len(block), written, failures), seconds, pack)
+
+
+def _readable(task: ShardTask) -> list[Any]:
+    """What each row of the shard is made from: the key of an image, or a sentence; None where it has failed."""
+    assert task.table is not None
+    columns = task.source.columns if task.source else ("text",)
+    rows = RowTable(task.table, task.spec.shape[0]).shard(task.shard, [*columns, "status"])
+    given = keys_of(task.source, rows) if task.source else rows["text"]
+    return [value if status == OK else None for value, status in zip(given, rows["status"], strict=True)]
+
+
+def _embed_images(
+    task: ShardTask, keys: list[Any], first: int, teacher: Teacher, settings: TeacherSettings, lock: Lock
+) -> tuple[ShardResult, ShardRecord | None]:
+    """Embed the images of a shard from row `first` on; `keys` begins there too."""
+    assert task.source is not None
+    start = task.shard * task.spec.chunk_rows + first
+    crops = RowCrops(task.crops, np.arange(start, start + len(keys))) if task.crops else None
+    skip = task.existing.num_rows - first if task.existing else 0
+    with open_pack(task.pack, skip) as pack:
+        result = embed_image_shard(teacher, task.source, keys, settings.batch_size, settings.workers, lock, pack, crops)
+    return result, pack.record if pack else None

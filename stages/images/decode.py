@@ -1,16 +1,14 @@
 """Bytes of an image file become pixels: upright, of the first frame, RGB, or a short reason why not."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Decoders that may run, whatever a file's name says: a wrong extension among these three does no harm."""
-
-
-_EXIF_ORIENTATION = 0x0112
-
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -21,6 +19,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+"""EXIF orientation -> what makes the image upright."""
 
 
 class ImageError(Exception):
@@ -38,25 +37,36 @@ def decode_image(data: bytes | memoryview) -> Image.Image:
     """
     if not len(data):
         raise ImageError("empty file")
-    try:
+    with decoder_errors():
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
+    turn = turn_of(image)
+    return to_rgb(image if turn is None else image.transpose(turn))
+
+
+@contextmanager
+def decoder_errors() -> Iterator[None]:
+    """Turn what Pillow's decoders raise on bad bytes into a short reason.
+
+    Raises:
+        ImageError: in place of every error but a lack of memory, which is this machine's fault and not the file's.
+    """
+    try:
+        yield
     except UnidentifiedImageError as error:
         raise ImageError("not a JPEG, PNG or WebP image") from error
     except Image.DecompressionBombError as error:
         raise ImageError("decompression bomb") from error
     except MemoryError:
-        raise  # this machine's fault, not the file's
+        raise
     except Exception as error:  # the decoders raise almost anything on damaged bytes
         raise ImageError("truncated" if "truncated" in str(error).lower() else "damaged") from error
-    method = turn_of(image)
-    return to_rgb(image if method is None else image.transpose(method))
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     """What makes an image upright, according to its EXIF."""
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # damaged EXIF: the pixels are still good
         return None
     return _UPRIGHT.get(orientation) if isinstance(orientation, int) else None

@@ -6,27 +6,20 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .decode import ImageError, to_rgb, turn_of
+from .decode import ImageError, decoder_errors, to_rgb, turn_of
 
-_ON_ITS_SIDE = (
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-)
-_FROM_THE_RIGHT = (
-    Image.Transpose.FLIP_LEFT_RIGHT,
-    Image.Transpose.ROTATE_180,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-)
-_FROM_BELOW = (
-    Image.Transpose.ROTATE_180,
-    Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-)
-"""Turns that lay columns along rows, and those for which the stored picture runs the other way."""
+_TURNS = {
+    None: (False, False, False),
+    Image.Transpose.FLIP_LEFT_RIGHT: (False, True, False),
+    Image.Transpose.ROTATE_180: (False, True, True),
+    Image.Transpose.FLIP_TOP_BOTTOM: (False, False, True),
+    Image.Transpose.TRANSPOSE: (True, False, False),
+    Image.Transpose.ROTATE_270: (True, False, True),
+    Image.Transpose.TRANSVERSE: (True, True, True),
+    Image.Transpose.ROTATE_90: (True, True, False),
+}
+"""What makes a picture upright -> whether width and height change places, and whether the stored columns and rows then
+run the other way."""
 _JPEG_BEGINS = b"\xff\xd8"
 _ORIGINAL = re.compile(rb"dimefm: made from ([1-9]\d{0,5}) x ([1-9]\d{0,5}) pixels")
 
@@ -64,10 +57,9 @@ class OpenJpeg:
         if bytes(data[:2]) != _JPEG_BEGINS:
             return None
         try:
-            image = Image.open(io.BytesIO(data), formats=("JPEG",))
-        except MemoryError:
-            raise
-        except Exception:
+            with decoder_errors():
+                image = Image.open(io.BytesIO(data), formats=("JPEG",))
+        except ImageError:
             return None
         return cls(data, image.size, turn_of(image), noted_size(image.info.get("comment")))
 
@@ -75,7 +67,7 @@ class OpenJpeg:
     def size(self) -> tuple[int, int]:
         """(width, height) of the upright picture."""
         width, height = self.stored_size
-        return (height, width) if self.turn in _ON_ITS_SIDE else (width, height)
+        return (height, width) if _TURNS[self.turn][0] else (width, height)
 
     def decode(self, reduction: int) -> tuple[Image.Image, int]:
         """The stored picture, not turned, mode RGB, in fewer pixels: fine detail is never decoded.
@@ -90,24 +82,21 @@ class OpenJpeg:
         Raises:
             ImageError: as `decode_image`.
         """
-        try:
+        with decoder_errors():
             image = Image.open(io.BytesIO(self.data), formats=("JPEG",))
             image.draft("RGB", (self.stored_size[0] // reduction, self.stored_size[1] // reduction))
             image.load()
-        except MemoryError:
-            raise
-        except Exception as error:
-            raise ImageError("truncated" if "truncated" in str(error).lower() else "damaged") from error
         return to_rgb(image), 1 if image.size == self.stored_size else reduction
 
     def stored_box(self, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
         """Where a box (left, top, right, bottom) of the upright picture lies in the stored one."""
         left, top, right, bottom = box
         width, height = self.stored_size
-        if self.turn in _ON_ITS_SIDE:
+        on_its_side, from_right, from_below = _TURNS[self.turn]
+        if on_its_side:
             left, top, right, bottom = top, left, bottom, right
-        if self.turn in _FROM_THE_RIGHT:
+        if from_right:
             left, right = width - right, width - left
-        if self.turn in _FROM_BELOW:
+        if from_below:
             top, bottom = height - bottom, height - top
         return left, top, right, bottom

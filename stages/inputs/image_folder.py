@@ -1,92 +1,58 @@
-"""Images on disk: which files there are, in the order that numbers the rows, and their pixels."""
+"""A folder of image files as a source of images."""
 
 import errno
 import os
 import stat
-from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from ...cache.disk.durable import digest
 from ...cache.errors import InputError
 from ..images.decode import ImageError, decode_image
+from .image_source import FoundImage, ImageSource
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-HASH_WINDOW = 256
-"""Files that are being hashed at a time."""
 
+class ImageFolder(ImageSource):
+    """Image files below a folder. A row's name, and its key, is the path below the folder."""
 
-@dataclass(frozen=True, slots=True)
-class FoundImage:
-    """A file that counts as an image, looked at but not opened.
+    absent = "no such folder"
 
-    Attributes:
-        source: path below the folder, with `/`; bytes that are not UTF-8 are shown as `\\xff`.
-        bytes: size of the file; 0 where it could not be looked at.
-        modified_ns: time of its last change, nanoseconds since 1970; 0 where it could not be looked at.
-        problem: why it can never be opened under this name, or None.
-    """
+    def __init__(self, root: Path) -> None:
+        """Nothing is looked for yet."""
+        self.root, self.location = root, str(root)
 
-    source: str
-    bytes: int
-    modified_ns: int
-    problem: str | None = None
+    def at_hand(self) -> bool:
+        """Whether the folder is there."""
+        return self.root.is_dir()
 
+    def list(self) -> Sequence[FoundImage]:
+        """Every image below the folder (.jpg, .jpeg, .png, .webp in any case), sorted by the bytes of its path.
 
-@dataclass(frozen=True, slots=True)
-class LabelledImage(FoundImage):
-    """An image of an evaluation set; its class is the first folder of its path."""
+        Links are followed; one that leads back into a folder it lies in ends there.
 
-    class_id: str = ""
+        Raises:
+            InputError: if the folder is missing, is none, cannot be listed, or has no image below it.
+        """
+        found = [*_walk(self.root)]
+        if not found:
+            raise InputError(f"{self.root}: no image below it; wanted files that end in {', '.join(SUFFIXES)}")
+        return found
 
+    def read(self, key: str) -> bytes:
+        """The bytes of an image file.
 
-def find_images(folder: Path) -> list[FoundImage]:
-    """Every image below a folder (.jpg, .jpeg, .png, .webp in any case), sorted by the bytes of its path.
+        Raises:
+            ImageError: if it cannot be read.
+            InputError: if this process may open no more files, which is not the image's fault.
+        """
+        return read_file(self.root / key)
 
-    Links are followed; one that leads back into a folder it lies in ends there.
-
-    Raises:
-        InputError: if the folder is missing, is none, cannot be listed, or has no image below it.
-    """
-    found = list(_walk(folder))
-    if not found:
-        raise InputError(f"{folder}: no image below it; wanted files that end in {', '.join(SUFFIXES)}")
-    return found
-
-
-def find_labelled_images(folder: Path, class_ids: Collection[str]) -> list[LabelledImage]:
-    """The images of an evaluation set, one folder per class id; a class without images is allowed.
-
-    Raises:
-        InputError: as `find_images`, and if images lie outside of a class's folder.
-    """
-    known = frozenset(class_ids)
-    images = [LabelledImage(**asdict(image), class_id=image.source.partition("/")[0]) for image in find_images(folder)]
-    strangers = sorted({image.class_id for image in images} - known)
-    if strangers:
-        shown = ", ".join(strangers[:3]) + (f" and {len(strangers) - 3} more" if len(strangers) > 3 else "")
-        raise InputError(f"{folder}: {shown}: not a class id; wanted one folder for each class id and nothing else")
-    return images
-
-
-def file_digests(folder: Path, sources: Iterable[str]) -> Iterator[str | None]:
-    """XXH3-128 of image files, in order, read by several threads; None for one that cannot be read."""
-
-    def digest_of(source: str) -> str | None:
-        try:
-            return digest(read_file(folder / source))
-        except ImageError:
-            return None
-
-    with ThreadPoolExecutor(thread_name_prefix="hash") as pool:
-        remaining = iter(sources)
-        while window := list(islice(remaining, HASH_WINDOW)):
-            yield from pool.map(digest_of, window)
+    def locate(self, key: str) -> str:
+        """The path of an image file."""
+        return str(self.root / key)
 
 
 def read_image(path: Path) -> Image.Image:

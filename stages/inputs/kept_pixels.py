@@ -1,4 +1,4 @@
-"""Where stage two reads its pictures from the cache: kept pixels as a source of images, row by row.
+"""Kept pixels of a cache as a source of images: rows by number, from packs of small JPEGs.
 
 Worker processes import this file: it does without what opens a cache (pyarrow, zarr).
 """
@@ -9,48 +9,47 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...cache.errors import InputError
-from ...cache.reader.pixel_packs import PixelPacks
+from ...cache.reader.pixel_packs import PixelPacks, read_offsets
+from .image_source import FILES, FoundImage, ImageSource
 
 if TYPE_CHECKING:
     from ...cache.reader.feature_cache import FeatureCache
 
-FILES = "files"
-"""What a run's record calls the original files; kept ones are called by their setting, `jpeg-256`."""
 
+class KeptPixels(ImageSource):
+    """The kept pixels of a cache. A row's key is its number; reading one needs nothing but the packs."""
 
-class KeptPixels:
-    """The kept pixels of a cache. A ticket is a row's number; reading one needs nothing but the packs."""
+    columns = ("row",)
 
     def __init__(self, packs: PixelPacks) -> None:
         """Read from these packs. It pickles as small as they do."""
-        self._packs = packs
+        self._packs, self.name, self.location = packs, packs.setting, str(packs.folder)
 
-    @property
-    def name(self) -> str:
-        """What a run's record calls them."""
-        return self._packs.setting
+    def list(self) -> Sequence[FoundImage]:
+        """Every row that has pixels, named by its number.
 
-    def require(self) -> None:
-        """Nothing to look for: an open cache has its packs."""
+        Raises:
+            CacheError: if a pack is missing or damaged.
+        """
+        packs, found = self._packs, []
+        for first in range(0, packs.num_rows, packs.shard_rows):
+            sizes = np.diff(read_offsets(packs.path(first), packs.shard_rows))[: packs.num_rows - first]
+            found += [FoundImage(str(first + i), int(sizes[i]), 0) for i in np.flatnonzero(sizes).tolist()]
+        return found
 
-    def tickets(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:
-        """What a worker needs to read each of these rows."""
-        return np.asarray(rows, dtype=np.int64).tolist()
-
-    def read(self, ticket: int) -> bytes:
+    def read(self, key: int) -> bytes:
         """The JPEG of a row.
 
         Raises:
             CacheError: if it has none, or its pack is missing or cut.
         """
-        return self._packs.read(ticket)
+        return self._packs.read(key)
 
-    def where(self, ticket: int) -> str:
+    def locate(self, key: int) -> str:
         """Where a row's pixels are, for messages."""
-        return f"{self._packs.path(ticket)}: row {ticket}"
+        return f"{self._packs.path(key)}: row {key}"
 
 
 def choose_pixels(setting: str, cache: FeatureCache, began_with: str | None = None) -> KeptPixels | None:

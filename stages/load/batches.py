@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...cache.reader.feature_cache import EmbeddingSet
 from ..images.views import ViewMaker
-from ..inputs.image_source import PixelSource
+from ..inputs.image_source import ImageSource, row_keys
 from ..losses.loss_inputs import SamplingWeights
 from ..profiling import phase
 from ..sample.order import Draw, Drawn
@@ -79,7 +79,7 @@ class BatchLoader:
         self,
         images: EmbeddingSet,
         image_stream: Drawn,
-        pixels: PixelSource,
+        pixels: ImageSource,
         views: Sequence[ViewMaker],
         view_key: int,
         sentences: tuple[EmbeddingSet, Drawn] | None = None,
@@ -108,7 +108,7 @@ class BatchLoader:
             pin_memory: put tensors where a GPU can fetch them from on its own.
             processes: whether workers are processes or threads; None lets their number decide.
         """
-        self._images, self._image_stream, self._pixels = images, image_stream, pixels
+        self._images, self._image_stream, self._keys = images, image_stream, row_keys(pixels, images.rows)
         self._sentences, self._bank, self._texts, self._pin = sentences, bank, texts, pin_memory
         self._other_views = other_views
         batch = len(image_stream.draw(0).rows)
@@ -171,7 +171,7 @@ class BatchLoader:
     def _start(self, step: int, slot: int) -> "_Started":
         draw = self._image_stream.draw(step)
         numbers = draw.passes if draw.views is None else draw.views
-        tasks = self._pool.start(slot, draw.rows, numbers, self._pixels.tickets(draw.rows))
+        tasks = self._pool.start(slot, draw.rows, numbers, self._keys(draw.rows))
         return _Started(step, slot, draw, tasks)
 
     def _finish(self, one: "_Started") -> Batch:

@@ -8,7 +8,6 @@ over however everything ends. They leave Ctrl-C and SIGTERM to the process that 
 
 import ctypes
 import multiprocessing
-import os
 import signal
 import sys
 import traceback
@@ -24,12 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...cache.disk.cores import usable_cores
 from ...cache.errors import DimefmError, InputError
 from ..counter_random import uniforms
 from ..images.crops import NUM_UNIFORMS
 from ..images.decode import ImageError
 from ..images.views import ViewMaker, make_views
-from ..inputs.image_source import PixelSource
+from ..inputs.image_source import ImageSource
 
 MOST_THREADS = 2
 """Up to here threads do as well as processes, and start at once."""
@@ -56,7 +56,7 @@ class _Task:
 class _Work:
     """What every worker knows: nothing here grows with the number of rows."""
 
-    pixels: PixelSource
+    pixels: ImageSource
     views: tuple[ViewMaker, ...]
     view_key: int
     batch: int
@@ -89,20 +89,15 @@ class _Work:
                 views = make_views(self.views, self.pixels.read(ticket), numbers[i])
             except ImageError as error:
                 raise InputError(
-                    f"{self.pixels.where(ticket)}: row {row} can no longer be used ({error}), but stage one embedded "
+                    f"{self.pixels.locate(ticket)}: row {row} can no longer be used ({error}), but stage one embedded "
                     "it; put the file back, then run again"
                 ) from error
             except MemoryError as error:
                 raise InputError(
-                    f"{self.pixels.where(ticket)}: no memory left to decode it; lower distill.workers, then run again"
+                    f"{self.pixels.locate(ticket)}: no memory left to decode it; lower distill.workers, then run again"
                 ) from error
             for kind, view in zip(slots[task.slot], views):
                 kind[task.first + i] = view
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ViewPool:
@@ -114,7 +109,7 @@ class ViewPool:
 
     def __init__(
         self,
-        pixels: PixelSource,
+        pixels: ImageSource,
         views: Sequence[ViewMaker],
         view_key: int,
         batch: int,

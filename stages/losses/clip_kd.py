@@ -8,12 +8,11 @@ promoted to float32, float64 stays, whatever autocast and TF32 say; no gradient 
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from .info_nce import info_nce_rows
-from .loss_inputs import LossInputs, logit_factor
-from .similarity_blocks import dtype_of, no_autocast
+from .info_nce import info_nce_rows, masked_share
+from .loss_inputs import LossInputs, TeacherInputs, logit_factor
+from .similarity_blocks import no_autocast, unit_rows
 
 
 def mse_loss(student_images: Tensor, teacher_images: Tensor) -> Tensor:
@@ -68,23 +67,28 @@ def icl_loss(
     Raises:
         ValueError: if shapes or dtypes do not fit, or temperature or logit_scale is not positive.
     """
-    inputs = LossInputs.of_one_process(student_images, teacher_images, bank_images=bank_images)
+    inputs = LossInputs.of_one_process(student_images, teacher_images, bank=bank_images)
     return icl_share(inputs, logit_factor(logit_scale, temperature), threshold)
 
 
-def mse_share(inputs: LossInputs) -> Tensor:
-    """This process's share of `mse_loss` over the global batch."""
-    inputs.check(same_width=True)
-    dtype = dtype_of(inputs.student_images, inputs.teacher_images)
-    with no_autocast(inputs.student_images.device):
-        student = F.normalize(inputs.student_images.to(dtype), dim=1)
-        teacher = F.normalize(inputs.teacher_images.detach().to(dtype), dim=1)
-        return (student - teacher).square().sum() / inputs.all_student_images.numel()
+def mse_share(inputs: LossInputs, factor: float = 1.0) -> Tensor:
+    """This process's share of `mse_loss`; `factor` counts for nothing."""
+    inputs.check()
+    student, teacher = unit_rows(inputs.local_student, inputs.local_teacher)
+    with no_autocast(student.device):
+        return (student - teacher).square().sum() / inputs.global_student.numel()
 
 
-def icl_share(inputs: LossInputs, factor: float | Tensor, threshold: float | None) -> Tensor:
-    """This process's share of `icl_loss` over the global batch: its own anchors, everybody's columns."""
-    inputs.check(same_width=True)
-    teacher, columns = inputs.teacher_images.detach(), inputs.pseudo_sentences()
-    total = info_nce_rows(inputs.student_images, teacher, columns, inputs.place(), factor, threshold)
-    return total / len(inputs.all_teacher_images)
+def icl_share(inputs: LossInputs, factor: float | Tensor, threshold: float | None = None) -> Tensor:
+    """This process's share of `icl_loss`."""
+    inputs.check()
+    teacher, columns = inputs.local_teacher.detach(), inputs.pseudo_others()
+    total = info_nce_rows(inputs.local_student, teacher, columns, inputs.place(), factor, threshold)
+    return total / len(inputs.global_teacher)
+
+
+def icl_diagnostics(inputs: TeacherInputs, factor: float, threshold: float | None = None) -> dict[str, Tensor]:
+    """The share of other rows that are no negatives."""
+    if threshold is None:
+        return {}
+    return {"masked": masked_share(inputs.local_teacher, inputs.pseudo_others(), inputs.place(), threshold)}

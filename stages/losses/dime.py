@@ -11,11 +11,11 @@ reaches a teacher embedding. However many sentences or bank images there are, me
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from .loss_inputs import LossInputs, SamplingWeights, logit_factor
-from .similarity_blocks import dtype_of, no_autocast
+from .diagnostics import effective_candidates
+from .loss_inputs import LossInputs, SamplingWeights, TeacherInputs, logit_factor
+from .similarity_blocks import dtype_of, no_autocast, unit_rows
 from .wide_kl import kl_both_ways, kl_rows
 
 
@@ -55,8 +55,8 @@ def vl_loss(
         equal = teacher_sentences.new_zeros(len(teacher_sentences))
         columns = equal if sentence_log_weights is None else sentence_log_weights
         sampling = SamplingWeights(columns, *(own_log_weights or ()))
-    inputs = LossInputs.of_one_process(student_images, teacher_images, sentences=teacher_sentences, sampling=sampling)
-    return _vl(inputs, logit_factor(logit_scale, temperature))
+    inputs = LossInputs.of_one_process(student_images, teacher_images, others=teacher_sentences, sampling=sampling)
+    return vl_share(inputs, logit_factor(logit_scale, temperature))
 
 
 def pvl_loss(
@@ -83,8 +83,8 @@ def pvl_loss(
     Raises:
         ValueError: if shapes or dtypes do not fit, or temperature or logit_scale is not positive.
     """
-    inputs = LossInputs.of_one_process(student_images, teacher_images, bank_images=bank_images)
-    return _pvl(inputs, logit_factor(logit_scale, temperature))
+    inputs = LossInputs.of_one_process(student_images, teacher_images, bank=bank_images)
+    return pvl_share(inputs, logit_factor(logit_scale, temperature))
 
 
 def udist_loss(
@@ -106,7 +106,9 @@ def udist_loss(
     Raises:
         ValueError: if shapes or dtypes do not fit, or temperature or logit_scale is not positive.
     """
-    return _udist(LossInputs.of_one_process(student_images, teacher_images), logit_factor(logit_scale, temperature))
+    return udist_share(
+        LossInputs.of_one_process(student_images, teacher_images), logit_factor(logit_scale, temperature)
+    )
 
 
 def feature_loss(student_images: Tensor, teacher_images: Tensor) -> Tensor:
@@ -122,67 +124,81 @@ def feature_loss(student_images: Tensor, teacher_images: Tensor) -> Tensor:
     Raises:
         ValueError: if shapes or dtypes do not fit.
     """
-    return _feature(LossInputs.of_one_process(student_images, teacher_images))
+    return feature_share(LossInputs.of_one_process(student_images, teacher_images))
 
 
-def _vl(inputs: LossInputs, factor: float) -> Tensor:
-    inputs.check(same_width=True)
-    if inputs.sentences is None or inputs.all_sentences is None:
-        raise ValueError("no sentences, but vl is on")
-    teacher, all_teachers = _targets(inputs)
-    sentences, all_sentences = inputs.sentences.detach(), inputs.all_sentences.detach()
-    student, all_students = inputs.student_images, inputs.all_student_images
-    num_images, num_sentences = len(all_students), len(all_sentences)
-    over_sentences, over_images = inputs.log_weights()
-    weights = _sentence_weights(inputs)
-    if inputs.all_sentences is inputs.sentences and all_students is student:
+def vl_share(inputs: LossInputs, factor: float) -> Tensor:
+    """This process's share of `vl_loss`, as docs/losses.md describes shares; so are the others below."""
+    inputs.check()
+    teacher, global_teacher = _targets(inputs)
+    others, global_others = inputs.need("local_others"), inputs.need("global_others")
+    student, global_student = inputs.local_student, inputs.global_student
+    num_rows, num_others = len(global_student), len(global_others)
+    over_others, over_rows = inputs.log_weights()
+    weights = _other_weights(inputs)
+    if inputs.global_others is inputs.local_others and global_student is student:
         # The second matrix is the first one transposed: its rows are our columns.
         return kl_both_ways(
-            *(teacher, student, sentences, sentences, factor),
-            row_weight=1 / num_images,
-            column_weight=1 / num_sentences if weights is None else weights,
-            log_weights=over_sentences,
+            *(teacher, student, others, others, factor),
+            row_weight=1 / num_rows,
+            column_weight=1 / num_others if weights is None else weights,
+            log_weights=over_others,
         )
-    kl_images = kl_rows(teacher, student, all_sentences, all_sentences, factor, log_weights=over_sentences)
-    sides = sentences, sentences, all_teachers, all_students
-    kl_sentences = kl_rows(*sides, factor, log_weights=over_images, row_weights=weights)
-    return kl_images / num_images + (kl_sentences / num_sentences if weights is None else kl_sentences)
+    kl_of_rows = kl_rows(teacher, student, global_others, global_others, factor, log_weights=over_others)
+    sides = others, others, global_teacher, global_student
+    kl_of_others = kl_rows(*sides, factor, log_weights=over_rows, row_weights=weights)
+    return kl_of_rows / num_rows + (kl_of_others / num_others if weights is None else kl_of_others)
 
 
-def _sentence_weights(inputs: LossInputs) -> Tensor | None:
-    """(n,) what each of this process's sentences counts in the mean over everybody's; None: all alike."""
-    if inputs.sampling is None or inputs.all_sampling is None:
-        return None
-    dtype = dtype_of(inputs.student_images, inputs.sampling.sentences)
-    own, everybodys = inputs.sampling.sentences.to(dtype), inputs.all_sampling.sentences.to(dtype)
-    return (own - everybodys.logsumexp(0)).exp()
+def pvl_share(inputs: LossInputs, factor: float) -> Tensor:
+    inputs.check()
+    teacher, columns = inputs.local_teacher.detach(), inputs.pseudo_others()
+    return 2 * kl_rows(teacher, inputs.local_student, columns, columns, factor) / len(inputs.global_teacher)
 
 
-def _pvl(inputs: LossInputs, factor: float) -> Tensor:
-    inputs.check(same_width=True)
-    teacher, all_teachers = _targets(inputs)
-    bank = inputs.bank_images
-    columns = all_teachers if bank is None else (all_teachers, bank.detach())
-    return 2 * kl_rows(teacher, inputs.student_images, columns, columns, factor) / len(all_teachers)
-
-
-def _udist(inputs: LossInputs, factor: float) -> Tensor:
+def udist_share(inputs: LossInputs, factor: float) -> Tensor:
     inputs.check(same_width=False)
-    teacher, all_teachers = _targets(inputs)
-    total = kl_rows(teacher, inputs.student_images, all_teachers, inputs.all_student_images, factor)
-    return 2 * total / len(all_teachers)
+    teacher, global_teacher = _targets(inputs)
+    total = kl_rows(teacher, inputs.local_student, global_teacher, inputs.global_student, factor)
+    return 2 * total / len(global_teacher)
 
 
-def _feature(inputs: LossInputs) -> Tensor:
-    inputs.check(same_width=True)
-    dtype = dtype_of(inputs.student_images, inputs.teacher_images)
-    with no_autocast(inputs.student_images.device):
-        student = F.normalize(inputs.student_images.to(dtype), dim=1)
-        teacher = F.normalize(inputs.teacher_images.detach().to(dtype), dim=1)
-        return (1 - (student * teacher).sum(dim=1)).sum() / len(inputs.all_student_images)
+def feature_share(inputs: LossInputs, factor: float = 1.0) -> Tensor:
+    """`factor` counts for nothing: cosines are not scaled here."""
+    inputs.check()
+    student, teacher = unit_rows(inputs.local_student, inputs.local_teacher)
+    with no_autocast(student.device):
+        return (1 - (student * teacher).sum(dim=1)).sum() / len(inputs.global_student)
+
+
+def vl_diagnostics(inputs: TeacherInputs, factor: float) -> dict[str, Tensor]:
+    """How many columns each of the two softmaxes spreads over."""
+    over_others, over_rows = inputs.log_weights()
+    others, global_others = inputs.need("local_others"), inputs.need("global_others")
+    return {
+        "candidates": effective_candidates(inputs.local_teacher, global_others, 1.0, factor, over_others),
+        "candidates_others": effective_candidates(others, inputs.global_teacher, 1.0, factor, over_rows),
+    }
+
+
+def pvl_diagnostics(inputs: TeacherInputs, factor: float) -> dict[str, Tensor]:
+    return {"candidates": effective_candidates(inputs.local_teacher, inputs.pseudo_others(), 1.0, factor)}
+
+
+def udist_diagnostics(inputs: TeacherInputs, factor: float) -> dict[str, Tensor]:
+    return {"candidates": effective_candidates(inputs.local_teacher, inputs.global_teacher, 1.0, factor)}
+
+
+def _other_weights(inputs: LossInputs) -> Tensor | None:
+    """(n,) what each of the local others counts in the mean over the global ones; None: all alike."""
+    if inputs.local_sampling is None or inputs.global_sampling is None:
+        return None
+    dtype = dtype_of(inputs.local_student, inputs.local_sampling.sentences)
+    local, everywhere = inputs.local_sampling.sentences.to(dtype), inputs.global_sampling.sentences.to(dtype)
+    return (local - everywhere.logsumexp(0)).exp()
 
 
 def _targets(inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """The teacher's images here and everywhere, cut off from gradients; one object where they are one."""
-    here = inputs.teacher_images.detach()
-    return here, here if inputs.all_teacher_images is inputs.teacher_images else inputs.all_teacher_images.detach()
+    """The teacher's local and global rows, cut off from gradients; one object where they are one."""
+    local = inputs.local_teacher.detach()
+    return local, local if inputs.global_teacher is inputs.local_teacher else inputs.global_teacher.detach()

@@ -1,10 +1,14 @@
-"""What the losses of one step are made from, and the checks that keep a wrong shape from broadcasting."""
+"""What the losses of one step are made from, and the checks that keep a wrong shape from broadcasting.
+
+The names are the same whichever tower learns. Of an image tower, rows are images and `others` sentences; of a text
+tower, rows are texts and `others` images. `local_` is this process's, `global_` that of all processes, in their order.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import overload
+from typing import Literal, overload
 
 from torch import Tensor
 
@@ -35,129 +39,143 @@ class SamplingWeights:
         return SamplingWeights(*map(do, self.tensors()))
 
 
-@dataclass(frozen=True)
-class LossInputs:
-    """What the losses of one step are made from: this process's rows, and everybody's in the order of the processes.
+@dataclass(frozen=True, kw_only=True)
+class TeacherInputs:
+    """The teacher's part of `LossInputs`, the same for every student. No gradient reaches any of it.
 
-    Where there is one process only, the two are the same tensors: `LossInputs.of_one_process`.
+    With one process, a local tensor and its global one are the same object.
 
     Attributes:
-        student_images: (b, D) û of this process, any float dtype, any norm; may be the slice of `all_student_images`.
-        teacher_images: (b, D) u of the same images.
-        all_student_images: (B, D) û of all processes, gathered so that gradients flow back to where each row came from.
-        all_teacher_images: (B, D) u of the same images.
-        sentences: (n, D) v of this process; None where `vl` is off.
-        all_sentences: (N, D) v of all processes.
-        bank_images: (M, D) more teacher images for `pvl` and `icl`, the same in every process, or None.
-        first_image: where this process's images begin among everybody's; `icl` wants it where these are more.
-        sampling: of this process's sentences and images; None where all sentences are random.
-        all_sampling: of everybody's.
-        first_sentence: where this process's sentences begin among everybody's; `sampling` wants it.
-        other_views: (V, D) teacher embeddings of other cached views of the images, those of all processes, or None.
+        local_teacher: (b, D) teacher embeddings of this process's rows, any float dtype, any norm.
+        global_teacher: (B, D) of the rows of all processes.
+        local_others: (n, D) of this process's rows of the other modality, paired with nothing; None where no loss wants
+            any.
+        global_others: (N, D) of all processes.
+        bank: (M, D) of more rows of the same modality, the same in every process, or None.
+        views: (V, D) of other cached views of the images of all processes, or None.
+        first_row: where the local rows begin among the global ones; wanted where these are more.
+        first_other: where the local others begin among the global ones; `sampling` wants it.
+        local_sampling: weights of the local others and rows; None where all others are drawn at random.
+        global_sampling: those of all processes.
     """
 
-    student_images: Tensor
-    teacher_images: Tensor
-    all_student_images: Tensor
-    all_teacher_images: Tensor
-    sentences: Tensor | None = None
-    all_sentences: Tensor | None = None
-    bank_images: Tensor | None = None
-    first_image: int | None = None
-    sampling: SamplingWeights | None = None
-    all_sampling: SamplingWeights | None = None
-    first_sentence: int = 0
-    other_views: Tensor | None = None
+    local_teacher: Tensor
+    global_teacher: Tensor
+    local_others: Tensor | None = None
+    global_others: Tensor | None = None
+    bank: Tensor | None = None
+    views: Tensor | None = None
+    first_row: int | None = None
+    first_other: int = 0
+    local_sampling: SamplingWeights | None = None
+    global_sampling: SamplingWeights | None = None
 
-    @classmethod
-    def of_one_process(
-        cls,
-        student_images: Tensor,
-        teacher_images: Tensor,
-        sentences: Tensor | None = None,
-        bank_images: Tensor | None = None,
-        sampling: SamplingWeights | None = None,
-        other_views: Tensor | None = None,
-    ) -> LossInputs:
-        """A batch that is all there is."""
-        return cls(
-            student_images,
-            teacher_images,
-            all_student_images=student_images,
-            all_teacher_images=teacher_images,
-            sentences=sentences,
-            all_sentences=sentences,
-            bank_images=bank_images,
-            sampling=sampling,
-            all_sampling=sampling,
-            other_views=other_views,
-        )
+    def with_student(self, local_student: Tensor, global_student: Tensor) -> LossInputs:
+        """Beside a student's embeddings."""
+        return LossInputs(**vars(self), local_student=local_student, global_student=global_student)
 
-    def check(self, *, same_width: bool) -> None:
-        """Refuse what would broadcast, or fail far from its cause; raises ValueError."""
-        _check_images(self.student_images, self.teacher_images, same_width=same_width)
-        width = self.teacher_images.shape[1]
-        if self.all_student_images is not self.student_images or self.all_teacher_images is not self.teacher_images:
-            _check_images(self.all_student_images, self.all_teacher_images, same_width=same_width)
-            _check_matrix("all_teacher_images", self.all_teacher_images, width)
-        if (self.sentences is None) != (self.all_sentences is None):
-            raise ValueError("sentences without all_sentences, or the other way round: wanted both or neither")
-        for name, matrix in (
-            ("teacher_sentences", self.sentences),
-            ("all_sentences", self.all_sentences),
-            ("bank_images", self.bank_images),
-            ("other_views", self.other_views),
-        ):
-            if matrix is not None:
-                _check_matrix(name, matrix, width)
-        if (self.sampling is None) != (self.all_sampling is None):
-            raise ValueError("sampling without all_sampling, or the other way round: wanted both or neither")
-        if self.sampling is not None:
-            _check_sampling(self.sampling, self.teacher_images, self.sentences)
-        if self.all_sampling is not None and self.all_sampling is not self.sampling:
-            _check_sampling(self.all_sampling, self.all_teacher_images, self.all_sentences)
+    def need(self, name: Literal["local_others", "global_others", "views"]) -> Tensor:
+        """What a loss cannot do without, cut off from gradients.
 
-    def pseudo_sentences(self) -> Rows:
-        """(B + M, D) teacher images in the place of sentences: everybody's, then the bank's; cut off from gradients."""
-        everybodys = self.all_teacher_images.detach()
-        return everybodys if self.bank_images is None else (everybodys, self.bank_images.detach())
+        Raises:
+            ValueError: if it was not drawn.
+        """
+        rows: Tensor | None = getattr(self, name)
+        if rows is None:
+            raise ValueError(f"no {name} in this step, but a loss wants them")
+        return rows.detach()
+
+    def pseudo_others(self) -> Rows:
+        """(B + M, D) teacher's rows in the place of others: the global ones, then the bank; cut off from gradients."""
+        rows = self.global_teacher.detach()
+        return rows if self.bank is None else (rows, self.bank.detach())
 
     def log_weights(self) -> tuple[LogWeights | None, LogWeights | None]:
-        """For logits of this process's images over everybody's sentences, and of its sentences over all images."""
-        return log_weights_both_ways(self.sampling, self.all_sampling, self.first_sentence)
+        """For logits of local rows over global others, and of local others over global rows."""
+        local, everywhere = self.local_sampling, self.global_sampling
+        if local is None or everywhere is None:
+            return None, None
+        # An other's own weight is the same in all logits of its row, and changes no softmax over rows.
+        places = None if everywhere.places is None else everywhere.places - self.first_other
+        return (
+            LogWeights(everywhere.sentences, local.places, local.values),
+            LogWeights(None, places, everywhere.values, along=0),
+        )
 
     def place(self) -> int:
-        """Where this process's images begin among everybody's.
+        """Where the local rows begin among the global ones.
 
         Raises:
             ValueError: if that was not said, or cannot be.
         """
-        spare = len(self.all_teacher_images) - len(self.teacher_images)
-        first = 0 if self.first_image is None and spare == 0 else self.first_image
+        spare = len(self.global_teacher) - len(self.local_teacher)
+        first = 0 if self.first_row is None and spare == 0 else self.first_row
         if first is None or not 0 <= first <= spare:
             raise ValueError(
-                f"first_image {first}: wanted the place of these {len(self.teacher_images)} images among the "
-                f"{len(self.all_teacher_images)} of all processes"
+                f"first_row {first}: wanted the place of these {len(self.local_teacher)} rows among the "
+                f"{len(self.global_teacher)} of all processes"
             )
         return first
 
 
-def log_weights_both_ways(
-    own: SamplingWeights | None, everybodys: SamplingWeights | None, first_sentence: int
-) -> tuple[LogWeights | None, LogWeights | None]:
-    """For logits of this process's images over everybody's sentences, and of its sentences over everybody's images.
+@dataclass(frozen=True, kw_only=True)
+class LossInputs(TeacherInputs):
+    """What the losses of one step are made from.
 
-    Args:
-        own: this process's.
-        everybodys: those of all.
-        first_sentence: where this process's sentences begin among everybody's.
+    Attributes:
+        local_student: (b, D) student embeddings of this process's rows, any float dtype, any norm; may be the slice of
+            `global_student`.
+        global_student: (B, D) of all processes, gathered so that gradients flow back to where each row came from.
+
+    The others are those of `TeacherInputs`.
     """
-    if own is None or everybodys is None:
-        return None, None
-    over_sentences = LogWeights(everybodys.sentences, own.places, own.values)
-    # A sentence's own weight is the same in all logits of its row, and changes no softmax over images.
-    places = None if everybodys.places is None else everybodys.places - first_sentence
-    return over_sentences, LogWeights(None, places, everybodys.values, along=0)
+
+    local_student: Tensor
+    global_student: Tensor
+
+    @classmethod
+    def of_one_process(
+        cls,
+        student: Tensor,
+        teacher: Tensor,
+        others: Tensor | None = None,
+        bank: Tensor | None = None,
+        sampling: SamplingWeights | None = None,
+        views: Tensor | None = None,
+    ) -> LossInputs:
+        """A batch that is all there is."""
+        return cls(
+            local_student=student,
+            local_teacher=teacher,
+            global_student=student,
+            global_teacher=teacher,
+            local_others=others,
+            global_others=others,
+            bank=bank,
+            views=views,
+            local_sampling=sampling,
+            global_sampling=sampling,
+        )
+
+    def check(self, *, same_width: bool = True) -> None:
+        """Refuse what would broadcast, or fail far from its cause; raises ValueError.
+
+        Args:
+            same_width: whether the student's embeddings are as wide as the teacher's.
+        """
+        _check_rows(self.local_student, self.local_teacher, same_width=same_width)
+        _check_rows(self.global_student, self.global_teacher, same_width=same_width)
+        width = self.local_teacher.shape[1]
+        for name in ("global_teacher", "local_others", "global_others", "bank", "views"):
+            if (matrix := getattr(self, name)) is not None:
+                _check_matrix(name, matrix, width)
+        for name in ("others", "sampling"):
+            if (getattr(self, f"local_{name}") is None) != (getattr(self, f"global_{name}") is None):
+                raise ValueError(f"local_{name} without global_{name}, or the other way round: wanted both or neither")
+        if self.local_sampling is not None:
+            _check_sampling(self.local_sampling, self.local_teacher, self.local_others)
+        if self.global_sampling is not None and self.global_sampling is not self.local_sampling:
+            _check_sampling(self.global_sampling, self.global_teacher, self.global_others)
 
 
 @overload
@@ -179,17 +197,17 @@ def logit_factor(logit_scale: float, temperature: float | Tensor) -> float | Ten
     return logit_scale / temperature
 
 
-def _check_images(student_images: Tensor, teacher_images: Tensor, *, same_width: bool) -> None:
-    _check_matrix("student_images", student_images)
-    _check_matrix("teacher_images", teacher_images)
-    if len(student_images) != len(teacher_images):
-        raise ValueError(f"{len(student_images)} student images against {len(teacher_images)} teacher images")
-    if same_width and student_images.shape[1] != teacher_images.shape[1]:
-        raise ValueError(f"student embeddings {student_images.shape[1]} wide, the teacher's {teacher_images.shape[1]}")
+def _check_rows(student: Tensor, teacher: Tensor, *, same_width: bool) -> None:
+    _check_matrix("student", student)
+    _check_matrix("teacher", teacher)
+    if len(student) != len(teacher):
+        raise ValueError(f"{len(student)} rows of the student's against {len(teacher)} of the teacher's")
+    if same_width and student.shape[1] != teacher.shape[1]:
+        raise ValueError(f"student embeddings {student.shape[1]} wide, the teacher's {teacher.shape[1]}")
 
 
-def _check_sampling(weights: SamplingWeights, images: Tensor, sentences: Tensor | None) -> None:
-    num = None if sentences is None else len(sentences)
+def _check_sampling(weights: SamplingWeights, rows: Tensor, others: Tensor | None) -> None:
+    num = None if others is None else len(others)
     if weights.sentences.shape != (num,) or not weights.sentences.is_floating_point():
         found = f"{tuple(weights.sentences.shape)} {weights.sentences.dtype}"
         raise ValueError(f"sentence_log_weights: {found}; wanted a float for each of {num} sentences")
@@ -198,10 +216,10 @@ def _check_sampling(weights: SamplingWeights, images: Tensor, sentences: Tensor 
         return
     if places is None or values is None or places.shape != values.shape or places.ndim != 2:
         raise ValueError("own_log_weights: wanted places and values of one shape, (images, candidates)")
-    if len(places) != len(images) or places.dtype.is_floating_point or not values.is_floating_point():
+    if len(places) != len(rows) or places.dtype.is_floating_point or not values.is_floating_point():
         raise ValueError(
             f"own_log_weights: {tuple(places.shape)} {places.dtype} and {values.dtype}; wanted int64 places and floats "
-            f"for {len(images)} images"
+            f"for {len(rows)} images"
         )
 
 
@@ -209,4 +227,4 @@ def _check_matrix(name: str, matrix: Tensor, width: int | None = None) -> None:
     if matrix.ndim != 2 or not matrix.numel() or not matrix.is_floating_point():
         raise ValueError(f"{name}: {tuple(matrix.shape)} {matrix.dtype}; wanted a (rows, width) matrix of floats")
     if width is not None and matrix.shape[1] != width:
-        raise ValueError(f"{name}: {matrix.shape[1]} wide, the teacher's images are {width}")
+        raise ValueError(f"{name}: {matrix.shape[1]} wide, the teacher's embeddings are {width}")

@@ -113,6 +113,14 @@ class Cosines:
     factor: float
     log_weights: LogWeights | None = None
 
+    @property
+    def size(self) -> Shape:
+        return len(self.rows), len(self.columns)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.parts[0].device
+
     def block(self, rows: range, columns: range) -> Tensor:
         """(len(rows), len(columns)) logits, a tensor of the caller's own. Call it within `full_precision`."""
         logits = (self.factor * self.rows.take(rows)) @ self.columns.take(columns).T
@@ -161,6 +169,13 @@ def dtype_of(*sides: Rows) -> torch.dtype:
         for part in side if isinstance(side, tuple) else (side,):
             dtype = torch.promote_types(dtype, part.dtype)
     return dtype
+
+
+def unit_rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the one format, every row normalised; no gradient reaches the teacher's."""
+    dtype = dtype_of(student, teacher)
+    with no_autocast(student.device):
+        return F.normalize(student.to(dtype), dim=1), F.normalize(teacher.detach().to(dtype), dim=1)
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

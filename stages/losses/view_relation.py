@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .loss_inputs import LossInputs, logit_factor
+from .diagnostics import effective_candidates
+from .loss_inputs import LossInputs, TeacherInputs, logit_factor
 from .wide_kl import kl_rows
 
 
@@ -37,14 +38,17 @@ def view_relation_loss(
     Raises:
         ValueError: if shapes or dtypes do not fit, or temperature or logit_scale is not positive.
     """
-    inputs = LossInputs.of_one_process(student_images, teacher_images, other_views=other_views)
-    return view_relation_share(inputs, logit_factor(logit_scale, temperature))
+    inputs = LossInputs.of_one_process(student_images, teacher_images, views=other_views)
+    return views_share(inputs, logit_factor(logit_scale, temperature))
 
 
-def view_relation_share(inputs: LossInputs, factor: float) -> Tensor:
-    """This process's share of `view_relation_loss` over the global batch: its own rows, everybody's other views."""
-    inputs.check(same_width=True)
-    if inputs.other_views is None:
-        raise ValueError("no other views, but the view relation loss is on")
-    teacher, columns = inputs.teacher_images.detach(), inputs.other_views.detach()
-    return 2 * kl_rows(teacher, inputs.student_images, columns, columns, factor) / len(inputs.all_teacher_images)
+def views_share(inputs: LossInputs, factor: float) -> Tensor:
+    """This process's share of `view_relation_loss`: its own rows, the other views of all processes."""
+    inputs.check()
+    teacher, columns = inputs.local_teacher.detach(), inputs.need("views")
+    return 2 * kl_rows(teacher, inputs.local_student, columns, columns, factor) / len(inputs.global_teacher)
+
+
+def views_diagnostics(inputs: TeacherInputs, factor: float) -> dict[str, Tensor]:
+    """How many other views a row's softmax spreads over."""
+    return {"candidates": effective_candidates(inputs.local_teacher, inputs.need("views"), 1.0, factor)}

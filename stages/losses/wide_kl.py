@@ -5,10 +5,11 @@
     along a row:     KL(softmax(t) ‖ softmax(s)) = Σ p·(t - s) - log Σ exp t + log Σ exp s
     its gradient:    d KL / d s = q - p
 
-All three sums run on while blocks come and go. Where every softmax is complete within a block, the gradient is taken at
-once: three products, as a plain implementation has. Where one is not, backward makes the logits again: five products.
+All three sums are updated block by block. Where every softmax is complete within a block, the gradient is computed at
+once: three products, as a plain implementation has. Where one is not, backward computes the logits again: five.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .online_softmax import Seen, see, slope
+from .online_softmax import SoftmaxState
 from .similarity_blocks import (
     Cosines,
     LogWeights,
@@ -67,7 +68,7 @@ def kl_rows(
         Scalar, float32 or, if an input is, float64.
     """
     weights: _Weights = {_OVER_COLUMNS: 1.0 if row_weights is None else row_weights}
-    return _apply(teacher_rows, student_rows, teacher_columns, student_columns, factor, weights, block, log_weights)
+    return _kl(teacher_rows, student_rows, teacher_columns, student_columns, factor, weights, block, log_weights)
 
 
 def kl_both_ways(
@@ -88,7 +89,7 @@ def kl_both_ways(
     block, a few numbers are kept for each column too. A tensor of `column_weight` has one for each column, (C,).
     """
     weights: _Weights = {_OVER_COLUMNS: row_weight, _OVER_ROWS: column_weight}
-    return _apply(teacher_rows, student_rows, teacher_columns, student_columns, factor, weights, block, log_weights)
+    return _kl(teacher_rows, student_rows, teacher_columns, student_columns, factor, weights, block, log_weights)
 
 
 def row_entropies(
@@ -102,14 +103,13 @@ def row_entropies(
         factor: multiplies cosines.
         block, log_weights: as in `kl_rows`.
     """
-    dtype, device = dtype_of(rows, columns), _device(rows)
+    dtype = dtype_of(rows, columns)
     cosines = Cosines(Side(rows, dtype), Side(columns, dtype), factor, log_weights)
-    size = len(cosines.rows), len(cosines.columns)
-    shape = block or block_shape(*size, cosines.rows.width, device, both_ways=False)
+    shape = block or block_shape(*cosines.size, cosines.rows.width, cosines.device, both_ways=False)
     entropies = []
-    before = None
-    with torch.no_grad(), full_precision(device):
-        for at, over in blocks(*size, shape):
+    before: tuple[Tensor, Tensor, Tensor] | None = None
+    with torch.no_grad(), full_precision(cosines.device):
+        for at, over in blocks(*cosines.size, shape):
             logits = cosines.block(at, over)
             top = logits.amax(1)
             if before is not None:
@@ -122,83 +122,86 @@ def row_entropies(
                 sharpness += shift.exp() * (before[2] + shift * before[1])
                 total += shift.exp() * before[1]
             before = top, total, sharpness
-            if over.stop == size[1]:
+            if over.stop == cosines.size[1]:
                 entropies.append(total.log() - sharpness / total)
                 before = None
     return torch.cat(entropies)
 
 
 @dataclass
-class _Work:
-    """One matrix of similarities and what is asked about it."""
+class _Matrix:
+    """One matrix of similarities, and what is wanted of it."""
 
     teacher: Cosines
     student: Cosines
     weights: _Weights
-    size: Shape
     shape: Shape  # of a block
     wanted: tuple[bool, bool]  # gradients of the student's rows and columns
-    seen: dict[tuple[int, int], Seen] = field(default_factory=dict)  # by axis and first row (or column)
+    states: dict[tuple[int, int], SoftmaxState] = field(default_factory=dict)  # by axis and first row (or column)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that the work reads."""
+        """All that backward reads."""
         sides = (self.teacher.rows, self.teacher.columns, self.student.rows, self.student.columns)
         weights = [weight for weight in self.weights.values() if isinstance(weight, Tensor)]
         logs = () if self.teacher.log_weights is None else self.teacher.log_weights.tensors()
         return (*(part for side in sides for part in side.parts), *weights, *logs)
 
-    def whole(self, axis: int) -> bool:
+    def is_whole(self, axis: int) -> bool:
         """Whether every block has all that this axis' softmax runs over."""
-        return self.shape[axis] >= self.size[axis]
+        return self.shape[axis] >= self.teacher.size[axis]
 
-    def loss_and_gradients(self) -> tuple[Tensor, _Gradients | None]:
-        """The weighted sum, and the gradients if they can be had already."""
-        at_once = all(self.whole(axis) for axis in self.weights)
-        gradients = self._no_gradients() if at_once else (None, None)
-        loss = torch.zeros((), dtype=self.teacher.rows.dtype, device=_device(self.teacher.rows.parts))
-        for rows, columns in blocks(*self.size, self.shape):
-            teacher, student = self.teacher.block(rows, columns), self.student.block(rows, columns)
-            slopes = []
-            for turn, axis in enumerate(self.weights, start=1):
-                spend = turn == len(self.weights)
-                lines = columns if axis == _OVER_ROWS else rows
-                key, weight = (axis, lines.start), self._weight(axis, lines.start, len(lines))
-                seen, p, q = see(self.seen.pop(key, None), teacher, student, axis, spend=spend)
-                if self.whole(axis):
-                    loss += _weighted_sum(weight, seen.kl())
-                else:
-                    self.seen[key] = seen
-                if at_once and any(self.wanted):
-                    slopes.append(slope(seen, p, q, weight))
-                del p, q
-            if slopes:
-                self._add(gradients, slopes, rows, columns)
-        for (axis, first), seen in self.seen.items():
-            kl = seen.kl()
+    def forward(self) -> tuple[Tensor, _Gradients | None]:
+        """The weighted sum of all KL, and its gradients if these can be had already."""
+        at_once = all(self.is_whole(axis) for axis in self.weights)
+        gradients = self._zeros() if at_once else None
+        loss = self._pass(gradients)
+        for (axis, first), state in self.states.items():
+            kl = state.kl()
             loss += _weighted_sum(self._weight(axis, first, kl.numel()), kl)
-        self._forget()
-        return loss, gradients if at_once else None
+        return loss, gradients
 
-    def gradients(self) -> _Gradients:
-        """Gradients of the weighted sum, once all was seen: every block's logits are made again."""
-        gradients = self._no_gradients()
-        for rows, columns in blocks(*self.size, self.shape):
-            teacher, student = self.teacher.block(rows, columns), self.student.block(rows, columns)
-            slopes = []
-            for turn, axis in enumerate(self.weights, start=1):
-                spend = turn == len(self.weights)
-                lines = columns if axis == _OVER_ROWS else rows
-                if self.whole(axis):
-                    seen, p, q = see(None, teacher, student, axis, spend=spend)
-                else:
-                    seen = self.seen[axis, lines.start]
-                    p = torch.sub(teacher, seen.teacher_max, out=teacher if spend else None).exp_()
-                    q = torch.sub(student, seen.student_max, out=student if spend else None).exp_()
-                slopes.append(slope(seen, p, q, self._weight(axis, lines.start, len(lines))))
-                del p, q
-            self._add(gradients, slopes, rows, columns)
-        self._forget()
+    def backward(self) -> _Gradients:
+        """The gradients, after `forward`: every block's logits are computed again."""
+        gradients = self._zeros()
+        self._pass(gradients, again=True)
         return gradients
+
+    def _pass(self, gradients: _Gradients | None, *, again: bool = False) -> Tensor:
+        """Go over all blocks, adding to `gradients`; returns the weighted sum of KL of the whole axes."""
+        loss = torch.zeros((), dtype=self.teacher.rows.dtype, device=self.teacher.device)
+        for rows, columns in blocks(*self.teacher.size, self.shape):
+            slopes = []
+            for axis, weight, state, p, q in self._softmaxes(rows, columns, again):
+                if self.is_whole(axis):
+                    loss += _weighted_sum(weight, state.kl())
+                if gradients is not None and any(self.wanted):
+                    slopes.append(state.gradient(p, q, weight))
+                del p, q
+            if gradients is not None and slopes:
+                self._add(gradients, slopes, rows, columns)
+        self.teacher.forget()
+        self.student.forget()
+        return loss
+
+    def _softmaxes(
+        self, rows: range, columns: range, again: bool
+    ) -> Iterator[tuple[int, float | Tensor, SoftmaxState, Tensor, Tensor]]:
+        """Each axis of a block with its weight, its state after the block, and the exponentials of its logits."""
+        teacher, student = self.teacher.block(rows, columns), self.student.block(rows, columns)
+        for turn, axis in enumerate(self.weights, start=1):
+            in_place = turn == len(self.weights)  # nobody else needs the logits then
+            lines = columns if axis == _OVER_ROWS else rows
+            key, weight = (axis, lines.start), self._weight(axis, lines.start, len(lines))
+            if again and not self.is_whole(axis):
+                state = self.states[key]
+                p, q = state.exponentials(teacher, student, in_place=in_place)
+            else:
+                before = self.states.pop(key, None)
+                state, p, q = SoftmaxState.update(before, teacher, student, axis, in_place=in_place)
+                if not self.is_whole(axis):
+                    self.states[key] = state
+            yield axis, weight, state, p, q
+            del p, q
 
     def _weight(self, axis: int, first: int, num: int) -> float | Tensor:
         """Of `num` softmaxes along an axis: one number, or one for each, shaped to stand beside a block."""
@@ -207,7 +210,7 @@ class _Work:
             return weight
         return weight[first : first + num].unsqueeze(axis)
 
-    def _no_gradients(self) -> _Gradients:
+    def _zeros(self) -> _Gradients:
         sides = self.student.rows, self.student.columns
         to_rows, to_columns = (
             torch.zeros_like(side.parts[0]) if wanted else None for side, wanted in zip(sides, self.wanted)
@@ -215,19 +218,13 @@ class _Work:
         return to_rows, to_columns
 
     def _add(self, gradients: _Gradients, slopes: list[Tensor], rows: range, columns: range) -> None:
-        """Take a block's share of the gradients from the loss's slopes along its logits."""
+        """Add a block's share of the gradients, given those of its logits."""
         total = slopes[0] if len(slopes) == 1 else slopes[0].add_(slopes[1])
-        to_rows, to_columns = gradients
+        student, (to_rows, to_columns) = self.student, gradients
         if to_rows is not None:
-            to_rows[rows.start : rows.stop].addmm_(total, self.student.columns.take(columns), alpha=self.student.factor)
+            to_rows[rows.start : rows.stop].addmm_(total, student.columns.take(columns), alpha=student.factor)
         if to_columns is not None:
-            to_columns[columns.start : columns.stop].addmm_(
-                total.T, self.student.rows.take(rows), alpha=self.student.factor
-            )
-
-    def _forget(self) -> None:
-        self.teacher.forget()
-        self.student.forget()
+            to_columns[columns.start : columns.stop].addmm_(total.T, student.rows.take(rows), alpha=student.factor)
 
 
 def _weighted_sum(weight: float | Tensor, kl: Tensor) -> Tensor:
@@ -235,16 +232,16 @@ def _weighted_sum(weight: float | Tensor, kl: Tensor) -> Tensor:
 
 
 class _WideKL(torch.autograd.Function):
-    """What a `_Work` computes, as a function of the student's unit rows and columns."""
+    """What a `_Matrix` computes, as a function of the student's unit rows and columns."""
 
     @staticmethod
-    def forward(ctx: Any, work: _Work, student_rows: Tensor | None, student_columns: Tensor | None) -> Tensor:
-        with full_precision(_device(work.teacher.rows.parts)):
-            loss, ctx.gradients = work.loss_and_gradients()
+    def forward(ctx: Any, matrix: _Matrix, student_rows: Tensor | None, student_columns: Tensor | None) -> Tensor:
+        with full_precision(matrix.teacher.device):
+            loss, ctx.gradients = matrix.forward()
         if ctx.gradients is None:
-            ctx.work = work
+            ctx.matrix = matrix
             # So that autograd refuses to go back over inputs that were overwritten meanwhile.
-            ctx.save_for_backward(*work.tensors())
+            ctx.save_for_backward(*matrix.tensors())
         return loss
 
     @staticmethod
@@ -255,12 +252,12 @@ class _WideKL(torch.autograd.Function):
         if gradients is None:
             _ = ctx.saved_tensors
             with full_precision(gradient.device):
-                gradients = ctx.work.gradients()
+                gradients = ctx.matrix.backward()
         to_rows, to_columns = (None if part is None else gradient * part for part in gradients)
         return None, to_rows, to_columns
 
 
-def _apply(
+def _kl(
     teacher_rows: Rows,
     student_rows: Rows,
     teacher_columns: Rows,
@@ -270,30 +267,28 @@ def _apply(
     block: Shape | None,
     log_weights: LogWeights | None,
 ) -> Tensor:
-    dtype, device = dtype_of(teacher_rows, student_rows, teacher_columns, student_columns), _device(teacher_rows)
-    with no_autocast(device):
+    dtype = dtype_of(teacher_rows, student_rows, teacher_columns, student_columns)
+    teacher = Cosines(Side(teacher_rows, dtype), Side(teacher_columns, dtype), factor, log_weights)
+    with no_autocast(teacher.device):
         unit_rows = _unit_with_gradient(student_rows, dtype)
         unit_columns = unit_rows if student_columns is student_rows else _unit_with_gradient(student_columns, dtype)
 
-    def side(rows: Rows, unit: Tensor | None, teachers: Rows, teachers_side: Side) -> Side:
+    def side(rows: Rows, unit: Tensor | None, of_teacher: Rows, teachers_side: Side) -> Side:
         if unit is not None:
             return Side(unit, dtype, unit=True)
-        return teachers_side if rows is teachers else Side(rows, dtype)
+        return teachers_side if rows is of_teacher else Side(rows, dtype)
 
-    teacher = Cosines(Side(teacher_rows, dtype), Side(teacher_columns, dtype), factor, log_weights)
     student = Cosines(
         side(student_rows, unit_rows, teacher_rows, teacher.rows),
         side(student_columns, unit_columns, teacher_columns, teacher.columns),
         factor,
         log_weights,
     )
-    weights = {
-        axis: weight.detach().to(dtype) if isinstance(weight, Tensor) else weight for axis, weight in weights.items()
-    }
-    size, width = (len(teacher.rows), len(teacher.columns)), max(teacher.rows.width, student.rows.width)
-    shape = block or block_shape(*size, width, device, both_ways=len(weights) > 1)
-    work = _Work(teacher, student, weights, size, shape, (unit_rows is not None, unit_columns is not None))
-    loss: Tensor = _WideKL.apply(work, unit_rows, unit_columns)
+    weights = {axis: one.detach().to(dtype) if isinstance(one, Tensor) else one for axis, one in weights.items()}
+    width = max(teacher.rows.width, student.rows.width)
+    shape = block or block_shape(*teacher.size, width, teacher.device, both_ways=len(weights) > 1)
+    matrix = _Matrix(teacher, student, weights, shape, (unit_rows is not None, unit_columns is not None))
+    loss: Tensor = _WideKL.apply(matrix, unit_rows, unit_columns)
     return loss
 
 
@@ -304,7 +299,3 @@ def _unit_with_gradient(rows: Rows, dtype: torch.dtype) -> Tensor | None:
             raise ValueError("no gradient reaches rows in several parts; detach them or stack them first")
         return None
     return F.normalize(rows.to(dtype), dim=1) if rows.requires_grad and torch.is_grad_enabled() else None
-
-
-def _device(rows: Rows) -> torch.device:
-    return (rows[0] if isinstance(rows, tuple) else rows).device

@@ -1,6 +1,5 @@
-"""open_clip's model configs: its own by name, or a file of the user's."""
+"""open_clip's model configs: its own by name, or a file, either bare or as an `open_clip_config.json`."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,42 +7,47 @@ from typing import Any
 
 import open_clip
 
-from ...cache.errors import InputError
+from ...cache.errors import InputError, did_you_mean
 
 
-def model_config(name: str, tower: str, shown: str) -> dict[str, Any]:
-    """A model config that describes one of the towers.
+def model_config(name: str, keys: Sequence[str], shown: str) -> dict[str, Any]:
+    """A model config by the name of an open_clip architecture, or by the path of a file (.json).
 
     Args:
-        name: an open_clip architecture, or the path of a model config (.json).
-        tower: key of the tower that is wanted: `vision_cfg` or `text_cfg`.
+        keys: what has to be in it, such as `vision_cfg` or `text_cfg`.
         shown: what messages call it.
 
     Raises:
-        InputError: if there is no such architecture, or the file is none.
+        InputError: if there is no such architecture, or the file is no model config with these keys.
     """
-    config = _from_file(name, shown) if name.endswith(".json") else _by_name(name, shown)
-    if not isinstance(config, dict) or not isinstance(config.get(tower), dict):
-        raise InputError(f"{shown}: no {tower} in it; wanted an open_clip model config")
-    return config
+    if name.endswith(".json"):
+        return read_model_config(Path(name), keys, shown)[0]
+    architecture, known = name.replace("/", "-"), open_clip.list_models()
+    if architecture not in known:
+        hint = did_you_mean(architecture, known) or "; open_clip.list_models() names them"
+        raise InputError(f"{shown}: open_clip has no such architecture{hint}")
+    return _require_keys(open_clip.get_model_config(architecture), keys, shown)
 
 
-def close_to(name: str, names: Sequence[str]) -> str:
-    """The end of a message about a name that does not exist: those that it may have been meant for."""
-    close = difflib.get_close_matches(name, names, n=3)
-    return f"; did you mean {', '.join(close)}?" if close else ""
-
-
-def _by_name(name: str, shown: str) -> Any:
-    names = open_clip.list_models()
-    if name.replace("/", "-") not in names:
-        raise InputError(f"{shown}: no such architecture{close_to(name, names)}")
-    return open_clip.get_model_config(name.replace("/", "-"))
-
-
-def _from_file(path: str, shown: str) -> Any:
+def read_model_config(path: Path, keys: Sequence[str], shown: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`model_cfg` and `preprocess_cfg` of a file; the second is empty where there is none. Arguments as above."""
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{shown}: not a readable model config ({error})") from error
-    return document.get("model_cfg", document) if isinstance(document, dict) else None
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise InputError(f"{shown}: cannot be read: {error.strerror}; wanted an open_clip model config") from error
+    except ValueError as error:
+        raise InputError(f"{shown}: not JSON: {error}; wanted an open_clip model config") from error
+    document = document if isinstance(document, dict) else {}
+    return _require_keys(document.get("model_cfg", document), keys, shown), document.get("preprocess_cfg", {})
+
+
+def _require_keys(config: Any, keys: Sequence[str], shown: str) -> dict[str, Any]:
+    found = config if isinstance(config, dict) else {}
+    missing = [key for key in keys if key not in found or (key.endswith("_cfg") and not isinstance(found[key], dict))]
+    if missing:
+        raise InputError(f"{shown}: no {' and no '.join(missing)} in it; wanted an open_clip model config")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")

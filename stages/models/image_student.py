@@ -4,22 +4,22 @@
 under which open_clip loads them again.
 """
 
-import importlib
-import inspect
-import sys
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from open_clip.model import _build_vision_tower
 from open_clip.timm_model import TimmModel
-from torch import Tensor, nn
+from torch import nn
 
-from ...cache.errors import InputError
-from .architectures import close_to, model_config
+from ...cache.errors import InputError, did_you_mean
+from ..settings.models import STUDENTS
+from ..settings.plugins import load_function
+from .architectures import model_config
+from .open_clip_towers import build_image_tower
+from .tower_check import require_embeddings
+from .weights_file import one_line
 
 
 def build_student(spec: str, embed_dim: int, image_size: int) -> nn.Module:
@@ -37,14 +37,16 @@ def build_student(spec: str, embed_dim: int, image_size: int) -> nn.Module:
     Raises:
         InputError: if there is no such model, it cannot be built at this size, or it emits something else.
     """
-    kind, _, name = spec.partition(":")
-    if kind == "timm":
-        student = _build_tower(spec, _timm_cfg(name, embed_dim, image_size))
-    elif kind == "open_clip":
-        student = _build_tower(spec, _open_clip_cfg(name, embed_dim, image_size))
+    scheme, _, name = spec.partition(":")
+    sizes = {"embed_dim": embed_dim, "image_size": image_size}
+    if scheme in STUDENTS:
+        student = load_function(STUDENTS[scheme], ["name", *sizes])(name=name, **sizes)
     else:
-        student = _call_function(spec, embed_dim, image_size)
-    _check_output(spec, student, embed_dim, image_size)
+        student = load_function(spec, sizes)(**sizes)
+    if not isinstance(student, nn.Module):
+        raise InputError(f"{spec}: returned a {type(student).__name__}, wanted a torch.nn.Module")
+    black = torch.zeros(2, 3, image_size, image_size)
+    require_embeddings(student, black, embed_dim, spec, f"images of {image_size} x {image_size} pixels")
     return student
 
 
@@ -52,31 +54,37 @@ def student_model_cfg(spec: str, embed_dim: int, image_size: int) -> dict[str, A
     """What open_clip's model config says about the student.
 
     Returns:
-        `{"embed_dim": …, "vision_cfg": {…}}` and, for `open_clip:`, "quick_gelu"; None for a function of the user's.
+        `{"embed_dim": …, "vision_cfg": {…}}` and, for `open_clip:`, "quick_gelu"; None where open_clip cannot build it.
         open_clip builds a `timm:` tower at timm's own image size: weights of a student whose parameters
         depend on the size (a ViT's positions) fit only after `visual.set_input_size(image_size)`.
 
     Raises:
         InputError: if there is no such model.
     """
-    kind, _, name = spec.partition(":")
-    if kind == "timm":
-        return _timm_cfg(name, embed_dim, image_size)
-    if kind == "open_clip":
-        return _open_clip_cfg(name, embed_dim, image_size)
-    return None
+    scheme, _, name = spec.partition(":")
+    config_of = {"timm": _timm_cfg, "open_clip": _open_clip_cfg}.get(scheme)
+    return config_of(name, embed_dim, image_size) if config_of else None
 
 
-def _build_tower(spec: str, config: dict[str, Any]) -> nn.Module:
-    embed_dim, vision = config["embed_dim"], config["vision_cfg"]
-    image_size = vision["image_size"]
+def timm_student(name: str, embed_dim: int, image_size: int) -> nn.Module:
+    """A timm model whose classifier is the projection, in open_clip's wrapper."""
+    return _build(f"timm:{name}", _timm_cfg(name, embed_dim, image_size))
+
+
+def open_clip_student(name: str, embed_dim: int, image_size: int) -> nn.Module:
+    """The image tower of an open_clip architecture, or of a model config file."""
+    return _build(f"open_clip:{name}", _open_clip_cfg(name, embed_dim, image_size))
+
+
+def _build(spec: str, config: dict[str, Any]) -> nn.Module:
+    image_size = config["vision_cfg"]["image_size"]
     try:
-        student: nn.Module = _build_vision_tower(embed_dim, vision, quick_gelu=config.get("quick_gelu", False))
+        student = build_image_tower(config)
         if isinstance(student, TimmModel) and student.trunk.default_cfg["input_size"][-1] != image_size:
-            _resize_timm(student, embed_dim, vision)
+            _resize_timm(student, config["embed_dim"], config["vision_cfg"])
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise InputError(
-            f"{spec}: cannot be built for {image_size} x {image_size} pixels ({_reason(error)})"
+            f"{spec}: cannot be built for {image_size} x {image_size} pixels ({one_line(error)})"
         ) from error
     return student
 
@@ -97,7 +105,8 @@ def _resize_timm(student: TimmModel, embed_dim: int, vision: dict[str, Any]) -> 
 
 def _timm_cfg(name: str, embed_dim: int, image_size: int) -> dict[str, Any]:
     if not timm.is_model(name):
-        raise InputError(f"timm:{name}: timm {timm.__version__} has no such model{close_to(name, timm.list_models())}")
+        hint = did_you_mean(name, timm.list_models())
+        raise InputError(f"timm:{name}: timm {timm.__version__} has no such model{hint}")
     # The classifier as projection: `timm_proj = "linear"` miscounts the features of some models.
     vision = {"timm_model_name": name, "timm_pool": _timm_pool(name), "timm_proj": "", "image_size": image_size}
     return {"embed_dim": embed_dim, "vision_cfg": vision}
@@ -112,49 +121,8 @@ def _timm_pool(name: str) -> str:
 
 
 def _open_clip_cfg(name: str, embed_dim: int, image_size: int) -> dict[str, Any]:
-    config = model_config(name, "vision_cfg", shown=f"open_clip:{name}")
+    config = model_config(name, ["vision_cfg"], shown=f"open_clip:{name}")
     vision = {**config["vision_cfg"], "image_size": image_size}
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
     return {"embed_dim": embed_dim, "vision_cfg": vision, "quick_gelu": bool(config.get("quick_gelu", False))}
-
-
-def _call_function(spec: str, embed_dim: int, image_size: int) -> nn.Module:
-    module_name, _, function_name = spec.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{spec}: cannot be imported ({_reason(error)}); wanted package.module:function") from error
-    try:
-        inspect.signature(function).bind(embed_dim=embed_dim, image_size=image_size)
-    except TypeError as error:
-        raise InputError(f"{spec}: cannot be called as function(embed_dim=…, image_size=…) ({error})") from error
-    student = function(embed_dim=embed_dim, image_size=image_size)
-    if not isinstance(student, nn.Module):
-        raise InputError(f"{spec}: returned a {type(student).__name__}, wanted a torch.nn.Module")
-    return student
-
-
-def _check_output(spec: str, student: nn.Module, embed_dim: int, image_size: int) -> None:
-    was_training = student.training
-    student.eval()
-    try:
-        with torch.no_grad():
-            output = student(torch.zeros(2, 3, image_size, image_size))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise InputError(f"{spec}: cannot take {image_size} x {image_size} pixels ({_reason(error)})") from error
-    finally:
-        student.train(was_training)
-    wanted = f"wanted (2, {embed_dim}), the width of the teacher's embeddings"
-    if not isinstance(output, Tensor):
-        raise InputError(f"{spec}: emits a {type(output).__name__} for 2 images; {wanted}")
-    if output.shape != (2, embed_dim):
-        raise InputError(f"{spec}: emits {tuple(output.shape)} for 2 images; {wanted}")
-    if not output.isfinite().all():
-        raise InputError(f"{spec}: emits values that are not finite for black images; wanted numbers")
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

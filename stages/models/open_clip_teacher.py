@@ -1,13 +1,14 @@
-"""The teacher: a frozen open_clip model that is asked once for each image and each sentence."""
+"""A frozen open_clip model as the teacher: its own preprocessing, tokenizer and towers, nothing of them changed."""
 
-import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import open_clip
 import torch
+from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
@@ -15,12 +16,12 @@ from torchvision.transforms import Compose
 
 from ...cache.disk.durable import digest, to_json
 from ...cache.errors import InputError
-from ..devices import memory_errors_as
 from ..images.crops import Crop, cut, resample_filter
 from ..images.decode import ImageError
 from ..settings.models import TeacherSettings
+from .frozen_text_tower import text_state, write_text_tower
 from .pretrained_tags import quiet_open_clip
-from .teacher_identity import configured_identity
+from .teacher import basic_identity
 from .teacher_source import TeacherSource, find_teacher
 from .tokenizer import check_vocabulary, load_tokenizer, tokenize, tokenizer_identity
 from .weights_file import one_line, weights_digest, weights_errors
@@ -29,11 +30,9 @@ MAX_ASPECT = 64
 """Of an image longer than this, in its own widths, only the middle is resized: open_clip's resize would fill gigabytes
 with pixels that its crop then throws away."""
 
-_LIBRARIES = ("torchvision", "open_clip_torch", "timm", "pillow", "numpy", "transformers", "tokenizers")
 
-
-class Teacher:
-    """A frozen open_clip model with its preprocessing and tokenizer.
+class OpenClipTeacher:
+    """A frozen open_clip model with its preprocessing and tokenizer: a `Teacher` that keeps its text tower.
 
     Attributes:
         model: the open_clip model, in evaluation mode.
@@ -56,23 +55,14 @@ class Teacher:
         self.preprocess_cfg: dict[str, Any] = {
             key: list(value) if isinstance(value, tuple | list) else value for key, value in vars(cfg).items()
         }
+        size = self.preprocess_cfg["size"]
+        self.image_size: tuple[int, int] = (size[0], size[1]) if isinstance(size, list) else (size, size)
         # The last two steps are to-tensor and normalise: `normalise` does them for a whole batch, on the device.
         self._crop = Compose(image_transform_v2(cfg, is_train=False).transforms[:-2])
         self._mean = torch.tensor(cfg.mean, dtype=torch.float32, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(cfg.std, dtype=torch.float32, device=self.device).view(3, 1, 1)
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of the input, pixels."""
-        size = self.preprocess_cfg["size"]
-        return (size[0], size[1]) if isinstance(size, list) else (size, size)
-
-    @property
-    def context_length(self) -> int:
-        """Tokens of a sentence, padding included."""
-        return int(self.tokenizer.context_length)
-
-    def crop(self, image: Image.Image) -> np.ndarray:
+    def crop(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resize and crop one RGB image as open_clip does for this model.
 
         Returns:
@@ -91,12 +81,8 @@ class Teacher:
         except ValueError as error:
             raise ImageError("too narrow to resize") from error
 
-    def view(self, image: Image.Image, crop: Crop) -> np.ndarray:
-        """A crop of one RGB image, resized to this model's input with its own filter.
-
-        Returns:
-            (height, width, 3) uint8.
-        """
+    def view(self, image: Image.Image, crop: Crop) -> NDArray[np.uint8]:
+        """A crop of one RGB image, resized to (height, width, 3) uint8 with the model's own filter."""
         height, width = self.image_size
         return cut(image, crop, (width, height), resample_filter(str(self.preprocess_cfg["interpolation"])))
 
@@ -118,14 +104,7 @@ class Teacher:
 
     @torch.inference_mode()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Embeddings as the teacher emits them, before normalisation.
-
-        Args:
-            images: (B, 3, height, width) float32 as from `preprocess` or `normalise`.
-
-        Returns:
-            (B, D) float32 on the CPU.
-        """
+        """(B, 3, height, width) float32, as from `normalise`, to (B, D) float32 on the CPU, before normalisation."""
         dtype = open_clip.get_input_dtype(self.settings.precision) or torch.float32
         embeddings: Tensor = self.model.encode_image(images.to(self.device).to(dtype), normalize=False)
         return embeddings.float().cpu()
@@ -136,7 +115,7 @@ class Teacher:
 
     @torch.inference_mode()
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Embeddings of tokenised sentences, before normalisation: (B, context_length) int64 to (B, D) float32, CPU."""
+        """(B, context_length) int64 token ids to (B, D) float32 on the CPU, before normalisation."""
         embeddings: Tensor = self.model.encode_text(tokens.to(self.device, non_blocking=True), normalize=False)
         return embeddings.float().cpu()
 
@@ -146,21 +125,24 @@ class Teacher:
 
     def identity(self) -> dict[str, Any]:
         """All that an embedding depends on, ready for JSON: equal identities on equal machines give equal bytes."""
-        versions = {name: _version(name) for name in _LIBRARIES}
         return {
-            **configured_identity(self.settings),
+            **basic_identity(self),
             "architecture": digest(to_json(self.model_cfg)),
             "weights": weights_digest(self.model.state_dict()),
-            "preprocess": self.preprocess_cfg,
             "tokenizer": tokenizer_identity(self.tokenizer),
-            "logit_scale": self.logit_scale,
-            "embed_dim": self.embed_dim,
-            "libraries": {"torch": torch.__version__, **{name: found for name, found in versions.items() if found}},
         }
 
+    def save_text_tower(self, folder: Path) -> None:
+        """Write text tower, tokenizer and preprocessing into an empty folder; equal teachers give equal bytes."""
+        write_text_tower(folder, self.model, self.tokenizer, self.model_cfg, self.preprocess_cfg)
 
-def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
-    """Load the teacher that `[teacher]` describes; a local one never touches the network.
+    def text_tower_bytes(self) -> int:
+        """About what `save_text_tower` takes on disk."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in text_state(self.model).values())
+
+
+def load_open_clip_teacher(settings: TeacherSettings, device: torch.device) -> OpenClipTeacher:
+    """Load the open_clip model that `[teacher]` describes; a local one never touches the network.
 
     Raises:
         InputError: if it cannot be found, built, filled with its weights or held by the device: one line.
@@ -168,13 +150,13 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
     with quiet_open_clip():
         source = find_teacher(settings)
         model = _build(settings, source, device)
-        _load_weights(model, source)
+        with weights_errors(source.weights):
+            open_clip.load_checkpoint(model, str(source.weights), strict=True, weights_only=True)
         tokenizer = load_tokenizer(source.tokenizer)
     check_vocabulary(tokenizer, getattr(model, "text", model).vocab_size, settings.model)
-    teacher = Teacher(settings, model, source.model_cfg, tokenizer)
+    teacher = OpenClipTeacher(settings, model, source.model_cfg, tokenizer)
     if not math.isfinite(teacher.logit_scale):
         raise InputError(f"{source.weights}: their logit scale is {teacher.logit_scale}; fetch the weights again")
-    _try_out(teacher)
     return teacher
 
 
@@ -197,31 +179,3 @@ def _build(settings: TeacherSettings, source: TeacherSource, device: torch.devic
         if scalar is not None:
             scalar.data = scalar.data.float()
     return model
-
-
-def _load_weights(model: Any, source: TeacherSource) -> None:
-    with weights_errors(source.weights):
-        open_clip.load_checkpoint(model, str(source.weights), strict=True, weights_only=True)
-
-
-def _try_out(teacher: Teacher) -> None:
-    """One image and one sentence: not every tower that can be built runs in every precision (Hugging Face's text)."""
-    settings = teacher.settings
-    try:
-        with memory_errors_as(
-            f"{settings.model}: does not fit into the memory of {teacher.device} to embed one row; choose a smaller one"
-        ):
-            teacher.encode_images(torch.zeros(1, 3, *teacher.image_size))
-            teacher.encode_sentences([""])
-    except RuntimeError as error:
-        raise InputError(
-            f"{settings.model}: does not run in {settings.precision} on {teacher.device} ({one_line(error)}); try "
-            "teacher.precision = 'fp32'"
-        ) from error
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,6 +1,5 @@
 """Weights that open_clip knows by a tag: checked before anything is downloaded, then on disk or refused in one line."""
 
-import difflib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import open_clip
 
-from ...cache.errors import InputError
+from ...cache.errors import InputError, did_you_mean
 from .weights_file import one_line
 
 
@@ -51,9 +50,8 @@ def tag_weights(name: str, tag: str, asked: Asked) -> tuple[Path, dict[str, Any]
         if open_clip.get_pretrained_cfg(variant, tag):
             raise wrong_activation(tag, variant, asked)
         known = open_clip.list_pretrained_tags_by_model(name)
-        close = difflib.get_close_matches(tag, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"its tags are: {', '.join(known) or 'none'}"
-        raise InputError(f"{asked.weights}: {name} has no such tag; {hint}")
+        hint = did_you_mean(tag, known) or f"; its tags are: {', '.join(known) or 'none'}"
+        raise InputError(f"{asked.weights}: {name} has no such tag{hint}")
     # Where no variant has the tag, it merely does not mention its QuickGELU (roberta-ViT-B-32): the config is right.
     differs = quick_gelu(tag_cfg) != quick_gelu(open_clip.get_model_config(name))
     if differs and open_clip.is_pretrained_cfg(variant, tag):

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ...cache.errors import InputError
 from ..devices import memory_errors_as
-from .open_clip_teacher import Teacher
-from .teacher import out_of_memory
+from .teacher import Teacher, out_of_memory
 
 CONSTANT_COSINE = 1e-4
 """Embeddings that are all nearer to each other than this say nothing about what was embedded."""
@@ -78,7 +77,7 @@ def check_teacher(teacher: Teacher, crops: Sequence[np.ndarray], sentences: Sequ
     image_rows = _in_batches(
         lambda batch: teacher.encode_images(teacher.normalise(torch.from_numpy(np.stack(batch)))), crops, teacher
     )
-    sentence_rows = _in_batches(teacher.encode_sentences, sentences, teacher)
+    sentence_rows = _in_batches(lambda batch: teacher.encode_tokens(teacher.tokenize(batch)), sentences, teacher)
     image_units = _units(image_rows, "images", teacher)
     sentence_units = _units(sentence_rows, "sentences", teacher)
     return TeacherCheck(
@@ -105,7 +104,7 @@ def _units(rows: np.ndarray, what: str, teacher: Teacher) -> np.ndarray:
     """Rows at length one, once it is certain that they have a direction, and not all the same one."""
     where = f"{teacher.settings.model}: embeddings of {what}"
     if rows.shape[1] != teacher.embed_dim:
-        raise InputError(f"{where}: {rows.shape[1]} dimensions; the model config says embed_dim = {teacher.embed_dim}")
+        raise InputError(f"{where}: {rows.shape[1]} dimensions; the teacher says embed_dim = {teacher.embed_dim}")
     if not np.isfinite(rows).all():
         raise InputError(
             f"{where}: NaN or infinite; wanted numbers: check the weights, or set another teacher.precision"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ...cache.errors import InputError
 from ..settings.models import TeacherSettings
+from ..settings.plugins import require_function
 
 
 def configured_identity(settings: TeacherSettings) -> dict[str, str | int | None]:
@@ -29,7 +30,14 @@ def _name(source: str) -> str:
 
 
 def configured_embed_dim(settings: TeacherSettings) -> int | None:
-    """Width of a teacher's embeddings according to its model config; None where only a hub knows it."""
+    """Width of a teacher's embeddings by its model config; None where only a hub knows it, or a function.
+
+    Raises:
+        InputError: if there is no such model config, or no such function.
+    """
+    if settings.is_from_outside:
+        require_function(settings.model, "teacher.model")
+        return None
     if settings.model.startswith("hf-hub:"):
         return None
     if settings.model.startswith("local-dir:"):

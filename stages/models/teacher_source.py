@@ -1,7 +1,5 @@
 """Where a teacher comes from: the settings resolved to a model config, a weights file and a tokenizer, or refused."""
 
-import difflib
-import json
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 from ...cache.disk.durable import digest, to_json
 from ...cache.errors import InputError
 from ..settings.models import TeacherSettings
+from .architectures import model_config, read_model_config
 from .pretrained_tags import Asked, download, quick_gelu, tag_weights, wrong_activation
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -24,6 +23,7 @@ _WEIGHTS_IN_FOLDER = (
     "open_clip_pytorch_model.bin",
     "model.safetensors",
 )
+_BOTH_TOWERS = ("embed_dim", "vision_cfg", "text_cfg")
 _PREPROCESS_KEYS = ("mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
 """What weights say of their images; the size is the architecture's."""
 _BY_HAND = "give the path of the .safetensors file as teacher.pretrained, or of its folder as model = 'local-dir:…'"
@@ -64,7 +64,8 @@ def find_teacher(settings: TeacherSettings) -> TeacherSource:
         model_cfg, preprocess = _read_config(Path(model))
         name = _register(model_cfg)
     else:
-        name, model_cfg, preprocess = model.replace("/", "-"), _built_in(model), {}
+        name, preprocess = model.replace("/", "-"), {}
+        model_cfg = model_config(model, _BOTH_TOWERS, f"teacher.model = {model!r}")
     if not pretrained:
         raise InputError(
             f"teacher.pretrained: missing; {model} alone is a teacher with random weights: give a tag, hf-hub:… or the "
@@ -84,16 +85,6 @@ def find_teacher(settings: TeacherSettings) -> TeacherSource:
     else:
         weights, preprocess = _tag_weights(name, pretrained)
     return TeacherSource(name, model_cfg, weights, tokenizer=name, preprocess=preprocess)
-
-
-def _built_in(model: str) -> dict[str, Any]:
-    name, known = model.replace("/", "-"), open_clip.list_models()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "open_clip.list_models() names them"
-        raise InputError(f"teacher.model = {model!r}: open_clip has no such architecture; {hint}")
-    config: dict[str, Any] = open_clip.get_model_config(name)
-    return config
 
 
 def _tag_weights(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
@@ -134,22 +125,9 @@ def _from_folder(model: str) -> TeacherSource:
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Model and preprocessing of a config file: open_clip's bare model config, or an `open_clip_config.json`."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; wanted an open_clip model config") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
-    model_cfg = document.get("model_cfg", document) if isinstance(document, dict) else None
-    if not isinstance(model_cfg, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model_cfg.keys():
-        raise InputError(f"{path}: no open_clip model config; wanted the keys embed_dim, vision_cfg and text_cfg")
-    preprocess = document.get("preprocess_cfg", {})
+    """Model and preprocessing of a config file."""
+    model_cfg, preprocess = read_model_config(path, _BOTH_TOWERS, str(path))
     return model_cfg, {key: value for key, value in preprocess.items() if key in _PREPROCESS_KEYS}
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _register(model_cfg: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """A student's own text tower, built from an open_clip config, with its tokenizer: what it says of sentences, classes.
 
-Not to be taken for the teacher's text tower in the cache (`text_tower.py`), which most students use and none trains.
+Most students have none and use the teacher's, frozen, from the cache (`frozen_text_tower.py`).
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from open_clip import SimpleTokenizer
-from open_clip.model import _build_text_tower
-from torch import Tensor, nn
+from torch import nn
 
 from ...cache.errors import InputError
 from .architectures import model_config
+from .class_vectors import ClassVectors
+from .open_clip_towers import build_text_tower
+from .text_encoder import TextEncoder
 from .tokenizer import check_vocabulary, tokenize
+from .tower_check import require_embeddings
 from .weights_file import one_line
 
-BATCH_SIZE = 256
 _TWO_SENTENCES = ("a photo of a goldfish.", "two men stand near a fence")
 
 
@@ -35,7 +37,7 @@ def text_student_cfg(spec: str, embed_dim: int) -> dict[str, Any]:
     Raises:
         InputError: if there is none, or it is a Hugging Face model or tokenizer, whose files would be downloaded.
     """
-    config = model_config(spec, "text_cfg", shown=_shown(spec))
+    config = model_config(spec, ["text_cfg"], shown=_shown(spec))
     text = {**config["text_cfg"], "output_tokens": False}  # CoCa's would return its tokens beside the embedding
     for key in ("hf_model_name", "hf_tokenizer_name"):
         if text.get(key):
@@ -59,12 +61,17 @@ def build_text_student(spec: str, embed_dim: int) -> nn.Module:
     """
     config = text_student_cfg(spec, embed_dim)
     try:
-        tower: nn.Module = _build_text_tower(embed_dim, config["text_cfg"], config["quick_gelu"])
+        tower = build_text_tower(config)
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise InputError(f"{_shown(spec)}: its text tower cannot be built ({one_line(error)})") from error
     tokenizer = text_tokenizer(spec)
     check_vocabulary(tokenizer, config["text_cfg"].get("vocab_size", 49408), _shown(spec))
-    _check_output(spec, tower, tokenize(tokenizer, _TWO_SENTENCES), embed_dim)
+    output = require_embeddings(tower, tokenize(tokenizer, _TWO_SENTENCES), embed_dim, _shown(spec), "sentences")
+    if torch.equal(output[0], output[1]):
+        raise InputError(
+            f"{_shown(spec)}: its text tower says the same of two sentences; wanted a pool_type that suits open_clip's "
+            "own tokenizer, such as argmax"
+        )
     return tower
 
 
@@ -81,25 +88,13 @@ def text_tokenizer(spec: str) -> Any:
         raise InputError(f"{_shown(spec)}: its tokenizer cannot be built ({one_line(error)})") from error
 
 
-class TextStudent:
-    """A trained text tower with its tokenizer, in evaluation mode on a device."""
-
-    def __init__(self, tower: nn.Module, tokenizer: Any, device: torch.device) -> None:
-        self.tower = tower.eval().requires_grad_(False).to(device)
-        self.tokenizer, self.device = tokenizer, device
+class TextStudent(TextEncoder):
+    """A student's trained text tower."""
 
     @property
     def num_parameters(self) -> int:
+        """Numbers in the tower."""
         return sum(parameter.numel() for parameter in self.tower.parameters())
-
-    @torch.inference_mode()
-    def encode_sentences(self, sentences: Sequence[str]) -> NDArray[np.float32]:
-        """(M, D) embeddings of some sentences, at least one, before normalisation."""
-        blocks = []
-        for first in range(0, len(sentences), BATCH_SIZE):
-            tokens = tokenize(self.tokenizer, sentences[first : first + BATCH_SIZE]).to(self.device)
-            blocks.append(self.tower(tokens).float().cpu().numpy())
-        return np.concatenate(blocks)
 
     def class_head(self, prompts: Sequence[Sequence[str]]) -> NDArray[np.float32]:
         """One vector for each class, as stage one makes the teacher's: each prompt normalised, their mean, normalised.
@@ -113,42 +108,10 @@ class TextStudent:
         Raises:
             InputError: if a class has no direction: a NaN among its embeddings, or a mean of zero.
         """
-        class_of = np.repeat(np.arange(len(prompts)), [len(texts) for texts in prompts])
-        vectors = self.encode_sentences([text for texts in prompts for text in texts]).astype(np.float64)
-        sums = np.zeros((len(prompts), vectors.shape[1]))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            np.add.at(sums, class_of, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-        norms = np.linalg.norm(sums, axis=1, keepdims=True)
-        broken = np.flatnonzero(~(np.isfinite(norms[:, 0]) & (norms[:, 0] > 0)))
-        if len(broken):
-            raise InputError(
-                f"class {int(broken[0])} of {len(prompts)} has no vector by the student's text tower; wanted "
-                "embeddings that are finite and not zero"
-            )
-        return np.asarray(sums / norms, dtype=np.float32)
-
-
-def _check_output(spec: str, tower: nn.Module, tokens: Tensor, embed_dim: int) -> None:
-    was_training = tower.training
-    tower.eval()
-    try:
-        with torch.no_grad():
-            output = tower(tokens)
-    except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-        raise InputError(f"{_shown(spec)}: its text tower takes no sentences ({one_line(error)})") from error
-    finally:
-        tower.train(was_training)
-    found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-    if found != (2, embed_dim):
-        raise InputError(
-            f"{_shown(spec)}: its text tower emits {found} for 2 sentences; wanted (2, {embed_dim}), the width of the "
-            "teacher's embeddings"
-        )
-    if not output.isfinite().all() or torch.equal(output[0], output[1]):
-        raise InputError(
-            f"{_shown(spec)}: its text tower says the same of two sentences, or nothing finite; wanted a pool_type "
-            "that suits open_clip's own tokenizer, such as argmax"
-        )
+        vectors = self.encode_sentences([text for texts in prompts for text in texts])
+        head = ClassVectors(prompts, vectors.shape[1])
+        head.add(0, vectors)
+        return head.result("the student's text tower")
 
 
 def _shown(spec: str) -> str:

@@ -48,7 +48,7 @@ class BestWeights:
             scores: of the step, with its `step` and `set`; scores on another set than the best's are not compared: the
                 step becomes the best.
             weights: which ones, `ema` or `model`.
-            state: those, by tower, as `Learner.weights_to_use` has them.
+            state: those, by tower, as `load_student` reads them.
 
         Returns:
             Whether it is the best now, and on disk.

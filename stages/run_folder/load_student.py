@@ -34,30 +34,12 @@ def load_student(run_dir: Path, which: Which | None = None) -> tuple[nn.Module, 
     """
     record = read_run_record(run_dir)
     student = student_of(record)
-    state, path = chosen_state(run_dir, which)
-    key = weights_to_use(state)  # of `best.pt`, `model`: it holds no others
-    load_weights(student, state, path, key)
-    is_best = path.name == BEST
-    facts = {
-        "step": state["step"],
-        "weights": state["weights"] if is_best else key,
-        "checkpoint": "best" if is_best else "last",
-        "chosen_on": state["scores"]["set"] if is_best else None,
-    }
+    state, path = _chosen_state(run_dir, which)
+    load_weights(student, state, path, weights_to_use(state))
+    facts = {"step": state["step"], "weights": weights_to_use(state), "checkpoint": "last", "chosen_on": None}
+    if path.name == BEST:  # its `model` holds the averaged weights, where there are some
+        facts |= {"weights": state["weights"], "checkpoint": "best", "chosen_on": state["scores"]["set"]}
     return student.eval(), {**record, **facts}
-
-
-def chosen_state(run_dir: Path, which: Which | None = None) -> tuple[dict[str, Any], Path]:
-    """What `load_student` takes a student's weights from, and the file; arguments and errors are the same."""
-    if which == "best" or (which is None and (run_dir / BEST).exists()):
-        return load_best(run_dir), run_dir / BEST
-    return load_checkpoint(run_dir / CHECKPOINT), run_dir / CHECKPOINT
-
-
-def student_of(record: dict[str, Any]) -> nn.Module:
-    """The student that a `run.json` is about, with random weights."""
-    settings = record["student"][record["name"]]
-    return build_student(settings["model"], record["embed_dim"], settings["image_size"])
 
 
 def load_text_student(run_dir: Path, device: str = "auto", *, which: Which | None = None) -> TextStudent | None:
@@ -68,9 +50,15 @@ def load_text_student(run_dir: Path, device: str = "auto", *, which: Which | Non
     """
     student = text_student_of(read_run_record(run_dir), resolve_device(device))
     if student is not None:
-        state, path = chosen_state(run_dir, which)
+        state, path = _chosen_state(run_dir, which)
         load_weights(student.tower, state, path, f"text_{weights_to_use(state)}")
     return student
+
+
+def student_of(record: dict[str, Any]) -> nn.Module:
+    """The student that a `run.json` is about, with random weights."""
+    settings = record["student"][record["name"]]
+    return build_student(settings["model"], record["embed_dim"], settings["image_size"])
 
 
 def text_student_of(record: dict[str, Any], device: torch.device) -> TextStudent | None:
@@ -79,3 +67,10 @@ def text_student_of(record: dict[str, Any], device: torch.device) -> TextStudent
     if spec is None:
         return None
     return TextStudent(build_text_student(spec, record["embed_dim"]), text_tokenizer(spec), device)
+
+
+def _chosen_state(run_dir: Path, which: Which | None) -> tuple[dict[str, Any], Path]:
+    """The state that weights are taken from, and its file."""
+    if which == "best" or (which is None and (run_dir / BEST).exists()):
+        return load_best(run_dir), run_dir / BEST
+    return load_checkpoint(run_dir / CHECKPOINT), run_dir / CHECKPOINT

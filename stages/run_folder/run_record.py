@@ -1,6 +1,5 @@
 """`run.json`: what a run trains on and how, written before its first step and checked before any later one."""
 
-import json
 import platform
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -10,13 +9,14 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ...cache.disk.durable import write_json
+from ...cache.disk.durable import read_json, write_json
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
 from ..images.crops import decoder
-from ..inputs.kept_pixels import FILES
+from ..inputs.image_source import FILES
 from ..sample.replay import OWN
-from ..settings.distill import DistillSettings, LossSettings
+from ..settings.distill import DistillSettings
+from ..settings.loss_terms import first_losses
 from ..settings.models import TEACHER, StudentSettings
 
 RECORD = "run.json"
@@ -74,7 +74,7 @@ def describe_run(
         "cache": cache.identity,
         "rows": {"images": len(cache.images.usable), "sentences": len(cache.sentences.usable)},
         "masks": {side: dict(mask) for side, mask in cache.masks.items()},
-        "pairs": cache.manifest.get("pairs_settings") if settings.pairs.per_image else None,
+        "pairs": cache.manifest.pairs_settings if settings.pairs.per_image else None,
         "row_weights": cache.row_weights,
         "pixels": pixels,
         "order": order,
@@ -112,12 +112,12 @@ def read_run_record(run_dir: Path) -> dict[str, Any]:
     Raises:
         InputError: if it is missing or damaged.
     """
-    path = run_dir / RECORD
+    path, wanted = run_dir / RECORD, "the folder of a run of `dimefm distill`"
+    record = read_json(path, wanted)
     try:
-        record = json.loads(path.read_bytes())
         _ = record["embed_dim"], record["student"][record["name"]]["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: missing or damaged; wanted the folder of a run of `dimefm distill`") from error
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error!r}); wanted {wanted}") from error
     return dict(record)
 
 
@@ -151,8 +151,7 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
 
 def _what_older_runs_do_not_say(student: str) -> dict[str, Any]:
     """Keys that came after a run was begun stand for what it did without them: their defaults."""
-    before = LossSettings(vl=0.7, pvl=0.3)  # the losses that were on before any other had a name
-    defaults = DistillSettings(loss=before).model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+    defaults = DistillSettings(loss=first_losses()).model_dump(mode="json", exclude=_FREE_TO_CHANGE)
     since = {"pixels": FILES, "views.policy": OWN, f"student.{student}.text": TEACHER}
     return {**dict(_flat({"distill": defaults})), **since}
 

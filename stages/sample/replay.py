@@ -12,6 +12,7 @@ from ...cache.reader.feature_cache import FeatureCache
 from ..counter_random import key_of, uniforms
 from ..images.crops import Crops
 from ..settings.distill import DistillSettings
+from ..settings.loss_terms import wanting
 from .order import Draw, Drawn
 
 OWN = "own crops against the centre view"
@@ -93,10 +94,10 @@ def choose_replay(settings: DistillSettings, cache: FeatureCache) -> Replay | No
         raise InputError(
             f"distill.views = {count}: {cache.layout.root} holds {holds}; wanted at most {there}, or another cache"
         )
-    if settings.loss.views and count < 2:
+    if (losses := wanting(settings.losses, "views")) and count < 2:
         raise InputError(
-            f"distill.loss.views: holds a view against the other cached views of its batch, but {count} crops are "
-            "replayed; wanted distill.views of 2 or more, from a cache that has them (cache.views)"
+            f"distill.loss.{losses[0]}: holds a view against the other cached views of its batch, but {count} crops "
+            "are replayed; wanted distill.views of 2 or more, from a cache that has them (cache.views)"
         )
     if crops is None or not count:
         return None

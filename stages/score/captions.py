@@ -1,6 +1,5 @@
 """Captions of a labelled set's images, embedded by the text tower in the cache; no teacher is loaded."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +7,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...cache.disk.durable import read_json
 from ...cache.errors import InputError
 from ..devices import resolve_device
 from ..models.frozen_text_tower import load_text_tower
-
-BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -38,15 +36,10 @@ def read_captions(path: Path, sources: Sequence[str], name: str) -> Captions:
     Raises:
         InputError: if the file is missing or holds anything else, or names an image that the set has not.
     """
-    wanted = 'wanted a JSON object such as {"birds/1.jpg": ["a small bird on a branch"]}'
-    try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; {wanted}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
+    wanted = 'a JSON object such as {"birds/1.jpg": ["a small bird on a branch"]}'
+    document = read_json(path, wanted)
     if not isinstance(document, dict) or not document:
-        raise InputError(f"{path}: no captions; {wanted}")
+        raise InputError(f"{path}: no captions; wanted {wanted}")
     rows = {source: row for row, source in enumerate(sources)}
     texts, image_of = [], []
     for source, captions in document.items():
@@ -72,7 +65,4 @@ def embed_captions(text_tower: Path, captions: Captions, device: str = "auto") -
         CacheError: if the tower is missing or damaged.
         InputError: if its tokenizer needs a package that is not installed.
     """
-    tower = load_text_tower(text_tower, resolve_device(device))
-    texts = captions.texts
-    blocks = [tower.encode_sentences(texts[i : i + BATCH_SIZE]).numpy() for i in range(0, len(texts), BATCH_SIZE)]
-    return np.concatenate(blocks).astype(np.float32)
+    return load_text_tower(text_tower, resolve_device(device)).encode_sentences(captions.texts)

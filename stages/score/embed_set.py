@@ -12,6 +12,8 @@ from torch import nn
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import EvaluateSet, FeatureCache
 from ..devices import resolve_device
+from ..inputs.image_source import ImageSource, require_at_hand
+from ..inputs.open_source import open_source
 from .embedded_set import EmbeddedSet
 from .labelled_pictures import LabelledPictures
 from .zero_shot import zero_shot_scores
@@ -22,7 +24,7 @@ def evaluate_student(
     record: dict[str, Any],
     cache: FeatureCache,
     name: str,
-    images_root: Path,
+    images_root: str | Path | ImageSource,
     *,
     batch_size: int = 256,
     device: str = "auto",
@@ -51,7 +53,7 @@ def embed_set(
     record: dict[str, Any],
     cache: FeatureCache,
     name: str,
-    images_root: Path,
+    images_root: str | Path | ImageSource,
     *,
     batch_size: int = 256,
     device: str = "auto",
@@ -65,7 +67,7 @@ def embed_set(
     Args:
         student, record: from `load_student`.
         name: of the evaluation set, as in `[evaluate.NAME]`.
-        images_root: folder that the set's rows are relative to.
+        images_root: where the set's images are: a folder, or what else `open_source` opens.
         workers: threads that decode; 0 takes one for each core.
 
     Raises:
@@ -112,7 +114,6 @@ def labelled_set(cache: FeatureCache, name: str) -> EvaluateSet:
     return cache.evaluate[name]
 
 
-def require_images(images_root: Path, name: str) -> None:
+def require_images(images_root: str | Path | ImageSource, name: str) -> None:
     """Raises InputError if the folder of a labelled set is missing."""
-    if not images_root.is_dir():
-        raise InputError(f"{images_root}: no such folder; wanted the images of evaluate.{name}")
+    require_at_hand(open_source(images_root), f"wanted the images of evaluate.{name}")

@@ -1,21 +1,23 @@
 """The pictures of a labelled set as a student of one size sees them: decoded by threads, kept in memory if small."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 from torchvision.transforms import Compose
 from torchvision.transforms.functional import pil_to_tensor
 
+from ...cache.disk.cores import usable_cores
 from ...cache.reader.feature_cache import EvaluateSet
-from ..images.decode import ImageError
-from ..inputs.image_folder import read_image
+from ..images.decode import ImageError, decode_image
+from ..inputs.image_source import ImageSource, row_keys
+from ..inputs.open_source import open_source
 
 Pictures = tuple[list[int], Tensor]
 """Row numbers in the set, and (B, 3, S, S) uint8."""
@@ -27,7 +29,7 @@ class LabelledPictures:
     def __init__(
         self,
         labelled: EvaluateSet,
-        images_root: Path,
+        images_root: str | Path | ImageSource,
         preprocess: dict[str, Any],
         image_size: int,
         *,
@@ -38,7 +40,7 @@ class LabelledPictures:
         """Nothing is read yet.
 
         Args:
-            images_root: folder that the set's rows are relative to.
+            images_root: where the set's images are: a folder, or what else `open_source` opens.
             preprocess: the teacher's, as the cache records it.
             image_size: S, pixels.
             workers: threads that decode; 0 takes one for each core.
@@ -47,8 +49,9 @@ class LabelledPictures:
         cfg = PreprocessCfg(**{**preprocess, "size": image_size})
         *to_picture, _, self._normalise = image_transform_v2(cfg, is_train=False).transforms
         self._to_picture = Compose(to_picture)
-        self._root, self._sources = images_root, labelled.images.rows.column("source").to_pylist()
-        self._workers = workers or os.cpu_count() or 1
+        self._source = open_source(images_root)
+        self._keys = row_keys(self._source, labelled.images.rows)(np.arange(len(labelled.images)))
+        self._workers = workers or usable_cores()
         usable = labelled.images.usable
         self._batches = [usable[start : start + batch_size].tolist() for start in range(0, len(usable), batch_size)]
         self._keep = len(usable) * 3 * image_size**2 <= keep_bytes
@@ -78,7 +81,7 @@ class LabelledPictures:
 
     def _load(self, row: int) -> Tensor | None:
         try:
-            picture: Tensor = pil_to_tensor(self._to_picture(read_image(self._root / self._sources[row])))
+            picture: Tensor = pil_to_tensor(self._to_picture(decode_image(self._source.read(self._keys[row]))))
         except ImageError:
             return None
         return picture

@@ -12,6 +12,20 @@ from numpy.typing import NDArray
 from ...cache.disk.durable import make_folder, replacing
 from .bootstrap import paired_interval
 from .embedded_set import EmbeddedSet
+from .score_inputs import ScoreInputs
+
+
+def versus_first_run(inputs: ScoreInputs) -> dict[str, Any] | None:
+    """The score of the table: the run against the first one of the call; None of that one, or of other images."""
+    first = inputs.memo.once("first run", lambda: inputs.run)
+    mine = zero_shot_predictions(inputs.set)
+    baselines = inputs.memo.once("predictions of the first run", dict)
+    if inputs.run == first:
+        baselines[inputs.name] = mine
+        return None
+    difference = versus(mine, baselines[inputs.name]) if inputs.name in baselines else None
+    return None if difference is None else {"run": str(first), **difference}
+
 
 COLUMNS = pa.schema([(name, pa.string()) for name in ("source", "class_id", "student", "teacher")])
 

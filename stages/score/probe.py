@@ -5,7 +5,6 @@ are brought to length one first, so that no number depends on a student's norms.
 """
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from ...cache.errors import InputError
 from .bootstrap import compared
 from .embedded_set import EmbeddedSet
 from .metrics import Hits, Labels, Matrix, top_k_hits, unit_rows
+from .score_inputs import Memo, ScoreInputs
 
 NEIGHBOURS = 20
 NEIGHBOUR_TEMPERATURE = 0.07
@@ -146,18 +146,11 @@ def fit_linear_probe(fitting: Matrix, labels: Labels, num_classes: int, seed: in
     return LinearProbe(weight, bias, 10.0**decade, converged)
 
 
-class FittedProbes:
-    """Linear probes, each fitted once: several runs share a teacher, and several sets the one that they learn from."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, LinearProbe] = {}
-
-    def fit(self, fitting: Matrix, labels: Labels, num_classes: int) -> LinearProbe:
-        """As `fit_linear_probe`; the same images and labels give the probe that is there."""
-        key = digest(to_json([num_classes, *fitting.shape]), fitting.tobytes(), labels.tobytes())
-        if key not in self._known:
-            self._known[key] = fit_linear_probe(fitting, labels, num_classes)
-        return self._known[key]
+def fitted_once(memo: Memo, fitting: Matrix, labels: Labels, num_classes: int) -> LinearProbe:
+    """As `fit_linear_probe`, once: several runs share a teacher, and several sets the one whose labels are learned."""
+    key = digest(to_json([num_classes, *fitting.shape]), fitting.tobytes(), labels.tobytes())
+    probe: LinearProbe = memo.once(("linear probe", key), lambda: fit_linear_probe(fitting, labels, num_classes))
+    return probe
 
 
 def held_out(labels: Labels, seed: int = 0) -> NDArray[np.bool_]:
@@ -196,25 +189,51 @@ NEAR_DUPLICATE = 0.999
 """Cosine between the teacher's embeddings above which two images are taken for the same one."""
 
 
-def probe_scores(
-    scored: EmbeddedSet, fitted_on: EmbeddedSet, name: str, fit_name: str, probes: FittedProbes
-) -> dict[str, Any]:
+def probe(inputs: ScoreInputs) -> dict[str, Any]:
+    """The score of the table: `probe_scores` on the set, fitted on the one that its setting names."""
+    name, fit_name = inputs.name, inputs.settings["probe"]
+    inputs.note(f"fitting probes on {fit_name}, for {name}")
+    scores = probe_scores(inputs.set, inputs.embedded[fit_name], name, fit_name, inputs.memo)
+    if scores["near_duplicates"]:
+        inputs.note(
+            f"evaluate.{name}.probe: {scores['near_duplicates']:,} of its images are nearly in {fit_name} too "
+            "(teacher's cosine of 0.999 or more): neighbours and probe know their answers"
+        )
+    return scores
+
+
+def require_same_classes(inputs: ScoreInputs) -> None:
+    """Refuse to fit a probe on other classes than it is scored on.
+
+    Raises:
+        InputError: naming a class that one set has and the other has not.
+    """
+    name, fit_name = inputs.name, inputs.settings["probe"]
+    scored, fitted_on = (set(inputs.cache.evaluate[one].class_ids) for one in (name, fit_name))
+    if scored != fitted_on:
+        odd = min(scored ^ fitted_on)
+        raise InputError(
+            f"evaluate.{name}.probe = {fit_name!r}: class {odd!r} is in {name if odd in scored else fit_name} alone; "
+            "wanted a set of the same classes"
+        )
+
+
+def probe_scores(scored: EmbeddedSet, fitted_on: EmbeddedSet, name: str, fit_name: str, memo: Memo) -> dict[str, Any]:
     """Scores on one labelled set of nearest neighbours and of a linear probe that know another one, as JSON values.
 
     Args:
         scored: the set whose images are classified; nothing is chosen on it.
-        fitted_on: the set whose labels are used, unreadable images left out.
+        fitted_on: a set of the same classes, whose labels are used, unreadable images left out.
         name, fit_name: what the two are called, for errors.
-        probes: those that were fitted before; new ones join.
+        memo: has the probes that were fitted before.
 
     Returns:
         `fitted_on`, `fit_images`; `near_duplicates`, scored images that are nearly among them; `knn` and `linear`,
         each with the top-1 accuracy of student and teacher, intervals and retention, and how it was made.
 
     Raises:
-        InputError: if the sets have different classes, or the labelled images are too few to fit on.
+        InputError: if the labelled images are too few to fit on.
     """
-    require_same_classes(scored.class_ids, fitted_on.class_ids, name, fit_name)
     usable, num_classes = fitted_on.readable, len(scored.class_ids)
     labels = fitted_on.labels[usable]
     knn: dict[str, Hits] = {}
@@ -223,9 +242,9 @@ def probe_scores(
     try:
         for side in ("student", "teacher"):
             fitting, queries = getattr(fitted_on, side)[usable], getattr(scored, side)
-            probe = probes.fit(fitting, labels, num_classes)
-            made |= {f"{side}_c": probe.c, f"{side}_converged": probe.converged}
-            linear[side] = top_k_hits(probe.scores(queries), scored.labels, 1)
+            fitted = fitted_once(memo, fitting, labels, num_classes)
+            made |= {f"{side}_c": fitted.c, f"{side}_converged": fitted.converged}
+            linear[side] = top_k_hits(fitted.scores(queries), scored.labels, 1)
             knn[side] = top_k_hits(knn_scores(fitting, labels, queries, num_classes), scored.labels, 1)
     except ValueError as error:
         raise InputError(f"evaluate.{name}.probe: {fit_name} has {len(labels)} readable images: {error}") from error
@@ -238,21 +257,6 @@ def probe_scores(
         "knn": {**compared(knn["student"], knn["teacher"], "top1"), **made_knn},
         "linear": {**compared(linear["student"], linear["teacher"], "top1"), **made},
     }
-
-
-def require_same_classes(scored: Sequence[str], fitted_on: Sequence[str], name: str, fit_name: str) -> None:
-    """Refuse to fit a probe on other classes than it is scored on.
-
-    Raises:
-        InputError: naming a class that one set has and the other has not.
-    """
-    if list(scored) == list(fitted_on):
-        return
-    odd = sorted(set(scored) ^ set(fitted_on))[0]
-    where = name if odd in scored else fit_name
-    raise InputError(
-        f"evaluate.{name}.probe = {fit_name!r}: class {odd!r} is in {where} alone; wanted a set of the same classes"
-    )
 
 
 def _nearest_cosines(queries: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np.float32]:

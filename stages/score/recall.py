@@ -1,18 +1,50 @@
 """Whether captions find their images and images their captions: recall at k, where pairs are known."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .bootstrap import bootstrap_means, interval
+from .captions import Captions, embed_captions, read_captions
 from .embedded_set import EmbeddedSet
 from .metrics import Matrix, unit_rows
+from .score_inputs import ScoreInputs
 
 AT = (1, 5, 10)
 _COSINES_AT_ONCE = 1 << 23
 
 Rows = NDArray[np.int64]
+
+
+def retrieval(inputs: ScoreInputs) -> dict[str, Any]:
+    """The score of the table: `recall_scores` of the set, by the captions that its setting names.
+
+    Captions are embedded by the cache's text tower, once for all runs, and by the student's own, where it has one.
+    """
+    captions = _captions(inputs)
+
+    def embed() -> NDArray[np.float32]:
+        inputs.note(f"embedding {len(captions.texts):,} captions of {inputs.name}")
+        return embed_captions(inputs.cache.text_tower, captions)
+
+    key = ("embedded captions", inputs.cache.text_tower.resolve(), inputs.name, tuple(captions.texts))
+    own = None if inputs.text is None else inputs.text.encode_sentences(captions.texts)
+    return recall_scores(inputs.set, inputs.memo.once(key, embed), captions.image_of, own)
+
+
+def require_captions(inputs: ScoreInputs) -> None:
+    """Raises InputError if the file of captions cannot be read, or names an image that the set has not."""
+    _captions(inputs)
+
+
+def _captions(inputs: ScoreInputs) -> Captions:
+    path, images = Path(inputs.settings["captions"]), inputs.labelled.images
+    sources = images.rows.column("source").slice(0, len(images)).to_pylist()
+    key = ("captions", path, inputs.name, tuple(sources))
+    captions: Captions = inputs.memo.once(key, lambda: read_captions(path, sources, inputs.name))
+    return captions
 
 
 def best_own_ranks(queries: Matrix, candidates: Matrix, pairs: Rows) -> Rows:

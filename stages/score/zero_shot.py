@@ -1,4 +1,4 @@
-"""What is said of a student on a labelled set, from embeddings alone: zero-shot, by neighbours, by a linear probe."""
+"""Zero-shot scores of a student and its teacher on a labelled set, from embeddings alone."""
 
 from typing import Any
 
@@ -6,14 +6,13 @@ import numpy as np
 
 from .bootstrap import LEVEL, RESAMPLES, SEED, bootstrap_means, compared, interval, number, pair
 from .embedded_set import EmbeddedSet
-from .metrics import (
-    agreement,
-    mean_class_accuracy,
-    mean_cosine,
-    per_class_accuracy,
-    top_k_hits,
-    unit_rows,
-)
+from .metrics import agreement, mean_class_accuracy, mean_cosine, per_class_accuracy, top_k_hits, unit_rows
+from .score_inputs import ScoreInputs
+
+
+def zero_shot(inputs: ScoreInputs) -> dict[str, Any]:
+    """The score of the table: `zero_shot_scores` of the set."""
+    return zero_shot_scores(inputs.set)
 
 
 def zero_shot_scores(embedded: EmbeddedSet) -> dict[str, Any]:

@@ -1,17 +1,31 @@
 """What a user sets about inputs, teacher and students. No heavy import: a config is refused before anything loads."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from .base import FilePath, Fraction, Settings, Weight
+from .plugins import is_function, require_function
+
+
+def _is_there(spec: str) -> str:
+    require_function(spec)
+    return spec
+
+
+ImageLocation = Annotated[
+    Annotated[FilePath, Tag("[path]")] | Annotated[str, AfterValidator(_is_there), Tag("[function]")],
+    Discriminator(lambda value: "[function]" if isinstance(value, str) and is_function(value) else "[path]"),
+]
+"""A folder, or `package.module:function` that makes a source of images; a folder of such a name is written `./a:b`."""
 
 
 class ImagesSettings(Settings):
     """`[images]`: the unlabelled images."""
 
-    source: FilePath
-    """A folder, read recursively: .jpg, .jpeg, .png and .webp."""
+    source: ImageLocation
+    """A folder, read recursively: .jpg, .jpeg, .png and .webp; or `package.module:function` that makes an
+    `ImageSource`, called without arguments."""
     max_failed: Fraction = 0.01
     """Share of unreadable images above which stage one stops."""
     mask: str | None = None
@@ -50,8 +64,8 @@ class SentencesSettings(Settings):
 class EvaluateSettings(Settings):
     """`[evaluate.NAME]`: a labelled set to score on."""
 
-    images: FilePath
-    """A folder with one folder per class id."""
+    images: ImageLocation
+    """A folder with one folder per class id; or a function, as `images.source`, of images named `<class id>/…`."""
     classes: FilePath
     """JSON, class id -> list of names."""
     templates: str = "openai"
@@ -64,3 +78,6 @@ class EvaluateSettings(Settings):
     captions: FilePath | None = None
     """JSON, path of an image below `images` -> list of its captions: retrieval is scored both ways. No part of the
     cache either."""
+    scores: list[Annotated[str, AfterValidator(_is_there)]] = Field(default_factory=list)
+    """More scores, each a function of your own, `package.module:function` (docs/scores.md). No part of the cache
+    either."""

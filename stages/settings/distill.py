@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .base import Device, FilePath, Fraction, RandomCrop, Settings, Weight
+from .base import Device, FilePath, Fraction, RandomCrop, Settings
+from .loss_terms import ActiveLoss, LossSettings, TemperatureSettings, active_losses, default_losses
 
-Temperature = Annotated[float, Field(gt=0.0)]
+__all__ = ["AugmentSettings", "DistillSettings", "LossSettings", "PairSampling", "TemperatureSettings"]
 
 
 class AugmentSettings(RandomCrop):
@@ -22,48 +23,6 @@ class AugmentSettings(RandomCrop):
         if isinstance(keys, dict) and keys.get("preset") == "paper":
             keys = {"scale": (0.08, 1.0), "flip": True, **keys}
         return keys
-
-
-class LossSettings(Settings):
-    """`[distill.loss]`: weights; a loss that is not named is off."""
-
-    vl: Weight = 0.0
-    """Vision-language: images over sentences and sentences over images."""
-    pvl: Weight = 0.0
-    """Pseudo vision-language: the batch's teacher image embeddings stand in for sentences."""
-    udist: Weight = 0.0
-    """Uni-modal distance: student-student against teacher-teacher similarities."""
-    feature: Weight = 0.0
-    """1 - cosine between the student's embedding and the teacher's."""
-    mse: Weight = 0.0
-    """CLIP-KD's feature loss, the mean squared error between unit embeddings: `feature` at 2 / embed_dim its weight."""
-    icl: Weight = 0.0
-    """CLIP-KD's interactive contrastive loss, the teacher's image embeddings in the place of texts."""
-    views: Weight = 0.0
-    """View relation: each image's view against the other cached views of the batch's images; wants two or more that
-    are replayed (`distill.views`)."""
-    icl_threshold: float | None = Field(default=None, gt=-1.0, le=1.0)
-    """Images whose teacher embeddings have at least this cosine are no negatives of each other in `icl`."""
-    logit_scale: Literal["teacher"] | Annotated[float, Field(gt=0.0)] = "teacher"
-    """Multiplies cosines before the softmax: the teacher's own, from the cache, or a number."""
-
-    @model_validator(mode="after")
-    def _something_is_on(self) -> "LossSettings":
-        if not any((self.vl, self.pvl, self.udist, self.feature, self.mse, self.icl, self.views)):
-            raise ValueError("every loss is off; give one of vl, pvl, udist, feature, mse, icl, views a weight above 0")
-        return self
-
-
-class TemperatureSettings(Settings):
-    """`[distill.temperature]`: softmax temperatures, the same for teacher and student."""
-
-    vl: Temperature = 1.0
-    pvl: Temperature = 3.0
-    udist: Temperature = 7.0
-    views: Temperature = 3.0
-    icl: Temperature = 1.0
-    icl_learned: bool = False
-    """Whether `icl` only begins with its temperature and learns it, as CLIP-KD does."""
 
 
 class PairSampling(Settings):
@@ -96,7 +55,7 @@ class DistillSettings(Settings):
     batch_texts: int = Field(default=256, ge=1)
     """How many of them, the first, go through the text tower of a student that has one."""
     bank_images: int = Field(default=0, ge=0)
-    """More images of each step whose teacher embeddings alone are columns of `pvl` and `icl`, beside the batch's."""
+    """More images of each step whose teacher embeddings alone are columns of the losses that want a bank."""
     accumulate: int = Field(default=1, ge=1)
     """Pieces in which a step's images go through the student, one after the other; the losses still see all of them."""
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -140,7 +99,7 @@ class DistillSettings(Settings):
     """Profile some early steps of each call into `profile/` of the run's folder: a trace, a GPU's memory, and a table
     of where their time went."""
     augment: AugmentSettings = AugmentSettings()
-    loss: LossSettings = LossSettings(vl=0.7, pvl=0.3, icl=1.0)
+    loss: LossSettings = Field(default_factory=default_losses)
     temperature: TemperatureSettings = TemperatureSettings()
     pairs: PairSampling = PairSampling()
 
@@ -153,6 +112,11 @@ class DistillSettings(Settings):
                 f"sentences, but batch_sentences = {self.batch_sentences}; lower the one or raise the other"
             )
         return self
+
+    @property
+    def losses(self) -> list[ActiveLoss]:
+        """The losses that are on."""
+        return active_losses(self.loss, self.temperature)
 
     def is_scored(self, step: int, total_steps: int) -> bool:
         """Whether the student is scored after so many steps: each `evaluate_every`, and after the last."""

@@ -2,23 +2,36 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from .base import Device, Settings
+from .plugins import is_function
 
 PLAIN_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 """Ends of the names of files that tensors are read from without anything else."""
 
-
 TEACHER = "teacher"
 """What a student's `text` says where it has no text tower of its own."""
+
+_OPEN_CLIP_TEACHER = "dimefm.stages.models.open_clip_teacher:load_open_clip_teacher"
+TEACHERS = {"hf-hub": _OPEN_CLIP_TEACHER, "local-dir": _OPEN_CLIP_TEACHER}
+"""What stands before the colon of `teacher.model` -> what loads such a teacher, called as function(settings=…,
+device=…). A name without a colon is open_clip's."""
+
+STUDENTS = {
+    "timm": "dimefm.stages.models.image_student:timm_student",
+    "open_clip": "dimefm.stages.models.image_student:open_clip_student",
+}
+"""What stands before the colon of a student's `model` -> what builds it, called as function(name=…, embed_dim=…,
+image_size=…)."""
 
 
 class TeacherSettings(Settings):
     """`[teacher]`: the model that is asked once."""
 
     model: str
-    """An open_clip architecture, `hf-hub:org/name`, `local-dir:path`, or the path of a model config (.json)."""
+    """An open_clip architecture, `hf-hub:org/name`, `local-dir:path`, the path of a model config (.json), or
+    `package.module:function`: a teacher from outside, called as function(settings=…, device=…)."""
     pretrained: str | None = None
     """An open_clip tag, `hf-hub:org/name`, or a .safetensors / .pt file; left out where the model brings weights."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -30,12 +43,23 @@ class TeacherSettings(Settings):
     workers: int = Field(default=0, ge=0)
     """Threads that read and decode images for one device; 0 takes one for each core."""
 
+    @property
+    def is_from_outside(self) -> bool:
+        """Whether `model` names a function that returns the teacher."""
+        return self.model.partition(":")[0] not in TEACHERS and is_function(self.model)
+
+    @property
+    def loader(self) -> str:
+        """What loads this teacher, as `package.module:function`."""
+        return self.model if self.is_from_outside else TEACHERS.get(self.model.partition(":")[0], _OPEN_CLIP_TEACHER)
+
 
 class StudentSettings(Settings):
     """`[student.NAME]`: one small model."""
 
-    model: str = Field(pattern=r"^(timm:.+|open_clip:.+|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
-    """`timm:NAME`, `open_clip:ARCH` (its image tower) or `package.module:function`."""
+    model: str
+    """`timm:NAME`, `open_clip:ARCH` (its image tower) or `package.module:function`, called as function(embed_dim=…,
+    image_size=…)."""
     image_size: int = Field(default=224, ge=8)
     """Side of the square input, pixels."""
     text: str = Field(default=TEACHER, min_length=1)
@@ -45,6 +69,15 @@ class StudentSettings(Settings):
     init: str | None = None
     """Weights that the image tower begins with: `run:FOLDER` of another run, `pretrained` (timm's own),
     `open_clip:TAG` of the same architecture, or a .safetensors / .pt file. None: random ones."""
+
+    @field_validator("model")
+    @classmethod
+    def _is_a_kind_of_student(cls, model: str) -> str:
+        scheme, _, name = model.partition(":")
+        if not (name and scheme in STUDENTS) and not is_function(model):
+            kinds = ", ".join(f"{known}:NAME" for known in STUDENTS)
+            raise ValueError(f"{model!r}: wanted {kinds} or package.module:function")
+        return model
 
     @model_validator(mode="after")
     def _init_suits_the_model(self) -> "StudentSettings":

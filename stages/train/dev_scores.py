@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from ...cache.reader.feature_cache import FeatureCache
+from ..inputs.image_source import ImageSource
 from ..models.text_student import TextStudent
 from ..run_folder.load_student import student_of, text_student_of
 from ..score.embed_set import embed_pictures, labelled_set, require_images
 from ..score.labelled_pictures import LabelledPictures
 from ..score.zero_shot import student_scores
-from .learner import Learner
+from .student import Student
 
 KEEP_BYTES = 2**30
 """A set whose pictures need no more memory than that is decoded once; a larger one each time that it is scored."""
@@ -34,7 +35,7 @@ class DevScores:
         self,
         cache: FeatureCache,
         name: str,
-        images_root: Path,
+        images_root: str | Path | ImageSource,
         device: torch.device,
         *,
         workers: int = 0,
@@ -44,7 +45,7 @@ class DevScores:
 
         Args:
             name: of the set, as in `[evaluate.NAME]`.
-            images_root: folder that the set's rows are relative to.
+            images_root: where the set's images are: a folder, or what else `open_source` opens.
             workers: threads that decode; 0 takes one for each core.
             prompts: of each class of the set, for students with a text tower of their own.
 
@@ -54,13 +55,13 @@ class DevScores:
         self.name, self._labelled = name, labelled_set(cache, name)
         self._root, self._device, self._workers, self._prompts = images_root, device, workers, prompts
         self._pictures: dict[int, LabelledPictures] = {}
-        self._students: dict[str, tuple[nn.Module, TextStudent | None]] = {}
+        self._copies: dict[str, tuple[nn.Module, TextStudent | None]] = {}
 
     def require(self) -> None:
         """Raises InputError if the folder of its images is missing."""
         require_images(self._root, self.name)
 
-    def score(self, learner: Learner, record: dict[str, Any]) -> dict[str, Any]:
+    def score(self, student: Student, record: dict[str, Any]) -> dict[str, Any]:
         """Scores of a student as it is now, with averaged weights where it keeps some.
 
         Args:
@@ -69,22 +70,22 @@ class DevScores:
         Returns:
             `step`, `set`, `weights` (`ema` or `model`) and what `student_scores` says.
         """
-        weights, state = learner.weights_to_use()
-        student, text = self._student(record)
-        student.load_state_dict(state["model"])
-        embedded = embed_pictures(student, self._labelled, self._pictures_for(record), self._device)
+        weights, state = student.chosen_weights()
+        model, text = self._copy(record)
+        model.load_state_dict(state["model"])
+        embedded = embed_pictures(model, self._labelled, self._pictures_for(record), self._device)
         if text is not None:
             assert self._prompts is not None, "a text tower wants prompts"
             text.tower.load_state_dict(state["text_model"])
             embedded = dataclasses.replace(embedded, student_head=text.class_head(self._prompts))
-        return {"step": learner.step, "set": self.name, "weights": weights, **student_scores(embedded)}
+        return {"step": student.step, "set": self.name, "weights": weights, **student_scores(embedded)}
 
-    def _student(self, record: dict[str, Any]) -> tuple[nn.Module, TextStudent | None]:
+    def _copy(self, record: dict[str, Any]) -> tuple[nn.Module, TextStudent | None]:
         name = record["name"]
-        if name not in self._students:
+        if name not in self._copies:
             with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
-                self._students[name] = student_of(record).to(self._device), text_student_of(record, self._device)
-        return self._students[name]
+                self._copies[name] = student_of(record).to(self._device), text_student_of(record, self._device)
+        return self._copies[name]
 
     def _pictures_for(self, record: dict[str, Any]) -> LabelledPictures:
         size = record["student"][record["name"]]["image_size"]

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..settings.distill import DistillSettings
 from .processes import World
+from .student import Student
 
 PASSES = 3
 """A step costs three forward passes, of which backward is two. What `accumulate` embeds twice counts once."""
@@ -83,19 +85,16 @@ def forward_flops(model: nn.Module, example: Tensor) -> int | None:
     return int(counter.get_total_flops())
 
 
-def step_flops(image_tower: nn.Module, image_size: int, num_images: int, text: tuple[Any, int] | None) -> int:
-    """FLOPs of a step of one student, over all processes; 0 where they cannot be counted.
-
-    Args:
-        num_images: of the whole step.
-        text: its own text tower, and the texts of the whole step.
-    """
-    flops = [(forward_flops(image_tower, torch.zeros(1, 3, image_size, image_size)), num_images)]
-    if text is not None:
-        tower, num_texts = text
-        tokens = torch.zeros(1, tower.context_length, dtype=torch.int64)
-        flops.append((forward_flops(tower, tokens), num_texts))
-    return 0 if any(of is None for of, _ in flops) else PASSES * sum(number * (of or 0) for of, number in flops)
+def step_flops(student: Student, image_size: int, settings: DistillSettings) -> int:
+    """FLOPs of a step of one student, over all processes; 0 where they cannot be counted."""
+    image = forward_flops(student.image.model, torch.zeros(1, 3, image_size, image_size))
+    text: int | None = 0
+    if student.text is not None:
+        tower: Any = student.text.model
+        text = forward_flops(tower, torch.zeros(1, tower.context_length, dtype=torch.int64))
+    if image is None or text is None:
+        return 0
+    return PASSES * (settings.batch_images * image + settings.batch_texts * text)
 
 
 def flop_metrics(flops: int, step_s: float, precision: str, world: World) -> dict[str, float]:

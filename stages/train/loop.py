@@ -9,12 +9,12 @@ import torch
 
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
-from ..inputs.image_source import PixelSource
-from ..inputs.kept_pixels import FILES
+from ..inputs.image_source import FILES, ImageSource, require_at_hand
 from ..load.batches import Batch, BatchLoader, normalise
 from ..load.sentence_tokens import SentenceTokens
 from ..load.to_device import on_device
 from ..settings.distill import DistillSettings
+from ..settings.loss_terms import wanting
 from .dev_scores import DevScores
 from .interrupt import Interrupted, StopSignals
 from .processes import World
@@ -34,7 +34,7 @@ STEPS_TO_WARM_UP = 3
 
 def train(
     cache: FeatureCache,
-    pixels: PixelSource,
+    pixels: ImageSource,
     runs: Sequence[Run],
     settings: DistillSettings,
     world: World,
@@ -81,7 +81,7 @@ def _learn(
     training: list[StudentRun],
     schedule: Schedule,
     cache: FeatureCache,
-    pixels: PixelSource,
+    pixels: ImageSource,
     settings: DistillSettings,
     world: World,
     dev: DevScores | None,
@@ -89,7 +89,7 @@ def _learn(
     tell: Note,
 ) -> Speed:
     """The loop over steps: each batch goes to every student that stands at its step."""
-    pixels.require()
+    require_at_hand(pixels, "stage two needs the images that stage one embedded")
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(world.device)  # students before these had a peak of their own
     if dev is not None:
@@ -106,7 +106,7 @@ def _learn(
         view_key=schedule.view_key,
         sentences=None if sentences is None else (cache.sentences, sentences),
         bank=schedule.share("bank"),
-        other_views=schedule.replay if settings.loss.views else None,
+        other_views=schedule.replay if wanting(settings.losses, "views") else None,
         texts=(SentenceTokens(cache.sentences, own_texts), texts) if texts is not None and own_texts else None,
         workers=world.share_of_cores(settings.workers),
         pin_memory=world.device.type == "cuda",
@@ -118,7 +118,7 @@ def _learn(
             tell(advice)
         return advice is not None
 
-    num_steps = max(one.end_step for one in training) - min(one.learner.step for one in training)
+    num_steps = max(one.end_step for one in training) - min(one.student.step for one in training)
     profiled = [one.run.folder for one in training] if settings.profile and world.is_first else []
     profile = StepProfile(profiled, num_steps, world.device, tell)
     loop = _Loop(training, sizes, schedule, settings, world, dev, progress, advise)
@@ -127,22 +127,22 @@ def _learn(
     try:
         with StopSignals(patient=world.size > 1) as stop, loader, closing(profile):
             while behind := [one for one in training if one.wants_more]:
-                first = min(one.learner.step for one in behind)
+                first = min(one.student.step for one in behind)
                 # To the next that waits ahead: should all others break, nobody needs the batches before it.
-                until = [one.learner.step for one in behind if one.learner.step > first]
-                until += [one.end_step for one in behind if one.learner.step == first]
+                until = [one.student.step for one in behind if one.student.step > first]
+                until += [one.end_step for one in behind if one.student.step == first]
                 coming = on_device(loader.batches(first, min(until)), world.device)
                 with closing(profile.watch(coming)) as batches:
                     for batch in batches:
                         loop.step(batch, stop)
-                        if loop.stopped or not any(one.wants_more and one.learner.step > batch.step for one in behind):
+                        if loop.stopped or not any(one.wants_more and one.student.step > batch.step for one in behind):
                             break
                 if loop.stopped:
                     break
             # Several processes go by the vote alone: a signal that only one of them has had would part them.
             stopped = loop.stopped or (stop.asked and world.size == 1)
             if stopped and not any(one.failure for one in training):
-                at = min(one.learner.step for one in training)
+                at = min(one.student.step for one in training)
                 raise Interrupted(f"interrupted: state saved at step {at} of {schedule.total_steps}")
     finally:
         for one in training:
@@ -166,7 +166,7 @@ class _Loop:
     ) -> None:
         self._training, self._sizes, self._schedule, self._settings = training, sizes, schedule, settings
         self._world, self._dev, self._progress, self._advise = world, dev, progress, advise
-        self._ballot, self._losses, self._num_steps, self._advised = world.ballot(), "", 0, False
+        self._vote, self._losses, self._num_steps, self._advised = world.stop_vote(), "", 0, False
         self._meter, self._after_warm_up, self.whole, self.stopped = Meter(), Meter(), Meter(), False
 
     def step(self, batch: Batch, stop: StopSignals) -> None:
@@ -174,11 +174,11 @@ class _Loop:
         schedule, settings = self._schedule, self._settings
         targets = Targets.of(batch, self._world)
         inputs = {size: normalise(view, schedule.mean, schedule.std) for size, view in zip(self._sizes, batch.images)}
-        here = [one for one in self._training if one.wants_more and one.learner.step == batch.step]
+        here = [one for one in self._training if one.wants_more and one.student.step == batch.step]
         for one in here:
             tokens = None if one.run.student.own_text is None else batch.tokens[one.run.student.own_text]
-            one.learner.learn(inputs[one.run.student.image_size], targets, schedule.lr(batch.step), tokens)
-            one.first_bad.look(batch.step, one.learner.loss)
+            one.student.learn(inputs[one.run.student.image_size], targets, schedule.lr(batch.step), tokens)
+            one.first_not_finite.update(batch.step, one.student.loss)
 
         # Nothing above waits for a GPU; what follows does, now and then.
         step = batch.step + 1
@@ -193,7 +193,7 @@ class _Loop:
                 self._advised = self._advise(speed)
         if self._dev is not None and settings.is_scored(step, schedule.total_steps):
             self._score(here, self._dev)
-        self.stopped = self._ballot.stops(stop.asked)
+        self.stopped = self._vote.cast(stop.asked)
         if self._progress is not None:
             total = schedule.total_steps * settings.batch_images
             self._progress(step * settings.batch_images, total, self._how_it_goes())

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...cache.disk.cores import usable_cores
 from ...cache.errors import InputError
 from ..devices import resolve_device
-from ..load.workers import usable_cores
 
 PATIENCE = timedelta(days=7)
 """How long processes wait for what the first one does alone; for all else torch's own limits hold, some minutes."""
@@ -60,7 +60,7 @@ class World:
         """
         if self.size == 1:
             return rows
-        gathered: Tensor = _Gather.apply(rows, self)
+        gathered: Tensor = _Gather.apply(rows, self.size)
         return gathered
 
     def wait_for_device(self) -> None:
@@ -89,9 +89,9 @@ class World:
         dist.all_gather_object(things, thing, group=self._votes)
         return things
 
-    def ballot(self) -> "Ballot":
+    def stop_vote(self) -> "StopVote":
         """A vote on whether to stop that costs no step its time."""
-        return Ballot(self.size, self._votes)
+        return StopVote(self.size, self._votes)
 
     def _reduced(self, numbers: Tensor, operation: Any) -> Tensor:
         if self.size > 1:
@@ -100,7 +100,7 @@ class World:
         return numbers
 
 
-class Ballot:
+class StopVote:
     """Decides, for all processes at once, whether one of them was asked to stop.
 
     Processes see a signal at different steps, but must leave the loop after the same one: a vote is cast after each
@@ -109,19 +109,19 @@ class Ballot:
 
     def __init__(self, size: int, group: Any) -> None:
         self._size, self._group = size, group
-        self._cast: tuple[Tensor, Any] | None = None
+        self._pending: tuple[Tensor, Any] | None = None
 
-    def stops(self, asked: bool) -> bool:
+    def cast(self, asked: bool) -> bool:
         """Cast this step's vote; returns what was decided, the same in every process."""
         if self._size == 1:
             return asked
         decided = False
-        if self._cast is not None:
-            votes, arriving = self._cast
+        if self._pending is not None:
+            votes, arriving = self._pending
             arriving.wait()
             decided = bool(votes.item())
         votes = torch.tensor(int(asked))
-        self._cast = votes, dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = votes, dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return decided
 
 
@@ -162,6 +162,10 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
+# torch 2.14 renamed it.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
 def _all_gather(rows: Tensor, size: int) -> Tensor:
     pieces = [torch.empty_like(rows) for _ in range(size)]
     dist.all_gather(pieces, rows.contiguous())
@@ -170,12 +174,12 @@ def _all_gather(rows: Tensor, size: int) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, world: World) -> Tensor:
-        ctx.world, ctx.num_rows = world, len(rows)
-        return _all_gather(rows.detach(), world.size)
+    def forward(ctx: Any, rows: Tensor, size: int) -> Tensor:
+        return _all_gather(rows.detach(), size)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        summed = ctx.world.sum(gradients[0])
-        first = ctx.world.rank * ctx.num_rows
-        return summed[first : first + ctx.num_rows], None
+        (gradient,) = gradients
+        own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
+        _reduce_scatter(own, gradient.contiguous())
+        return own, None

@@ -15,6 +15,7 @@ from ..sample.replay import OWN, Replayed, choose_replay
 from ..sample.retrieved import PairStream
 from ..sample.weighted_sources import row_stream
 from ..settings.distill import DistillSettings
+from ..settings.loss_terms import LOSS_TERMS, wanting
 from .optim import lr_at
 from .processes import World
 
@@ -49,16 +50,17 @@ class Schedule:
         self.logit_scale = logit_scale_of(cache, settings)
         self.replay = choose_replay(settings, cache)
         self.images = row_stream(cache.images, settings.batch_images, settings.seed, "images")
-        wants_sentences = settings.loss.vl or trains_text
+        losses = settings.losses
+        wants_sentences = trains_text or wanting(losses, "others")
         self.sentences = self._sentence_stream(cache) if wants_sentences else None
         if settings.pairs.per_image and not wants_sentences:
+            able = " or ".join(term.name for term in LOSS_TERMS if "others" in term.wants)
             raise InputError(
-                f"distill.pairs.per_image = {settings.pairs.per_image}, but nothing looks at sentences: "
-                "distill.loss.vl is off and no text tower is trained; set it to 0 or give vl a weight"
+                f"distill.pairs.per_image = {settings.pairs.per_image}, but no loss that is on looks at sentences and "
+                f"no text tower is trained; set it to 0 or give distill.loss.{able} a weight"
             )
         self.texts = _texts(self.sentences, settings) if trains_text and self.sentences is not None else None
-        loss = settings.loss
-        wants_bank = settings.bank_images and (loss.pvl or loss.icl or (trains_text and loss.vl))
+        wants_bank = settings.bank_images and (wanting(losses, "bank") or (trains_text and wanting(losses, "others")))
         self.bank = BankStream(self.images, settings.bank_images, settings.seed) if wants_bank else None
         self.total_steps = max(1, int(settings.epochs * len(self.images) / settings.batch_images + 1e-9))
         self._warmup_steps = round(settings.warmup * self.total_steps)
@@ -121,9 +123,10 @@ class Schedule:
 
 def _random_sentences(cache: FeatureCache, settings: DistillSettings) -> Stream:
     if not settings.batch_sentences:
+        losses = wanting(settings.losses, "others")
         raise InputError(
-            "distill.batch_sentences = 0, but distill.loss.vl is on; raise the one or set the other to 0"
-            if settings.loss.vl
+            f"distill.batch_sentences = 0, but distill.loss.{losses[0]} is on; raise the one or set the other to 0"
+            if losses
             else "distill.batch_sentences = 0, but a student's text tower is trained on sentences; raise it"
         )
     return row_stream(cache.sentences, settings.batch_sentences, settings.seed, "sentences")

@@ -1,30 +1,29 @@
 """How a student in training fares: what is logged of a step, and whether it is still sound."""
 
 import math
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..losses.dime import feature_loss
-from ..settings.distill import DistillSettings
-from .learner import Learner
 from .processes import World
+from .student import TEXT, Student
 from .targets import Targets
-from .text_targets import TextTargets
 from .tower import Tower
 
 Value = TypeVar("Value")
 
 
-class FirstBad:
+class FirstNotFinite:
     """Remembers the first step whose loss was not finite, on the device: no step waits to be told."""
 
     def __init__(self, total_steps: int, world: World) -> None:
         self._none, self._world = total_steps, world
         self._step = torch.tensor(total_steps, device=world.device)
 
-    def look(self, step: int, loss: Tensor) -> None:
+    def update(self, step: int, loss: Tensor) -> None:
         """Note a step, from 0, if its loss is bad and none was before."""
         self._step = torch.where(loss.isfinite(), self._step, self._step.clamp(max=step))
 
@@ -35,32 +34,35 @@ class FirstBad:
 
 
 def read_metrics(
-    learner: Learner, targets: Targets, settings: DistillSettings, logit_scale: float, world: World
+    student: Student, targets: Targets, logit_scale: float, num_texts: int, world: World
 ) -> dict[str, float]:
-    """The losses of the last step and its signs of health, over all processes.
+    """The losses of the last step and its diagnostics, over all processes.
+
+    Args:
+        num_texts: texts of the whole step.
 
     Returns:
-        `loss`, each loss by its name, `cosine` (mean, student to target) and `Targets.signs`. Where there is such a
-        thing: `gradient_norm`, before clipping; `gradient_scale`, fp16's; `icl_scale`, the learned one. Of a text tower
-        the same with `text_` before the name; `loss` is over both towers.
+        `loss`, each loss by its name, `cosine` (mean, student to target) and `Targets.diagnostics`. Where there is such
+        a thing: `gradient_norm`, before clipping; `gradient_scale`, fp16's; `icl_scale` and its like, learned ones. Of
+        a text tower the same with `text_` before the name; `loss` is over both towers.
     """
-    text = learner.text
-    shares = {"loss": learner.loss, **learner.terms}
-    assert learner.embeddings is not None
-    means = {"cosine": 1 - feature_loss(learner.embeddings, targets.own), **targets.signs(settings, logit_scale)}
-    if text is not None and text.embeddings is not None:
-        held = TextTargets(targets, settings.batch_texts, world)
-        shares |= {"text_loss": text.loss, **_of_text(text.terms)}
-        means["text_cosine"] = 1 - feature_loss(text.embeddings, held.own)
-        means |= _of_text(held.signs(settings, logit_scale))
+    shares: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
+    numbers: dict[str, float] = {}
+    for prefix, tower in zip(("", TEXT), student.towers):
+        held = targets.of_texts(num_texts) if prefix else targets
+        assert tower.embeddings is not None
+        of_tower = {"cosine": 1 - feature_loss(tower.embeddings, held.inputs.local_teacher)}
+        of_tower |= held.diagnostics(tower.losses, logit_scale)
+        shares |= _named(prefix, {"loss": tower.loss, **tower.terms})
+        means |= _named(prefix, of_tower)
+        numbers |= _named(prefix, _numbers_of(tower))
+    shares["loss"] = student.loss
     summed = world.sum(torch.stack([*shares.values(), *(value / world.size for value in means.values())]))
     values: dict[str, float] = dict(zip([*shares, *means], summed.tolist()))  # the one moment that waits for a GPU
     if math.isnan(values.get("pairs_cosine", 0.0)):
         del values["pairs_cosine"]  # no image of the step had a candidate
-    values |= _numbers_of(learner)
-    if text is not None:
-        values |= _of_text(_numbers_of(text))
-    return values
+    return values | numbers
 
 
 def _numbers_of(tower: Tower) -> dict[str, float]:
@@ -70,10 +72,8 @@ def _numbers_of(tower: Tower) -> dict[str, float]:
         values["gradient_norm"] = norm  # fp16 leaves out the steps where it is not finite, and lowers its scale
     if tower.gradient_scale is not None:
         values["gradient_scale"] = tower.gradient_scale
-    if tower.icl_factor is not None:
-        values["icl_scale"] = tower.icl_factor.item()
-    return values
+    return values | {f"{name}_scale": factor.item() for name, factor in tower.factors.items()}
 
 
-def _of_text(values: dict[str, Value]) -> dict[str, Value]:
-    return {f"text_{name}": value for name, value in values.items()}
+def _named(prefix: str, values: Mapping[str, Value]) -> dict[str, Value]:
+    return {f"{prefix}{name}": value for name, value in values.items()}

@@ -11,7 +11,7 @@ import torch
 from ...cache.disk.durable import write_json
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
-from ..inputs.image_source import PixelSource
+from ..inputs.image_source import ImageSource
 from ..run_folder.best_weights import BestWeights
 from ..run_folder.checkpoint import load_checkpoint
 from ..run_folder.metrics_log import MetricsLog
@@ -20,11 +20,11 @@ from ..settings.distill import DistillSettings
 from ..settings.models import StudentSettings
 from .dev_scores import DevScores
 from .flops import flop_metrics, step_flops
-from .learner import Learner
 from .processes import World
 from .schedule import Schedule
 from .speed import Speed
-from .step_metrics import FirstBad, read_metrics
+from .step_metrics import FirstNotFinite, read_metrics
+from .student import Student
 from .targets import Targets
 
 BAD_STEP = "not_finite.json"
@@ -96,10 +96,10 @@ class StudentRun:
     """A run in the making: its student, its files, and how it fares.
 
     Attributes:
-        learner: the student.
+        student: what learns.
         first_step: steps that were done before.
         end_step: steps after which it stops.
-        first_bad: watches its losses.
+        first_not_finite: watches its losses.
         failure: why it learns no more, or None.
         loss: last known.
     """
@@ -109,7 +109,7 @@ class StudentRun:
         run: Run,
         schedule: Schedule,
         cache: FeatureCache,
-        pixels: PixelSource,
+        pixels: ImageSource,
         settings: DistillSettings,
         world: World,
         stop_after: int | None,
@@ -123,7 +123,7 @@ class StudentRun:
         self._best: BestWeights | None = None
         goes_on = _all_see(self.path, world)
         width = cache.images.embeddings.shape[-1]
-        self.learner = Learner(
+        self.student = Student(
             run.student, settings, width, world, schedule.precision, schedule.logit_scale, fresh=not goes_on
         )
         self._record = record = describe_run(
@@ -138,34 +138,32 @@ class StudentRun:
             pixels=pixels.name,
             order=schedule.order,
             views=schedule.views,
-            warm_start=None if self.learner.warm is None else self.learner.warm.record,
+            warm_start=None if self.student.warm is None else self.student.warm.record,
             parameters=self._num_parameters(),
         )
         if goes_on:
             check_same_training(run.folder, read_run_record(run.folder), record)
-            self.learner.restore(self.path)
+            self.student.restore(self.path)
         elif world.is_first:
             write_run_record(run.folder, record)
-        for line in self.learner.notes():
+        for line in self.student.notes():
             tell(f"{run.name}: {line}")
         self.failure: str | None = None
-        self.first_step = self.learner.step
+        self.first_step = self.student.step
         end = schedule.total_steps if stop_after is None else self.first_step + stop_after
         self.end_step = max(self.first_step, min(schedule.total_steps, end))
-        self.first_bad = FirstBad(schedule.total_steps, world)
+        self.first_not_finite = FirstNotFinite(schedule.total_steps, world)
 
     @property
     def wants_more(self) -> bool:
-        return self.failure is None and self.learner.step < self.end_step
+        return self.failure is None and self.student.step < self.end_step
 
     def open_log(self) -> None:
         """Go on with the run's files after the steps that are done; the first process writes them."""
         if self._world.is_first:
-            self._best = BestWeights(self.run.folder, self.learner.step)
-            self._log = MetricsLog(self.run.folder, self.learner.step)
-            text = None if self.learner.text is None else (self.learner.text.model, self._settings.batch_texts)
-            size, num_images = self.run.student.image_size, self._settings.batch_images
-            self._step_flops = step_flops(self.learner.model, size, num_images, text)
+            self._best = BestWeights(self.run.folder, self.student.step)
+            self._log = MetricsLog(self.run.folder, self.student.step)
+            self._step_flops = step_flops(self.student, self.run.student.image_size, self._settings)
 
     def close_log(self) -> None:
         if self._log is not None:
@@ -175,8 +173,10 @@ class StudentRun:
         """Log the last step; all processes take part."""
         if not self._is_sound():
             return
-        step = self.learner.step
-        values = read_metrics(self.learner, targets, self._settings, self._schedule.logit_scale, self._world)
+        step = self.student.step
+        values = read_metrics(
+            self.student, targets, self._schedule.logit_scale, self._settings.batch_texts, self._world
+        )
         self.loss = values["loss"]
         if self._log is not None:
             facts = {"step": step, "epoch": self._schedule.epoch(step), "lr": self._schedule.lr(step - 1)}
@@ -196,18 +196,18 @@ class StudentRun:
         if not self._is_sound(weights_too=True):
             return
         if self._log is not None and self._best is not None:
-            scores = dev.score(self.learner, self._record)
-            is_best = self._best.offer(scores, *self.learner.weights_to_use())
+            scores = dev.score(self.student, self._record)
+            is_best = self._best.offer(scores, *self.student.chosen_weights())
             self._log.write_scores({**scores, "best": is_best})  # after the weights: a line never says too much
         self._world.wait_for_first()
 
     def save(self) -> None:
         """Write the checkpoint; all processes take part."""
         if self._is_sound(weights_too=True):
-            self.loss = float(self._world.sum(self.learner.loss))
+            self.loss = float(self._world.sum(self.student.loss))
             if self._log is not None:
                 self._log.sync()
-            self.learner.save(self.path)
+            self.student.save(self.path)
             if self._best is not None:
                 self._best.settle()
             if self._world.is_first:
@@ -220,23 +220,23 @@ class StudentRun:
             f"{there}; in another distill.output, lower distill.lr, set distill.clip_grad_norm or take another "
             f'precision (a student with init = "run:{self.run.folder}" begins with what was learned so far)'
         )
-        bad = self.first_bad.read()
+        bad = self.first_not_finite.read()
         if bad is not None:
             rows = self._schedule.images.draw(bad).rows.tolist()
             if self._world.is_first:
-                of_text = self._schedule.texts if self.learner.text is not None else None
+                of_text = self._schedule.texts if self.student.text is not None else None
                 texts = {} if of_text is None else {"sentences": of_text.draw(bad).rows.tolist()}
                 write_json(self.run.folder / BAD_STEP, {"step": bad + 1, "rows": rows, **texts})
             shown = ", ".join(map(str, rows[:4])) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
             where = f"rows {shown}, all in {BAD_STEP}"
             self.failure = f"{self.run.folder}: the loss of step {bad + 1} is not finite ({where}); {advice}"
-        elif weights_too and not self.learner.is_finite():
-            step = self.learner.step
+        elif weights_too and not self.student.is_finite():
+            step = self.student.step
             self.failure = f"{self.run.folder}: the student's weights are no longer finite at step {step}; {advice}"
         return self.failure is None
 
     def result(self, speed: Speed | None) -> TrainResult:
-        device, step = self._world.device, self.learner.step
+        device, step = self._world.device, self.student.step
         return TrainResult(
             self.run.folder,
             steps=step,
@@ -245,15 +245,15 @@ class StudentRun:
             loss=self.loss,
             speed=speed,
             peak_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-            num_parameters=self.learner.num_parameters,
+            num_parameters=self.student.image.num_parameters,
             num_text_parameters=self._num_parameters().get("text_tower"),
             best=None if self._best is None else self._best.scores,
         )
 
     def _num_parameters(self) -> dict[str, int]:
-        text = self.learner.text
+        text = self.student.text
         of_text = {} if text is None else {"text_tower": text.num_parameters}
-        return {"image_tower": self.learner.num_parameters, **of_text}
+        return {"image_tower": self.student.image.num_parameters, **of_text}
 
 
 def is_finished(folder: Path) -> bool:

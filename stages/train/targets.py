@@ -1,119 +1,143 @@
-"""What a step's embeddings are held against."""
+"""What a step's embeddings are compared to: the teacher's, of this process and of all of them."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from ..load.batches import Batch
-from ..losses.diagnostics import effective_candidates
-from ..losses.info_nce import masked_share
-from ..losses.loss_inputs import LossInputs, SamplingWeights, log_weights_both_ways
-from ..losses.similarity_blocks import LogWeights, Rows
-from ..settings.distill import DistillSettings
+from ..losses.loss_inputs import LossInputs, SamplingWeights, TeacherInputs
+from ..losses.terms import Loss, loss_diagnostics
 from .processes import World
 
 
 class Targets:
-    """What a step's embeddings are held against: the teacher's, of this process and of all of them.
+    """What one side of a step, its images or its texts, is compared to; made once for all students.
 
-    Made once a step; every student that learns from the batch uses it.
+    Attributes:
+        inputs: the teacher's embeddings.
     """
 
     def __init__(
         self,
-        targets: Tensor,
+        inputs: TeacherInputs,
+        world: World,
+        others: str,
+        bank: Tensor | None = None,
+        pair_cosines: Tensor | None = None,
+    ) -> None:
+        """Use `gather`, or `of_texts`.
+
+        Args:
+            others: what the rows of the other modality are, `sentences` or `images`.
+            bank: this process's part of the bank.
+            pair_cosines: of all processes, as in `gather`.
+        """
+        self.inputs, self._world, self._others, self._bank = inputs, world, others, bank
+        self._pair_cosines = pair_cosines
+        self._diagnostics: dict[str, Tensor] | None = None
+        self._texts: Targets | None = None
+
+    @classmethod
+    def gather(
+        cls,
+        images: Tensor,
         sentences: Tensor | None,
         bank: Tensor | None,
         world: World,
-        sentence_cosines: Tensor | None = None,
+        *,
+        pair_cosines: Tensor | None = None,
         sampling: SamplingWeights | None = None,
-        other_views: Tensor | None = None,
-    ) -> None:
-        """Gather what the other processes drew.
+        views: Tensor | None = None,
+    ) -> "Targets":
+        """Gather what all processes drew.
 
         Args:
-            targets: (B, D) teacher embeddings of this process's images.
+            images: (B, D) teacher embeddings of this process's images; every process has as many.
             sentences: (N, D) of its sentences, or None.
             bank: (M, D) of its part of the bank, or None.
-            sentence_cosines: (N,) of retrieved sentences, NaN of others; None where nothing is retrieved.
+            pair_cosines: (N,) of retrieved sentences, NaN of others; None where nothing is retrieved.
             sampling: of its sentences and images, or None.
-            other_views: (M, D) of its images' other cached views, or None.
+            views: (V, D) of its images' other cached views, or None.
         """
-        self.own, self.sentences = targets, sentences
-        self.first_image = world.rank * len(targets)  # every process has as many
-        self.everybodys = world.gather(targets)
-        self.all_sentences = None if sentences is None else world.gather(sentences)
-        self.sampling = sampling
-        self.all_sampling = None if sampling is None else sampling.map(world.gather)
-        self.first_sentence = 0 if sentences is None else world.rank * len(sentences)
-        self._cosines = None if sentence_cosines is None else world.gather(sentence_cosines)
-        self.own_bank, self.bank = bank, None if bank is None else world.gather(bank)
-        self.other_views = None if other_views is None else world.gather(other_views)
-        self._signs: dict[str, Tensor] | None = None
+
+        def gathered(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else world.gather(rows)
+
+        inputs = TeacherInputs(
+            local_teacher=images,
+            global_teacher=world.gather(images),
+            local_others=sentences,
+            global_others=gathered(sentences),
+            bank=gathered(bank),
+            views=gathered(views),
+            first_row=world.rank * len(images),
+            first_other=0 if sentences is None else world.rank * len(sentences),
+            local_sampling=sampling,
+            global_sampling=None if sampling is None else sampling.map(world.gather),
+        )
+        return cls(inputs, world, "sentences", bank, gathered(pair_cosines))
 
     @classmethod
     def of(cls, batch: Batch, world: World) -> "Targets":
         """What a batch brings along, on the device where it is."""
-        return cls(
+        return cls.gather(
             batch.targets,
             batch.sentences,
             batch.bank,
             world,
-            batch.sentence_cosines,
-            batch.sampling,
-            batch.other_views,
+            pair_cosines=batch.sentence_cosines,
+            sampling=batch.sampling,
+            views=batch.other_views,
         )
 
-    def against(self, embeddings: Tensor, world: World) -> LossInputs:
-        """Embeddings of this process's images beside all of that."""
-        return LossInputs(
-            student_images=embeddings,
-            teacher_images=self.own,
-            sentences=self.sentences,
-            bank_images=self.bank,
-            all_student_images=world.gather_with_gradient(embeddings),
-            all_teacher_images=self.everybodys,
-            all_sentences=self.all_sentences,
-            first_image=self.first_image,
-            sampling=self.sampling,
-            all_sampling=self.all_sampling,
-            first_sentence=self.first_sentence,
-            other_views=self.other_views,
-        )
+    def of_texts(self, num_texts: int) -> "Targets":
+        """The same for the step's texts, its first sentences: the sides swap roles.
 
-    def signs(self, settings: DistillSettings, logit_scale: float) -> dict[str, Tensor]:
+        A text is a row where an image was one, the images (and the bank's behind them) are the others, and the step's
+        further sentences are the bank.
+
+        Args:
+            num_texts: texts of the whole step, divisible among the processes.
+        """
+        if self._texts is not None:
+            return self._texts
+        images, world = self.inputs, self._world
+        assert images.global_others is not None, "a text tower is trained on sentences"
+        texts, further = images.global_others[:num_texts], images.global_others[num_texts:]
+        first, num_local = world.rank * (num_texts // world.size), num_texts // world.size
+        others = _stacked(images.local_teacher, self._bank)
+        # With one process, local and global stay one object: the losses then save a product.
+        inputs = TeacherInputs(
+            local_teacher=texts if world.size == 1 else texts[first : first + num_local],
+            global_teacher=texts,
+            local_others=others,
+            global_others=others if world.size == 1 else _stacked(images.global_teacher, images.bank),
+            bank=further if len(further) else None,
+            first_row=first,
+        )
+        self._texts = Targets(inputs, world, "images")
+        return self._texts
+
+    def against(self, embeddings: Tensor) -> LossInputs:
+        """A student's embeddings of this process's rows beside all of that."""
+        return self.inputs.with_student(embeddings, self._world.gather_with_gradient(embeddings))
+
+    def diagnostics(self, losses: Sequence[Loss], logit_scale: float) -> dict[str, Tensor]:
         """What the teacher's own softmaxes say of this process's rows, the same for every student: computed once.
 
         Returns:
-            For each relational loss `…_candidates`, how many columns a row spreads over: exp(entropy), mean over the
-            rows. For `icl` with a threshold `icl_masked`, the share of other images that are no negatives. Where
-            sentences are retrieved, `pairs_share` of them were, at the mean `pairs_cosine`, NaN if none was.
+            What each loss's own diagnostics say: `…_candidates`, how many columns a row spreads over (exp(entropy),
+            mean over the rows), `…_masked`, the share of other rows that are no negatives. Where sentences are
+            retrieved, `pairs_share` of them were, at the mean `pairs_cosine`, NaN if none was.
         """
-        if self._signs is None:
-            self._signs = self._compute_signs(settings, logit_scale)
-        return self._signs
+        if self._diagnostics is None:
+            self._diagnostics = loss_diagnostics(self.inputs, losses, logit_scale, self._others)
+            if (cosines := self._pair_cosines) is not None:
+                self._diagnostics["pairs_share"] = cosines.isfinite().to(cosines.dtype).mean()
+                self._diagnostics["pairs_cosine"] = cosines.nanmean()
+        return self._diagnostics
 
-    def _compute_signs(self, settings: DistillSettings, logit_scale: float) -> dict[str, Tensor]:
-        temperature, loss = settings.temperature, settings.loss
-        pairs: dict[str, tuple[Tensor, Rows, float]] = {}
-        weights: dict[str, LogWeights | None] = {}
-        if loss.vl and self.sentences is not None and self.all_sentences is not None:
-            pairs["vl_candidates"] = self.own, self.all_sentences, temperature.vl
-            pairs["vl_candidates_sentences"] = self.sentences, self.everybodys, temperature.vl
-            both_ways = log_weights_both_ways(self.sampling, self.all_sampling, self.first_sentence)
-            weights = dict(zip(pairs, both_ways))
-        columns = self.everybodys if self.bank is None else (self.everybodys, self.bank)
-        if loss.pvl:
-            pairs["pvl_candidates"] = self.own, columns, temperature.pvl
-        if loss.udist:
-            pairs["udist_candidates"] = self.own, self.everybodys, temperature.udist
-        if loss.views and self.other_views is not None:
-            pairs["views_candidates"] = self.own, self.other_views, temperature.views
-        signs = {
-            key: effective_candidates(rows, over, of, logit_scale, weights.get(key))
-            for key, (rows, over, of) in pairs.items()
-        }
-        if loss.icl and loss.icl_threshold is not None:
-            signs["icl_masked"] = masked_share(self.own, columns, self.first_image, loss.icl_threshold)
-        if self._cosines is not None:
-            signs["pairs_share"] = self._cosines.isfinite().to(self._cosines.dtype).mean()
-            signs["pairs_cosine"] = self._cosines.nanmean()
-        return signs
+
+def _stacked(rows: Tensor, more: Tensor | None) -> Tensor:
+    return rows if more is None else torch.cat([rows, more])

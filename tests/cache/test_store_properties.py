@@ -6,11 +6,10 @@ that colour, of a sentence its length and number. A crash is an exception from t
 
 import os
 import shutil
+import sys
 import tempfile
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from threading import Lock
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -28,13 +27,16 @@ from dimefm.cache.reader.masks import add_mask, mask_names, read_mask
 from dimefm.cache.version.manifest import read_manifest
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
+from dimefm.pipeline.stage_one.cluster import TEACHERS
 from dimefm.pipeline.upkeep.append import append
 from dimefm.stages.embed.shard import embed_shard
 
+from ..support import formula_teacher
+from ..support.formula_teacher import sentence_embedding
+
 CONFIG = """
 [teacher]
-model = "ViT-B-32"
-pretrained = "openai"
+model = "formula_teacher:load"
 batch_size = 2
 workers = 1
 device = "cpu"
@@ -59,43 +61,11 @@ class Crash(BaseException):
     """The machine stopped here."""
 
 
-class FormulaTeacher:
-    """What stage one asks of a teacher."""
-
-    embed_dim, image_size, device = 4, (1, 1), torch.device("cpu")
-
-    def crop(self, image):
-        return np.asarray(image.resize((1, 1)))
-
-    def normalise(self, crops):
-        return crops.float()
-
-    def encode_images(self, images):
-        return torch.cat([images.reshape(-1, 3), torch.ones(len(images), 1)], dim=1)
-
-    def tokenize(self, sentences):
-        return torch.tensor([sentence_embedding(sentence) for sentence in sentences])
-
-    def encode_tokens(self, tokens):
-        return tokens.float()
-
-    def identity(self):
-        known = {"model": "ViT-B-32", "pretrained": "openai", "precision": "fp32", "batch_size": 2}
-        return {**known, "weights": "w", "embed_dim": 4, "libraries": {"formula": "1"}}
-
-
-def sentence_embedding(sentence):
-    return [len(sentence), sum(sentence.encode()) % 97, 1, 2]
-
-
-def run_shards(tasks, config, weights, scheduler):
+def run_shards(tasks, settings, weights, scheduler):
+    """As `cluster.run_shards`, without Dask: this loop runs some hundred times."""
+    teacher, lock, _ = TEACHERS.get(settings, torch.device("cpu"))
     for task in tasks:
-        yield embed_shard(task, FormulaTeacher(), config, Lock())
-
-
-def save_text_tower(teacher, folder):
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text("{}")
+        yield embed_shard(task, teacher, settings, lock)
 
 
 @contextmanager
@@ -129,14 +99,11 @@ class Store(RuleBasedStateMachine):
         super().__init__()
         self.patches = ExitStack()
         for name, value in {
-            "stages.models.open_clip_teacher.load_teacher": lambda *arguments: FormulaTeacher(),
-            "stages.models.frozen_text_tower.save_text_tower": save_text_tower,
-            "stages.models.frozen_text_tower.text_tower_bytes": lambda teacher: 0,
             "pipeline.stage_one.cluster.run_shards": run_shards,
             "pipeline.stage_one.cache_teacher._check_teacher": lambda *arguments: None,
-            "pipeline.stage_one.cluster.TEACHERS": SimpleNamespace(put=lambda *given: None, clear=lambda: None),
         }.items():
             self.patches.enter_context(patch(f"dimefm.{name}", value))
+        self.patches.enter_context(patch.object(sys, "path", [str(Path(formula_teacher.__file__).parent), *sys.path]))
         self.folder = Path(tempfile.mkdtemp())
         self.config = self.folder / "run.toml"
         self.config.write_text(CONFIG)

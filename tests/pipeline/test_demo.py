@@ -127,7 +127,7 @@ def test_a_folder_in_other_use_and_a_demo_of_another_size_are_refused(tiny_demo,
 def test_the_teacher_is_an_open_clip_checkpoint(tiny_demo):
     import torch
 
-    from dimefm.stages.models.open_clip_teacher import load_teacher
+    from dimefm.stages.models.load_teacher import load_teacher
     from dimefm.stages.settings.models import TeacherSettings
 
     files = TeacherSettings(model=str(tiny_demo / "teacher.json"), pretrained=str(tiny_demo / "teacher.safetensors"))

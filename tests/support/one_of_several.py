@@ -18,10 +18,9 @@ from dimefm.cache.errors import InputError
 from dimefm.cache.reader.feature_cache import FeatureCache
 from dimefm.stages.settings.distill import DistillSettings
 from dimefm.stages.settings.models import StudentSettings
-from dimefm.stages.train import learner
 from dimefm.stages.train.interrupt import Interrupted
-
-from .training import gradients_of, train_one
+from dimefm.stages.train.student import Student
+from tests.support.training import gradients_of, train_one
 
 
 def main(folder: Path, run: str, model: str, steps: int, settings: str, interrupt_at: int, text: str) -> None:
@@ -29,7 +28,7 @@ def main(folder: Path, run: str, model: str, steps: int, settings: str, interrup
     sys.path.insert(0, str(folder))
     rank = int(os.environ["RANK"])
     gradients = []
-    learn = learner.Learner.learn
+    learn = Student.learn
 
     def remember(self, *arguments):
         learn(self, *arguments)
@@ -37,7 +36,7 @@ def main(folder: Path, run: str, model: str, steps: int, settings: str, interrup
         if rank == 1 and self.step == interrupt_at:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    learner.Learner.learn = remember
+    Student.learn = remember
     notes: list[str] = []
     try:
         train_one(

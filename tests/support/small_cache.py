@@ -116,7 +116,7 @@ def make_cache(
     write_rows(layout.sentence_rows, SENTENCE_COLUMNS, ({"text": f"s{i}"} for i in range(num_sentences)), CHUNK_ROWS)
     dev = {"class_ids": CLASSES, "class_names": [[name] for name in CLASSES]}
     inputs = {"images": {"rows": num_images}, "sentences": {"rows": num_sentences}, "evaluate": {"dev": dev}}
-    write_plan(layout, {"teacher": TEACHER, "inputs": inputs})
+    write_plan(layout, {"shard_rows": CHUNK_ROWS, "teacher": TEACHER, "inputs": inputs})
     counts = {name: {"rows": len(array)} for name, array in arrays.items()}
     manifest = {"version": 1, "plan": identity(layout), "arrays": counts, "files": {}}
     manifest |= {"transductive": [], "pairs": None, "pairs_settings": None}

@@ -1,20 +1,21 @@
 """Training as tests want it: one student in one process, its images in a folder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dimefm.cache.reader.feature_cache import FeatureCache
-from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.run_folder.checkpoint import load_checkpoint
 from dimefm.stages.run_folder.run_record import CHECKPOINT
 from dimefm.stages.settings.distill import DistillSettings
 from dimefm.stages.settings.models import StudentSettings
 from dimefm.stages.train.dev_scores import DevScores
-from dimefm.stages.train.learner import Learner
 from dimefm.stages.train.loop import train
 from dimefm.stages.train.processes import open_world
+from dimefm.stages.train.student import Student
 from dimefm.stages.train.student_run import Run, TrainResult
 
 TIMES = {"images_per_s", "step_s", "wait_s", "compute_s", "data_wait", "flops_per_s"}
@@ -34,7 +35,7 @@ def train_one(
 ) -> TrainResult:
     """Train the student `own`; where it is to be scored, on the images of `dev/` beside the others."""
     with open_world(settings.device) as world:
-        source = ImageFiles(images, cache.images)
+        source = ImageFolder(images)
         if settings.evaluate_every:
             folder, prompts = images.parent / "dev", PROMPTS
             options["dev"] = DevScores(cache, settings.evaluate_on, folder, world.device, workers=1, prompts=prompts)
@@ -42,15 +43,18 @@ def train_one(
     return result
 
 
-def gradients_of(learner: Learner) -> dict[str, torch.Tensor]:
-    """The last step's, of everything that a learner learns."""
-    learned = dict(learner.model.named_parameters())
-    if learner._icl_scale is not None:
-        learned["icl_scale"] = learner._icl_scale.log
-    if learner.text is not None:
-        learned |= {f"text.{name}": parameter for name, parameter in learner.text.model.named_parameters()}
-        if learner.text._icl_scale is not None:
-            learned["text.icl_scale"] = learner.text._icl_scale.log
+def lines_of(run_dir: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The lines of a run's log, without what no run repeats."""
+    read = [json.loads(line) for line in (run_dir / file).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read]
+
+
+def gradients_of(student: Student) -> dict[str, torch.Tensor]:
+    """The last step's, of everything that a student learns."""
+    learned = {}
+    for prefix, tower in zip(("", "text."), student.towers):
+        learned |= {f"{prefix}{name}": parameter for name, parameter in tower.model.named_parameters()}
+        learned |= {f"{prefix}{name}_scale": scale.log for name, scale in tower.scales.items()}
     return {name: parameter.grad.clone() for name, parameter in learned.items()}
 
 

@@ -1,57 +1,55 @@
 """What a repair works with, and what it has done so far."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from ....cache.audit.findings import Finding, Runs
+from ....cache.audit.findings import BYTES, Finding, Report, Runs
 from ....cache.audit.inventory import Piece
 from ....cache.disk.arrays import ArraySpec
 from ....cache.disk.layout import Layout
 from ....cache.version.journal import ShardRecord
+from ....cache.version.schema import Manifest, Plan
 from ...config.load import Config
-
-if TYPE_CHECKING:
-    from ....stages.models.open_clip_teacher import Teacher
-
-
-@dataclass
-class Shards:
-    """What became of bad shards.
-
-    Attributes:
-        same: files with the manifest's bytes again.
-        changed: files in `mend/` with other bytes: their piece, record, and what the manifest says of their origin.
-        states: for each array, rows and why they failed; None for one that is good again.
-        left: files that could not be mended, and why.
-    """
-
-    same: list[str] = field(default_factory=list)
-    changed: list[tuple[Piece, ShardRecord, dict[str, Any]]] = field(default_factory=list)
-    states: dict[str, dict[int, str | None]] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
+from ..live_teacher import LiveTeacher
 
 
 @dataclass(frozen=True)
-class Hands:
-    """What a repair has to work with.
+class Damage:
+    """The findings of `verify`, sorted for repair.
 
     Attributes:
-        mend: the version in the making over `layout`.
-        specs: the arrays of the plan.
-        config: None where it is not at hand.
-        teacher: None where it is not at hand.
-        without: why something is not at hand.
+        findings: all of them.
+        files: damaged files that the manifest lists, and packs that it should list.
+        unreliable: those of them of which no byte can be relied on.
+        wrong_rows: of files whose bytes are right, the rows that are wrong.
     """
 
-    layout: Layout
-    mend: Layout
-    manifest: Mapping[str, Any]
-    plan: Mapping[str, Any]
-    specs: Mapping[str, ArraySpec]
-    config: Config | None
-    teacher: "Teacher | None"
-    without: str = ""
+    findings: Sequence[Finding]
+    files: frozenset[str]
+    unreliable: frozenset[str] = frozenset()
+    wrong_rows: Mapping[str, Runs] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, report: Report, manifest: Manifest) -> "Damage":
+        """Sort what was found in a cache."""
+        listed = {finding.where for finding in report.findings if finding.where in manifest.files}
+        packs = {finding.where for finding in report.findings if finding.kind == "pixels"}
+        files = frozenset(listed | packs)
+        wrong_rows: dict[str, Runs] = {}
+        for finding in report.findings:
+            if finding.kind == "rows":
+                wrong_rows[finding.where] = wrong_rows.get(finding.where, ()) + finding.rows
+        unreliable = files & {finding.where for finding in report.findings if finding.kind in BYTES}
+        return cls(report.findings, files, unreliable, wrong_rows)
+
+    def but(self, repaired: Collection[str]) -> "Damage":
+        """What is left once some files are repaired."""
+        return replace(self, files=self.files.difference(repaired), unreliable=self.unreliable.difference(repaired))
+
+    def below(self, *starts: str) -> set[str]:
+        """Damaged files whose names begin so."""
+        return {name for name in self.files if name.startswith(starts)}
 
 
 @dataclass
@@ -61,10 +59,69 @@ class Outcome:
     Attributes:
         mended: file -> how.
         lost: array -> rows that are marked as lost, those of earlier repairs among them.
-        left: what could not be mended.
+        left: what could not be repaired, each with the reason.
     """
 
     mended: dict[str, str] = field(default_factory=dict)
     lost: dict[str, Runs] = field(default_factory=dict)
     left: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def leave(self, damage: Damage, names: Collection[str], why: str) -> None:
+        """Record files that cannot be repaired; the first reason given for a file stands."""
+        known = {finding.where for finding in self.left}
+        self.left += [
+            replace(finding, repair=why) for finding in damage.findings if finding.where in set(names) - known
+        ]
+
+
+@dataclass
+class ShardResults:
+    """What became of damaged shards and packs.
+
+    Attributes:
+        same: files that have the manifest's bytes again.
+        changed: files in `mend/` with other bytes: their piece, record, and the manifest's note of their origin.
+        states: for each array, rows and why they failed; None for one that is good again.
+        left: files that could not be repaired, and why.
+    """
+
+    same: list[str] = field(default_factory=list)
+    changed: list[tuple[Piece, ShardRecord, dict[str, Any]]] = field(default_factory=list)
+    states: dict[str, dict[int, str | None]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RepairContext:
+    """What a repair works with.
+
+    Attributes:
+        layout: the damaged cache.
+        staged: the version in the making over it, in `mend/`.
+        specs: the arrays of the plan.
+        pieces: every file of the manifest, and packs that it should list.
+        config: None where it is not wanted or not at hand.
+        live: teacher and sources over `staged`; None where they are not wanted or not at hand.
+        without: why something is not at hand.
+    """
+
+    layout: Layout
+    staged: Layout
+    manifest: Manifest
+    plan: Plan
+    specs: Mapping[str, ArraySpec]
+    pieces: Sequence[Piece]
+    config: Config | None = None
+    live: LiveTeacher | None = None
+    without: str = ""
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a shard."""
+        return self.plan.shard_rows
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether the row tables are another cache's, which only that one may write."""
+        return self.plan.rows_of is not None

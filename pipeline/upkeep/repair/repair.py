@@ -1,9 +1,9 @@
-"""`dimefm cache repair`: what `verify` finds, mended. Safe to kill and to repeat.
+"""`dimefm cache repair`: repairs what `verify` finds. Safe to kill and to repeat.
 
-Most damage is mended in place, with the bytes that the manifest has the checksums of; the manifest stays as it is.
-Where bytes come out otherwise (another machine, or rows that are lost) a new version of the cache is made in `mend/`,
-next to the damaged one, and takes its place in one step: `mend/` becomes `next/` (cache/version/versions.py). An
-append under way stood on the damaged version and begins anew.
+Most damage is repaired in place: the bytes have the manifest's checksums again, and the manifest stays as it is. Where
+bytes come out otherwise (on another machine, or because rows are lost), a new version of the cache is made in `mend/`
+and takes the place of the damaged one in one step: `mend/` becomes `next/` (cache/version/versions.py). An append that
+was under way is dropped and begins anew, since it was based on the damaged version.
 """
 
 from dataclasses import replace
@@ -21,11 +21,11 @@ from ...progress import say
 from ..verify import read_all
 from .context import Outcome
 from .files import restore_manifest
-from .steps import Mending
+from .steps import repair_cache
 
 
 def repair(folder: Path, config: Path | None = None) -> dict[str, Any]:
-    """Mend a cache.
+    """Repair a cache.
 
     Args:
         config: the config that made it; None takes the one that the cache remembers.
@@ -44,7 +44,7 @@ def repair(folder: Path, config: Path | None = None) -> dict[str, Any]:
         outcome.mended |= restore_manifest(layout, config)
         report = read_all(folder)
         found = len(report.findings) + len(outcome.mended)
-        Mending(layout, report, outcome).run(config)
+        repair_cache(layout, report, outcome, config)
         if outcome.mended:
             say("looking whether the cache is sound now")
             why = {finding.where: finding.repair for finding in outcome.left}
@@ -53,12 +53,10 @@ def repair(folder: Path, config: Path | None = None) -> dict[str, Any]:
         manifest = read_manifest(layout)
         assert manifest is not None
         for name, how in outcome.mended.items():
-            append_line(
-                layout.root / "log" / "repairs.jsonl", {"file": name, "how": how, "version": manifest["version"]}
-            )
+            append_line(layout.root / "log" / "repairs.jsonl", {"file": name, "how": how, "version": manifest.version})
     return {
         "cache": str(folder),
-        "version": manifest["version"],
+        "version": manifest.version,
         "found": found,
         "mended": outcome.mended,
         "lost": {array: [list(run) for run in runs] for array, runs in outcome.lost.items()},

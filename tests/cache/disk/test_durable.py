@@ -12,8 +12,8 @@ from dimefm.cache.disk.layout import Layout
 from dimefm.cache.errors import CacheError
 from dimefm.cache.version.journal import Journal, ShardRecord
 from dimefm.cache.version.lock import writer_lock
-from dimefm.cache.version.manifest import parse_document
 from dimefm.cache.version.plan_file import first_difference, require_same
+from dimefm.cache.version.schema import Manifest
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -129,4 +129,4 @@ def test_the_first_difference_is_named_with_both_values(tmp_path):
 )
 def test_a_cut_foreign_or_newer_document_is_refused(tmp_path, text, says):
     with pytest.raises(CacheError, match=says):
-        parse_document(tmp_path / "manifest.json", text.encode())
+        Manifest.parse(tmp_path / "manifest.json", text.encode())

@@ -13,6 +13,7 @@ import xxhash
 import dimefm.cache.reader.pixel_packs
 from dimefm.cache import CacheError
 from dimefm.cache.reader.pixel_packs import PixelPacks, pack_path, read_offsets, writing_pack
+from dimefm.stages.inputs.image_source import row_keys
 from dimefm.stages.inputs.kept_pixels import KeptPixels
 
 SHARD_ROWS = 4
@@ -149,7 +150,7 @@ def test_a_worker_that_reads_them_opens_no_cache():
 def test_kept_pixels_are_a_source_of_images_by_row(tmp_path):
     write(tmp_path / "000000.pack", JPEGS)
     source = pickle.loads(pickle.dumps(KeptPixels(packs(tmp_path, 3))))
-    tickets = source.tickets(np.array([2, 0, 2]))
-    assert tickets == [2, 0, 2] and all(type(ticket) is int for ticket in tickets)
-    assert [source.read(ticket) for ticket in tickets] == [JPEGS[2], JPEGS[0], JPEGS[2]]
-    assert source.where(2) == f"{tmp_path}/000000.pack: row 2" and source.name == "jpeg-256"
+    keys = row_keys(source, None)(np.array([2, 0, 2]))
+    assert keys == [2, 0, 2] and all(type(ticket) is int for ticket in keys)
+    assert [source.read(ticket) for ticket in keys] == [JPEGS[2], JPEGS[0], JPEGS[2]]
+    assert source.locate(2) == f"{tmp_path}/000000.pack: row 2" and source.name == "jpeg-256"

@@ -16,7 +16,7 @@ import zarr
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import dimefm.stages.models.open_clip_teacher
+import dimefm.stages.models.load_teacher
 from dimefm.cache import CacheError, FeatureCache, InputError
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
@@ -62,7 +62,7 @@ def no_teacher(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a teacher was loaded")
 
-    monkeypatch.setattr(dimefm.stages.models.open_clip_teacher, "load_teacher", refuse)
+    monkeypatch.setattr(dimefm.stages.models.load_teacher, "load_teacher", refuse)
 
 
 def snapshot(folder):

@@ -20,9 +20,9 @@ from dimefm.stages.embed.pack_pixels import make_small
 from dimefm.stages.images.crops import Crops
 from dimefm.stages.images.decode import decode_image
 from dimefm.stages.images.views import ViewMaker, make_views
-from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.load.batches import BatchLoader
-from dimefm.stages.models.open_clip_teacher import load_teacher
+from dimefm.stages.models.load_teacher import load_teacher
 from dimefm.stages.sample.order import Draw, Share, Stream
 from dimefm.stages.sample.replay import OWN, Replay, Replayed, choose_replay
 from dimefm.stages.settings.cache import CropSettings
@@ -97,7 +97,7 @@ def test_a_batch_has_the_crops_that_pillow_cuts_and_their_own_embeddings(config,
     loader = BatchLoader(
         cache.images,
         stream,
-        ImageFiles(source, cache.images),
+        ImageFolder(source),
         [maker],
         crops.key,
         bank=bank,
@@ -223,7 +223,9 @@ def drift(teacher, folder: Path, files: list[bytes], kept: int | None = None) ->
     paths = [folder / f"{i}.jpg" for i in rows]
     for path, data in zip(paths, files, strict=True):
         path.write_bytes(data)
-    stored = embed_image_shard(teacher, paths, 8, 1, Lock(), None, RowCrops(crops, rows)).embeddings[:, 1:]
+    stored = embed_image_shard(
+        teacher, ImageFolder(Path()), paths, 8, 1, Lock(), None, RowCrops(crops, rows)
+    ).embeddings[:, 1:]
     maker = ViewMaker(crops.settings, 32, BICUBIC, replays=True)
     seen = np.empty((len(files), K, 32, 32, 3), np.uint8)
     for row, data in enumerate(files):

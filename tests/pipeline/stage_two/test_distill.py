@@ -20,12 +20,12 @@ from ...support.worlds import make_world
 
 WITHOUT_TEACHER = """
 import socket, sys
-import dimefm.stages.models.open_clip_teacher
+import dimefm.stages.models.load_teacher
 
 def refuse(*arguments, **options):
     raise AssertionError("a teacher was loaded, or the network was asked")
 
-dimefm.stages.models.open_clip_teacher.load_teacher = refuse
+dimefm.stages.models.load_teacher.load_teacher = refuse
 socket.socket.connect = refuse
 import torch
 torch.set_num_threads(1)
@@ -150,7 +150,7 @@ def test_a_note_of_the_sources_that_says_nothing_is_one_line(copy, text):
     distill(load_config(copy), ["small"], stop_after=1)
     run = copy.parent / "runs/small"
     (run / "source.json").write_text(text)
-    with pytest.raises(InputError, match=r"source\.json: does not say where"):
+    with pytest.raises(InputError, match=r"source\.json: .*wanted where the cache and the labelled images are"):
         evaluate([run])
 
 

@@ -15,7 +15,7 @@ from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.stage_two.distill import distill
 from dimefm.pipeline.stage_two.evaluate import evaluate
 from dimefm.pipeline.stage_two.score_table import score_table
-from dimefm.stages.models.open_clip_teacher import load_teacher
+from dimefm.stages.models.load_teacher import load_teacher
 from dimefm.stages.score.bootstrap import paired_interval
 from dimefm.stages.score.captions import embed_captions, read_captions
 from dimefm.stages.score.predictions import hits

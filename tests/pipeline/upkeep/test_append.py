@@ -14,6 +14,7 @@ from PIL import Image
 
 import dimefm.cache.version.versions
 import dimefm.pipeline.upkeep.append
+import dimefm.stages.models.load_teacher
 import dimefm.stages.models.open_clip_teacher
 from dimefm.cache import CacheError, FeatureCache, InputError
 from dimefm.cache.audit.verify import verify_cache
@@ -88,7 +89,7 @@ def no_teacher(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a teacher was loaded")
 
-    monkeypatch.setattr(dimefm.stages.models.open_clip_teacher, "load_teacher", refuse)
+    monkeypatch.setattr(dimefm.stages.models.load_teacher, "load_teacher", refuse)
 
 
 def test_rows_that_come_last_anyway_end_in_the_bytes_of_a_fresh_run_over_everything(config):
@@ -432,10 +433,10 @@ def test_other_library_versions_may_add_rows_and_the_plan_says_which(config, mon
     """Last bits may differ between versions: the plan names the versions of every growth."""
     before = FeatureCache.open(config.parent / "cache")
     add_lines(config.parent, "new")
-    identity = dimefm.stages.models.open_clip_teacher.Teacher.identity
+    identity = dimefm.stages.models.open_clip_teacher.OpenClipTeacher.identity
     later = {"libraries": {**before.teacher["libraries"], "torch": "99.0"}}
     monkeypatch.setattr(
-        dimefm.stages.models.open_clip_teacher.Teacher, "identity", lambda self: {**identity(self), **later}
+        dimefm.stages.models.open_clip_teacher.OpenClipTeacher, "identity", lambda self: {**identity(self), **later}
     )
     plan = grow(config).plan
     assert plan["teacher"] == before.teacher

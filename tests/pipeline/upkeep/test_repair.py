@@ -97,7 +97,7 @@ def test_only_the_bad_shard_is_computed_again(root, monkeypatch):
     embed, embedded = dimefm.stages.embed.shard.embed_image_shard, []
     monkeypatch.setattr(
         "dimefm.stages.embed.shard.embed_image_shard",
-        lambda teacher, files, *rest: embedded.append(len(files)) or embed(teacher, files, *rest),
+        lambda teacher, source, keys, *rest: embedded.append(len(keys)) or embed(teacher, source, keys, *rest),
     )
     found = repair(root)
     assert embedded == [4]

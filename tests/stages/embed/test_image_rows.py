@@ -12,11 +12,14 @@ from PIL import Image
 from dimefm.cache import InputError
 from dimefm.stages.embed.image_rows import ShardResult, embed_image_shard
 from dimefm.stages.embed.sentence_rows import class_head, embed_sentence_shard
-from dimefm.stages.inputs.image_folder import read_image
-from dimefm.stages.models.open_clip_teacher import Teacher, load_teacher
+from dimefm.stages.inputs.image_folder import ImageFolder, read_image
+from dimefm.stages.models.load_teacher import load_teacher
+from dimefm.stages.models.open_clip_teacher import OpenClipTeacher as Teacher
 from dimefm.stages.settings.models import TeacherSettings
 
 BATCH = 4
+ANYWHERE = ImageFolder(Path())
+"""Keys are whole paths."""
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def images(teacher: Teacher, files: Sequence[Path | None], workers: int = 2) -> ShardResult:
-    return embed_image_shard(teacher, files, BATCH, workers, threading.Lock())
+    return embed_image_shard(teacher, ANYWHERE, files, BATCH, workers, threading.Lock())
 
 
 def sentences(teacher: Teacher, texts: Sequence[str | None]) -> ShardResult:
@@ -168,7 +171,7 @@ def test_the_model_is_used_under_the_lock_and_decoding_is_not(
     monkeypatch.setattr(teacher, "crop", crop_and_tell)
     monkeypatch.setattr(teacher, "encode_images", encode_and_look)
     lock.acquire()
-    shard = threading.Thread(target=embed_image_shard, args=(teacher, files, BATCH, 2, lock))
+    shard = threading.Thread(target=embed_image_shard, args=(teacher, ANYWHERE, files, BATCH, 2, lock))
     shard.start()
     for _ in range(8):  # all that can be read: ten less two
         assert decoded.acquire(timeout=30)
@@ -205,7 +208,7 @@ def test_out_of_memory_names_the_setting_and_frees_the_lock(
     lock = threading.Lock()
     with pytest.raises(InputError, match=r"teacher\.batch_size = 4: .* does not fit .* lower it \(it is part of"):
         if method == "encode_images":
-            embed_image_shard(teacher, files, BATCH, 1, lock)
+            embed_image_shard(teacher, ANYWHERE, files, BATCH, 1, lock)
         else:
             embed_sentence_shard(teacher, ["a"] * 9, BATCH, lock)
     assert not lock.locked()

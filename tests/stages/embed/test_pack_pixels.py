@@ -14,14 +14,18 @@ from PIL import ExifTags, Image
 from dimefm.cache.reader.pixel_packs import PixelPacks
 from dimefm.stages.embed import pack_pixels as keep_pixels
 from dimefm.stages.embed.image_rows import embed_image_shard
-from dimefm.stages.embed.pack_pixels import PackTask, SourceError, Wanted, keep_shard, keeping, make_small
+from dimefm.stages.embed.pack_pixels import PackedImage, SourceError, make_small, open_pack, pack_shard
+from dimefm.stages.embed.tasks import PackTask
 from dimefm.stages.images.decode import decode_image
-from dimefm.stages.models.open_clip_teacher import load_teacher
+from dimefm.stages.inputs.image_folder import ImageFolder
+from dimefm.stages.models.load_teacher import load_teacher
 from dimefm.stages.settings.models import TeacherSettings
 
 from ...support.paths import ROOT
 
 SIDE = 64
+ANYWHERE = ImageFolder(Path())
+"""Keys are whole paths."""
 
 
 def photo(seed: int, width: int, height: int) -> np.ndarray:
@@ -188,7 +192,7 @@ def test_stage_one_decodes_each_image_once_for_the_teacher_and_for_its_pack(
     """Counted in Pillow itself: every decoder that is started, one for each file that can be opened."""
     settings = TeacherSettings(model=str(tiny_teacher[0]), pretrained=str(tiny_teacher[1]))
     teacher = load_teacher(settings, torch.device("cpu"))
-    alone = embed_image_shard(teacher, folder, 4, 2, threading.Lock())
+    alone = embed_image_shard(teacher, ANYWHERE, folder, 4, 2, threading.Lock())
     started: list[str] = []
     original = PIL.Image._getdecoder
 
@@ -197,8 +201,8 @@ def test_stage_one_decodes_each_image_once_for_the_teacher_and_for_its_pack(
         return original(mode, name, *rest)
 
     monkeypatch.setattr(PIL.Image, "_getdecoder", count)
-    with keeping(task(tmp_path / "kept" / "000000.pack")) as keeper:
-        result = embed_image_shard(teacher, folder, 4, 2, threading.Lock(), keeper)
+    with open_pack(task(tmp_path / "kept" / "000000.pack")) as pack:
+        result = embed_image_shard(teacher, ANYWHERE, folder, 4, 2, threading.Lock(), pack)
     readable = len(folder) - 2
     assert len(started) == readable + 1  # the damaged one starts a decoder too, the empty one does not
     assert np.array_equal(result.embeddings, alone.embeddings, equal_nan=True) and result.failures == alone.failures
@@ -215,8 +219,8 @@ def test_a_row_that_the_teacher_fails_on_has_no_pixels(
     output = torch.ones(4, 32)
     output[1, 3] = float("nan")
     monkeypatch.setattr(teacher, "encode_images", lambda _: output)
-    with keeping(task(tmp_path / "000000.pack")) as keeper:
-        result = embed_image_shard(teacher, folder, 4, 2, threading.Lock(), keeper)
+    with open_pack(task(tmp_path / "000000.pack")) as pack:
+        result = embed_image_shard(teacher, ANYWHERE, folder, 4, 2, threading.Lock(), pack)
     failed = {row for row, _ in result.failures}
     table = np.fromfile(tmp_path / "000000.pack", "<u8", offset=(tmp_path / "000000.pack").stat().st_size - 8 * 17)
     assert {row for row in range(len(folder)) if table[row] == table[row + 1]} == failed == {1, 5, 9, 11, 12}
@@ -226,8 +230,8 @@ def test_a_row_that_the_teacher_fails_on_has_no_pixels(
 def test_a_pack_from_the_sources_alone_is_the_same_bytes_whatever_the_threads(
     folder: list[Path], tmp_path: Path, workers: int
 ) -> None:
-    wanted = [Wanted(path, path.stat().st_size, None, lost=False) for path in folder[:-2]]
-    record = keep_shard(task(tmp_path / "000000.pack"), [wanted[0], None, *wanted[1:]], workers)
+    wanted = [PackedImage(path, path.stat().st_size, None, lost=False) for path in folder[:-2]]
+    record = pack_shard(task(tmp_path / "000000.pack"), ANYWHERE, [wanted[0], None, *wanted[1:]], workers)
     assert (record.array, record.shard, record.num_rows) == ("pixels/jpeg-64", 0, len(folder) - 1)
     data = b"".join(kept(path.read_bytes()) for path in folder[:-2])
     assert (tmp_path / "000000.pack").read_bytes()[: -8 * 17] == data
@@ -237,15 +241,17 @@ def test_an_image_that_is_no_longer_what_was_embedded_is_not_kept(folder: list[P
     good, damaged = folder[0], folder[-2]
     size = good.stat().st_size
     for wrong in (
-        Wanted(good, size + 1, None, lost=False),
-        Wanted(good, size, "0" * 32, lost=False),
-        Wanted(damaged, damaged.stat().st_size, None, lost=False),
-        Wanted(tmp_path / "gone.png", 3, None, lost=False),
+        PackedImage(good, size + 1, None, lost=False),
+        PackedImage(good, size, "0" * 32, lost=False),
+        PackedImage(damaged, damaged.stat().st_size, None, lost=False),
+        PackedImage(tmp_path / "gone.png", 3, None, lost=False),
     ):
         with pytest.raises(SourceError, match="its pixels cannot be kept"):
-            keep_shard(task(tmp_path / "p" / "000000.pack"), [wrong], 2)
+            pack_shard(task(tmp_path / "p" / "000000.pack"), ANYWHERE, [wrong], 2)
     assert not list((tmp_path / "p").iterdir())
-    lost = keep_shard(task(tmp_path / "p" / "000000.pack"), [Wanted(tmp_path / "gone.png", 3, None, lost=True)], 2)
+    lost = pack_shard(
+        task(tmp_path / "p" / "000000.pack"), ANYWHERE, [PackedImage(tmp_path / "gone.png", 3, None, lost=True)], 2
+    )
     assert lost.num_rows == 1
 
 

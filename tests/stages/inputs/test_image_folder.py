@@ -13,7 +13,8 @@ from PIL import Image, ImageOps
 
 from dimefm.cache import InputError
 from dimefm.stages.images.decode import ImageError, decode_image
-from dimefm.stages.inputs.image_folder import find_images, find_labelled_images, read_image
+from dimefm.stages.inputs.image_folder import ImageFolder, read_image
+from dimefm.stages.inputs.image_source import label_images
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -38,7 +39,7 @@ def write(path: Path, data: bytes | None = None) -> Path:
 
 
 def sources(folder: Path) -> list[str]:
-    return [image.source for image in find_images(folder)]
+    return [image.source for image in ImageFolder(folder).list()]
 
 
 def test_rows_are_sorted_by_the_bytes_of_whole_paths(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_images_are_told_by_their_suffix_in_any_case(tmp_path: Path) -> None:
 def test_a_row_knows_its_size_and_time(tmp_path: Path) -> None:
     path = write(tmp_path / "a.png", b"12345")
     os.utime(path, ns=(0, 1_234_567_890_123_456_789))
-    (found,) = find_images(tmp_path)
+    (found,) = ImageFolder(tmp_path).list()
     assert (found.bytes, found.modified_ns, found.problem) == (5, 1_234_567_890_123_456_789, None)
 
 
@@ -75,7 +76,7 @@ def test_links_to_folders_are_followed_and_a_loop_ends_quietly(tmp_path: Path) -
 def test_what_is_no_readable_file_is_a_row_with_a_problem(tmp_path: Path) -> None:
     (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere")
     os.mkfifo(tmp_path / "pipe.png")
-    assert [(image.source, image.problem) for image in find_images(tmp_path)] == [
+    assert [(image.source, image.problem) for image in ImageFolder(tmp_path).list()] == [
         ("broken.png", "broken link"),
         ("pipe.png", "not a regular file"),
     ]
@@ -83,7 +84,7 @@ def test_what_is_no_readable_file_is_a_row_with_a_problem(tmp_path: Path) -> Non
 
 def test_a_name_that_is_not_utf8_is_a_row_with_a_problem(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(b"x")
-    (found,) = find_images(tmp_path)
+    (found,) = ImageFolder(tmp_path).list()
     assert (found.source, found.problem) == ("caf\\xe9.png", "file name is not UTF-8")
     found.source.encode()  # a table of rows takes it
 
@@ -108,13 +109,13 @@ def test_a_missing_an_empty_and_a_wrong_folder_are_refused(tmp_path: Path) -> No
     write(tmp_path / "file.png")
     for name, words in (("missing", "no such folder"), ("empty", "no image below it"), ("file.png", "not a folder")):
         with pytest.raises(InputError, match=f"{name}: {words}"):
-            find_images(tmp_path / name)
+            ImageFolder(tmp_path / name).list()
 
 
 def test_a_labelled_image_has_its_first_folder_as_class(tmp_path: Path) -> None:
     write(tmp_path / "n02" / "deep" / "b.png")
     write(tmp_path / "n01" / "a.png")
-    found = find_labelled_images(tmp_path, ["n01", "n02", "n03"])
+    found = label_images(ImageFolder(tmp_path), ["n01", "n02", "n03"])
     assert [(image.source, image.class_id) for image in found] == [("n01/a.png", "n01"), ("n02/deep/b.png", "n02")]
 
 
@@ -122,7 +123,7 @@ def test_images_outside_of_the_classes_are_refused_by_name(tmp_path: Path) -> No
     for name in ("n01/a.png", "n09/a.png", "loose.png"):
         write(tmp_path / name)
     with pytest.raises(InputError, match=r"loose\.png, n09: not a class id"):
-        find_labelled_images(tmp_path, ["n01"])
+        label_images(ImageFolder(tmp_path), ["n01"])
 
 
 def test_pixels_are_upright_whatever_the_exif_orientation() -> None:

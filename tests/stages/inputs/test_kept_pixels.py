@@ -11,7 +11,7 @@ import xxhash
 from PIL import Image
 
 import dimefm.stages.embed.pack_pixels
-import dimefm.stages.models.open_clip_teacher
+import dimefm.stages.models.load_teacher
 from dimefm.cache import CacheError, DimefmError, FeatureCache, InputError
 from dimefm.cache.disk.layout import Layout
 from dimefm.cache.version.manifest import file_entry, read_manifest, write_manifest
@@ -23,6 +23,7 @@ from dimefm.pipeline.upkeep.inspect import inspect, inspect_lines
 from dimefm.pipeline.upkeep.plan import describe_plan, plan_lines
 from dimefm.pipeline.upkeep.repair.repair import repair
 from dimefm.pipeline.upkeep.verify import verify
+from dimefm.stages.inputs.image_source import row_keys
 from dimefm.stages.inputs.kept_pixels import choose_pixels
 from dimefm.stages.run_folder.run_record import check_same_training
 from dimefm.stages.sample.replay import OWN
@@ -91,7 +92,7 @@ def no_teacher(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a teacher was loaded")
 
-    monkeypatch.setattr(dimefm.stages.models.open_clip_teacher, "load_teacher", refuse)
+    monkeypatch.setattr(dimefm.stages.models.load_teacher, "load_teacher", refuse)
 
 
 def flip(path):
@@ -160,7 +161,7 @@ def test_what_is_added_later_is_what_stage_one_would_have_kept(finished, bare):
 
 def test_an_addition_that_was_stopped_goes_on_and_is_no_damage_meanwhile(bare, finished, monkeypatch):
     root = bare.parent / "cache"
-    original, kept = dimefm.pipeline.stage_one.add_pixels.keep_shard, []
+    original, kept = dimefm.pipeline.stage_one.add_pixels.pack_shard, []
 
     def stop_at_third(*arguments):
         if len(kept) == 3:
@@ -168,14 +169,14 @@ def test_an_addition_that_was_stopped_goes_on_and_is_no_damage_meanwhile(bare, f
         kept.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr("dimefm.pipeline.stage_one.add_pixels.keep_shard", stop_at_third)
+    monkeypatch.setattr("dimefm.pipeline.stage_one.add_pixels.pack_shard", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         stage_one(bare)
     found = verify(root)
     assert found["sound"] and any("3 packs" in note for note in found["notes"])
     assert repair(root)["mended"] == {} and FeatureCache.open(root).pixels is None
     monkeypatch.setattr(
-        "dimefm.pipeline.stage_one.add_pixels.keep_shard", lambda *rest: kept.append(rest) or original(*rest)
+        "dimefm.pipeline.stage_one.add_pixels.pack_shard", lambda *rest: kept.append(rest) or original(*rest)
     )
     stage_one(bare)
     assert len(kept) == 8
@@ -427,7 +428,7 @@ def test_a_run_takes_kept_pixels_where_there_are_any_and_stays_with_what_it_bega
     assert choose_pixels("auto", bare) is None and choose_pixels("files", kept) is None
     for setting in ("auto", "kept"):
         source = choose_pixels(setting, kept)
-        assert source.name == "jpeg-24" and source.read(source.tickets([5])[0]) == kept.pixels.read(5)
+        assert source.name == "jpeg-24" and source.read(row_keys(source, None)([5])[0]) == kept.pixels.read(5)
     assert choose_pixels("auto", kept, began_with="files") is None
     assert choose_pixels("auto", kept, began_with="jpeg-24").name == "jpeg-24"
     for setting, cache, began in (("kept", bare, None), ("auto", bare, "jpeg-24"), ("auto", kept, "jpeg-16")):

@@ -11,7 +11,8 @@ from dimefm.cache import InputError
 from dimefm.stages.counter_random import uniforms
 from dimefm.stages.images.crops import NUM_UNIFORMS
 from dimefm.stages.images.views import ViewMaker
-from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.inputs.image_folder import ImageFolder
+from dimefm.stages.inputs.image_source import require_at_hand
 from dimefm.stages.load.batches import BatchLoader, normalise
 from dimefm.stages.sample.order import BankStream, Stream
 from dimefm.stages.settings.distill import AugmentSettings
@@ -35,7 +36,7 @@ def loader(world, sentences=True, sides=(SIDE,), **options):
     cache, root = world
     stream = Stream(cache.images.usable, 10, 0, "images")
     texts = (cache.sentences, Stream(cache.sentences.usable, 7, 0, "sentences")) if sentences else None
-    files = ImageFiles(root, cache.images)
+    files = ImageFolder(root)
     return BatchLoader(cache.images, stream, files, [view(side) for side in sides], 5, sentences=texts, **options)
 
 
@@ -107,7 +108,7 @@ def test_a_bank_brings_the_targets_of_more_images(world):
     cache, root = world
     stream = Stream(cache.images.usable, 10, 0, "images")
     bank = BankStream(stream, 6, 0)
-    with BatchLoader(cache.images, stream, ImageFiles(root, cache.images), [view(8)], 5, bank=bank, workers=1) as one:
+    with BatchLoader(cache.images, stream, ImageFolder(root), [view(8)], 5, bank=bank, workers=1) as one:
         (batch,) = one.batches(2, 3)
     assert batch.sentences is None and batch.bank.dtype == torch.float16
     assert (batch.bank.numpy() == cache.images.embeddings[bank.draw(2).rows]).all()
@@ -132,7 +133,7 @@ def test_no_thread_outlives_the_loader_even_after_an_error(tmp_path):
 
 def test_a_missing_folder_of_images_is_refused(world, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
-        ImageFiles(tmp_path / "absent", world[0].images).require()
+        require_at_hand(ImageFolder(tmp_path / "absent"), "wanted some")
 
 
 def test_normalising_is_torchvisions():

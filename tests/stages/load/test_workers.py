@@ -14,7 +14,8 @@ import psutil
 import pytest
 
 from dimefm.cache import InputError
-from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.inputs.image_folder import ImageFolder
+from dimefm.stages.inputs.image_source import row_keys
 
 from ...support.small_cache import make_cache
 from .test_batches import batches, equal, loader
@@ -23,18 +24,18 @@ TRAINING = """
 import signal, sys, time
 from pathlib import Path
 from PIL import Image
-from dimefm.cache.feature_cache import FeatureCache
-from dimefm.stages.augment import ViewMaker
-from dimefm.stages.batches import BatchLoader
-from dimefm.stages.interrupt import StopSignals
-from dimefm.stages.order import Stream
-from dimefm.stages.pixel_source import ImageFiles
-from dimefm.stages.distill_settings import AugmentSettings
+from dimefm.cache.reader.feature_cache import FeatureCache
+from dimefm.stages.images.views import ViewMaker
+from dimefm.stages.load.batches import BatchLoader
+from dimefm.stages.train.interrupt import StopSignals
+from dimefm.stages.sample.order import Stream
+from dimefm.stages.inputs.image_folder import ImageFolder
+from dimefm.stages.settings.distill import AugmentSettings
 
 folder = Path(sys.argv[1])
 images = FeatureCache.open(folder / "cache").images
 loader = BatchLoader(
-    images, Stream(images.usable, 10, 0, "images"), ImageFiles(folder / "images", images),
+    images, Stream(images.usable, 10, 0, "images"), ImageFolder(folder / "images"),
     [ViewMaker(AugmentSettings(), 12, Image.Resampling.BICUBIC)], 5, workers=2, processes=True,
 )
 with StopSignals() as stop, loader:
@@ -146,8 +147,8 @@ def test_a_killed_trainer_leaves_no_process_and_no_shared_memory(training):
 
 
 def test_what_a_worker_gets_holds_nothing_of_the_row_table(world):
-    files = ImageFiles(world[1], world[0].images)
-    (ticket,) = files.tickets(np.array([5]))
+    files = ImageFolder(world[1])
+    (key,) = row_keys(files, world[0].images.rows)(np.array([5]))
     copy = pickle.loads(pickle.dumps(files))
-    assert copy.read(ticket) == (world[1] / "005.jpg").read_bytes() and copy.where(ticket).endswith("images/005.jpg")
+    assert copy.read(key) == (world[1] / "005.jpg").read_bytes() and copy.locate(key).endswith("images/005.jpg")
     assert len(pickle.dumps(files)) < 500

@@ -12,12 +12,9 @@ from dimefm.stages.losses.clip_kd import icl_loss, mse_loss
 from dimefm.stages.losses.dime import feature_loss, pvl_loss, vl_loss
 from dimefm.stages.losses.info_nce import info_nce_rows, masked_share
 from dimefm.stages.losses.loss_inputs import LossInputs
-from dimefm.stages.losses.terms import loss_terms
 from dimefm.stages.settings.distill import LossSettings, TemperatureSettings
 
-
-def embeddings(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+from ...support.losses import embeddings, terms_of
 
 
 def unit(matrix):
@@ -189,14 +186,14 @@ def test_shares_of_the_processes_add_up_to_the_losses_and_gradients_of_the_globa
     summed = {}
     for start, stop in itertools.pairwise(cuts):
         inputs = LossInputs(
-            student[start:stop],
-            teacher[start:stop],
-            all_student_images=student,
-            all_teacher_images=teacher,
-            bank_images=bank,
-            first_image=start,
+            local_student=student[start:stop],
+            local_teacher=teacher[start:stop],
+            global_student=student,
+            global_teacher=teacher,
+            bank=bank,
+            first_row=start,
         )
-        for name, term in loss_terms(inputs, weights, temperature, 10.0).items():
+        for name, term in terms_of(inputs, weights, temperature, 10.0).items():
             summed[name] = summed.get(name, 0) + term
     wanted = {
         "mse": lambda rows: mse_loss(rows, teacher),
@@ -212,18 +209,24 @@ def test_shares_of_the_processes_add_up_to_the_losses_and_gradients_of_the_globa
 @pytest.mark.parametrize("first", [None, -1, 3])
 def test_icl_of_several_processes_wants_to_know_which_images_are_its_own(first):
     student, teacher = embeddings(4, 6), embeddings(4, 6, seed=1)
-    inputs = LossInputs(student[:2], teacher[:2], student, teacher, first_image=first)
-    with pytest.raises(ValueError, match="place of these 2 images among the 4"):
-        loss_terms(inputs, LossSettings(icl=1.0), TemperatureSettings(), 10.0)
+    inputs = LossInputs(
+        local_student=student[:2],
+        local_teacher=teacher[:2],
+        global_student=student,
+        global_teacher=teacher,
+        first_row=first,
+    )
+    with pytest.raises(ValueError, match="place of these 2 rows among the 4"):
+        terms_of(inputs, LossSettings(icl=1.0), TemperatureSettings(), 10.0)
 
 
 def test_shapes_and_numbers_that_do_not_fit_are_refused():
     for loss in (mse_loss, icl_loss):
-        with pytest.raises(ValueError, match="3 student images against 2"):
+        with pytest.raises(ValueError, match="3 rows of the student's against 2"):
             loss(torch.ones(3, 4), torch.ones(2, 4))
         with pytest.raises(ValueError, match="3 wide, the teacher's 8"):
             loss(torch.ones(5, 3), torch.ones(5, 8))
-    with pytest.raises(ValueError, match="bank_images: 5 wide"):
+    with pytest.raises(ValueError, match="bank: 5 wide"):
         icl_loss(torch.ones(2, 4), torch.ones(2, 4), bank_images=torch.ones(3, 5))
     with pytest.raises(ValueError, match="above 0"):
         icl_loss(torch.ones(2, 4), torch.ones(2, 4), temperature=0.0)

@@ -10,17 +10,13 @@ import torch
 from dimefm.stages.losses.diagnostics import effective_candidates
 from dimefm.stages.losses.dime import feature_loss, pvl_loss, udist_loss, vl_loss
 from dimefm.stages.losses.loss_inputs import LossInputs
-from dimefm.stages.losses.terms import loss_terms
 from dimefm.stages.settings.distill import LossSettings, TemperatureSettings
 
+from ...support.losses import embeddings, terms_of
 from ...support.paths import DATA
 
 # Made with another implementation, checked against the authors' code; see "about" in the file.
 VECTORS = json.loads((DATA / "loss_vectors.json").read_text())["cases"]
-
-
-def embeddings(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def reference_kl(p_logits, q_logits):
@@ -185,7 +181,7 @@ def test_terms_that_are_off_are_absent_and_each_has_its_own_temperature():
     student, teacher = embeddings(4, 6), embeddings(4, 6, seed=1)
     temperature = TemperatureSettings(pvl=2.0, udist=5.0)
     inputs = LossInputs.of_one_process(student, teacher)
-    terms = loss_terms(inputs, LossSettings(pvl=0.1, udist=2.0), temperature, 10.0)
+    terms = terms_of(inputs, LossSettings(pvl=0.1, udist=2.0), temperature, 10.0)
     assert set(terms) == {"pvl", "udist"}
     assert terms["pvl"] == pvl_loss(student, teacher, 2.0, 10.0)
     assert terms["udist"] == udist_loss(student, teacher, 5.0, 10.0)
@@ -199,7 +195,7 @@ def test_a_bank_stands_beside_the_batch_on_both_sides():
     columns = np.concatenate(units[1:])
     wanted = 2 * reference_kl(10 * units[1] @ columns.T / 3, 10 * units[0] @ columns.T / 3)
     assert pvl_loss(student, teacher, 3.0, 10.0, bank_images=bank).item() == pytest.approx(wanted, rel=1e-10)
-    with pytest.raises(ValueError, match="bank_images: 5 wide, the teacher's images are 6"):
+    with pytest.raises(ValueError, match="bank: 5 wide, the teacher's embeddings are 6"):
         pvl_loss(student, teacher, bank_images=embeddings(9, 5))
 
 
@@ -217,7 +213,7 @@ def test_shares_of_the_processes_add_up_to_the_losses_and_gradients_of_the_globa
         """Each loss, summed over the processes, and the gradient that arrives at the student's global embeddings."""
         summed = {}
         for inputs in all_inputs:
-            for name, term in loss_terms(inputs, weights, temperature, 10.0).items():
+            for name, term in terms_of(inputs, weights, temperature, 10.0).items():
                 summed[name] = summed.get(name, 0) + term
         return {
             name: (term.detach(), torch.autograd.grad(term, student, retain_graph=True)[0])
@@ -228,13 +224,13 @@ def test_shares_of_the_processes_add_up_to_the_losses_and_gradients_of_the_globa
     wanted = terms_and_gradients(student, [LossInputs.of_one_process(student, teacher, sentences, bank)])
     shares = [
         LossInputs(
-            student[images],  # the slice of the gathered ones, so that both gradients meet in them
-            teacher[images],
-            all_student_images=student,
-            all_teacher_images=teacher,
-            sentences=sentences[texts],
-            all_sentences=sentences,
-            bank_images=bank,
+            local_student=student[images],  # the slice of the gathered ones, so that both gradients meet in them
+            local_teacher=teacher[images],
+            global_student=student,
+            global_teacher=teacher,
+            local_others=sentences[texts],
+            global_others=sentences,
+            bank=bank,
         )
         for images, texts in zip(*([slice(*pair) for pair in itertools.pairwise(at)] for at in cuts))
     ]
@@ -254,15 +250,15 @@ def test_shares_of_the_processes_add_up_to_the_losses_and_gradients_of_the_globa
 
 def test_inputs_of_several_processes_that_do_not_fit_are_refused():
     student, teacher, sentences = embeddings(2, 6), embeddings(2, 6, seed=1), embeddings(3, 6, seed=2)
-    everybodys = {"all_student_images": embeddings(4, 6), "all_teacher_images": embeddings(5, 6)}
+    inputs = {"local_student": student, "local_teacher": teacher, "global_student": embeddings(4, 6)}
     weights, temperature = LossSettings(vl=1.0), TemperatureSettings()
-    with pytest.raises(ValueError, match="4 student images against 5"):
-        loss_terms(LossInputs(student, teacher, **everybodys), weights, temperature, 10.0)
-    everybodys["all_teacher_images"] = embeddings(4, 6)
+    with pytest.raises(ValueError, match="4 rows of the student's against 5"):
+        terms_of(LossInputs(**inputs, global_teacher=embeddings(5, 6)), weights, temperature, 10.0)
+    inputs["global_teacher"] = embeddings(4, 6)
     with pytest.raises(ValueError, match="both or neither"):
-        loss_terms(LossInputs(student, teacher, **everybodys, sentences=sentences), weights, temperature, 10.0)
-    with pytest.raises(ValueError, match="no sentences, but vl is on"):
-        loss_terms(LossInputs(student, teacher, **everybodys), weights, temperature, 10.0)
+        terms_of(LossInputs(**inputs, local_others=sentences), weights, temperature, 10.0)
+    with pytest.raises(ValueError, match="no local_others in this step, but a loss wants them"):
+        terms_of(LossInputs(**inputs), weights, temperature, 10.0)
 
 
 def test_effective_candidates_count_what_a_softmax_spreads_over():
@@ -278,9 +274,9 @@ def test_effective_candidates_count_what_a_softmax_spreads_over():
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
-        (torch.ones(3, 4), torch.ones(2, 4), "3 student images against 2"),
-        (torch.ones(1, 4), torch.ones(4), "teacher_images"),
-        (torch.ones(0, 4), torch.ones(0, 4), "student_images"),
+        (torch.ones(3, 4), torch.ones(2, 4), "3 rows of the student's against 2"),
+        (torch.ones(1, 4), torch.ones(4), "teacher: "),
+        (torch.ones(0, 4), torch.ones(0, 4), "student: "),
         (torch.ones(2, 4, dtype=torch.int64), torch.ones(2, 4), "floats"),
     ],
 )
@@ -292,7 +288,7 @@ def test_shapes_that_would_broadcast_are_refused(student, teacher, message):
 
 def test_sentences_of_another_width_and_a_temperature_of_0_are_refused():
     teacher = torch.ones(2, 4)
-    with pytest.raises(ValueError, match="teacher_sentences: 5 wide, the teacher's images are 4"):
+    with pytest.raises(ValueError, match="local_others: 5 wide, the teacher's embeddings are 4"):
         vl_loss(teacher, teacher, torch.ones(3, 5))
     with pytest.raises(ValueError, match="above 0"):
         pvl_loss(teacher, teacher, temperature=0.0)

@@ -13,11 +13,9 @@ from dimefm.stages.losses.dime import pvl_loss, udist_loss, vl_loss
 from dimefm.stages.losses.similarity_blocks import block_shape
 from dimefm.stages.losses.wide_kl import kl_both_ways, kl_rows, row_entropies
 
+from ...support.losses import embeddings
+
 CPU = torch.device("cpu")
-
-
-def embeddings(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def plain_kl(teacher_rows, student_rows, teacher_columns, student_columns, factor):

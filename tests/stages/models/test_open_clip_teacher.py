@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from dimefm.cache import InputError
 from dimefm.stages.images.decode import ImageError
 from dimefm.stages.models import teacher_source
-from dimefm.stages.models.open_clip_teacher import MAX_ASPECT, Teacher, load_teacher
+from dimefm.stages.models.load_teacher import load_teacher
+from dimefm.stages.models.open_clip_teacher import MAX_ASPECT, OpenClipTeacher
 from dimefm.stages.models.teacher_identity import configured_identity
 from dimefm.stages.settings.models import TeacherSettings
 
@@ -25,7 +26,7 @@ from ...support.teachers import EMBED_DIM, IMAGE_SIZE, make_teacher
 CPU = torch.device("cpu")
 
 
-def load(model: str | Path, pretrained: str | Path | None = None, **keys: Any) -> Teacher:
+def load(model: str | Path, pretrained: str | Path | None = None, **keys: Any) -> OpenClipTeacher:
     settings = TeacherSettings(model=str(model), pretrained=None if pretrained is None else str(pretrained), **keys)
     return load_teacher(settings, CPU)
 
@@ -43,7 +44,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def teacher(tiny_teacher: tuple[Path, Path]) -> Teacher:
+def teacher(tiny_teacher: tuple[Path, Path]) -> OpenClipTeacher:
     return load(*tiny_teacher)
 
 
@@ -57,13 +58,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("size", [(40, 40), (50, 37), (33, 90), (8, 8), (1, 1), (32, 32)])
-def test_preprocessing_is_open_clips_own_bit_for_bit(teacher: Teacher, size: tuple[int, int]) -> None:
+def test_preprocessing_is_open_clips_own_bit_for_bit(teacher: OpenClipTeacher, size: tuple[int, int]) -> None:
     image = noise(*size)
     expected = image_transform_v2(PreprocessCfg(**teacher.model.visual.preprocess_cfg), is_train=False)(image)
     assert torch.equal(teacher.preprocess(image), expected)
 
 
-def test_embeddings_are_open_clips_own_before_normalisation(teacher: Teacher, tiny_teacher: tuple[Path, Path]) -> None:
+def test_embeddings_are_open_clips_own_before_normalisation(
+    teacher: OpenClipTeacher, tiny_teacher: tuple[Path, Path]
+) -> None:
     config, weights = tiny_teacher
     # Attention takes another path, with other last bits, where weights ask for gradients.
     reference = open_clip.CLIP(**json.loads(config.read_text())).eval().requires_grad_(False)
@@ -76,10 +79,10 @@ def test_embeddings_are_open_clips_own_before_normalisation(teacher: Teacher, ti
         assert torch.equal(teacher.encode_sentences(sentences), reference.encode_text(tokens))
     assert teacher.encode_images(images).shape == (3, EMBED_DIM)
     assert teacher.logit_scale == pytest.approx(1 / 0.07)
-    assert (teacher.image_size, teacher.context_length) == ((IMAGE_SIZE, IMAGE_SIZE), 16)
+    assert (teacher.image_size, teacher.tokenize([""]).shape) == ((IMAGE_SIZE, IMAGE_SIZE), (1, 16))
 
 
-def test_of_a_sliver_the_middle_is_seen_without_resizing_all_of_it(teacher: Teacher) -> None:
+def test_of_a_sliver_the_middle_is_seen_without_resizing_all_of_it(teacher: OpenClipTeacher) -> None:
     # 1 x 10,000 px would become 32 x 320,000 px before the crop. White only in the middle: the crop is white.
     image = Image.new("RGB", (1, 10_000))
     image.paste((255, 255, 255), (0, 4_900, 1, 5_100))
@@ -112,19 +115,19 @@ def test_half_precision_agrees_with_full_and_keeps_the_logit_scale(tmp_path: Pat
     assert half.logit_scale == full.logit_scale
 
 
-def test_a_long_word_costs_no_quadratic_time_and_changes_no_token(teacher: Teacher) -> None:
+def test_a_long_word_costs_no_quadratic_time_and_changes_no_token(teacher: OpenClipTeacher) -> None:
     word = "abcdefghijklmnopqrstuvwxyz0123456789" * 20_000  # about a minute if all of it were encoded
     assert teacher.tokenize([word]).shape == (1, 16)
     sentence = "a photo of a cat. " * 50
     assert torch.equal(teacher.tokenize([sentence]), open_clip.SimpleTokenizer(context_length=16)([sentence]))
 
 
-def test_odd_sentences_have_tokens(teacher: Teacher) -> None:
+def test_odd_sentences_have_tokens(teacher: OpenClipTeacher) -> None:
     odd = ["", "\x00", "a\x00b", "\u200b", "<end_of_text>", "&#xD800;", "\U0010ffff", "\u202eabc", "\n"]
     assert torch.isfinite(teacher.encode_sentences(odd)).all()
 
 
-def test_identity_is_json_and_repeats(teacher: Teacher, tiny_teacher: tuple[Path, Path]) -> None:
+def test_identity_is_json_and_repeats(teacher: OpenClipTeacher, tiny_teacher: tuple[Path, Path]) -> None:
     identity = teacher.identity()
     assert json.loads(json.dumps(identity)) == identity == load(*tiny_teacher).identity()
     assert configured_identity(teacher.settings).items() <= identity.items()
@@ -138,7 +141,7 @@ def test_identity_is_json_and_repeats(teacher: Teacher, tiny_teacher: tuple[Path
     [("weights", {"seed": 1}), ("architecture", {"quick_gelu": True}), ("architecture", {"custom_text": True})],
 )
 def test_another_teacher_has_another_identity(
-    teacher: Teacher, tmp_path: Path, key: str, change: dict[str, Any]
+    teacher: OpenClipTeacher, tmp_path: Path, key: str, change: dict[str, Any]
 ) -> None:
     assert load(*make_teacher(tmp_path, **change)).identity()[key] != teacher.identity()[key]
 
@@ -182,7 +185,7 @@ def test_preprocessing_comes_from_an_open_clip_config(tiny_teacher: tuple[Path, 
 
 @pytest.mark.parametrize("wrap", [False, True], ids=["state dict", "training checkpoint"])
 def test_pt_files_of_plain_weights_load(
-    teacher: Teacher, tiny_teacher: tuple[Path, Path], tmp_path: Path, wrap: bool
+    teacher: OpenClipTeacher, tiny_teacher: tuple[Path, Path], tmp_path: Path, wrap: bool
 ) -> None:
     state = load_file(tiny_teacher[1])
     torch.save(
@@ -262,7 +265,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tiny_teacher: tuple[Path, Path], tmp_pa
     return config
 
 
-def test_weights_from_the_hub_bring_their_preprocessing(hub: Path, teacher: Teacher) -> None:
+def test_weights_from_the_hub_bring_their_preprocessing(hub: Path, teacher: OpenClipTeacher) -> None:
     loaded = load(hub, "hf-hub:org/tiny")
     assert loaded.preprocess_cfg["resize_mode"] == "squash"
     assert loaded.identity()["weights"] == teacher.identity()["weights"]
@@ -290,9 +293,9 @@ def test_a_folder_without_one_clear_weights_file_is_refused(tiny_teacher: tuple[
     ("text", "words"),
     [
         ("{", "not JSON"),
-        ("[]", "no open_clip model config"),
+        ("[]", "no embed_dim and no vision_cfg and no text_cfg in it; wanted an open_clip model config"),
         ('{"embed_dim": 8, "vision_cfg": {"mlp_ratio": NaN}, "text_cfg": {}}', "NaN is no JSON number"),
-        ('{"embed_dim": 8}', "no open_clip model config"),
+        ('{"embed_dim": 8}', "no vision_cfg and no text_cfg in it"),
         (
             '{"embed_dim": 8, "vision_cfg": {"layerz": 2}, "text_cfg": {}}',
             "open_clip cannot build this model: TypeError",

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from dimefm.cache import InputError
-from dimefm.stages.models.open_clip_teacher import Teacher, load_teacher
+from dimefm.stages.models.load_teacher import load_teacher
+from dimefm.stages.models.open_clip_teacher import OpenClipTeacher
 from dimefm.stages.models.teacher_check import check_teacher
 from dimefm.stages.settings.models import TeacherSettings
 
@@ -19,17 +20,17 @@ IMAGES = [
 ]
 
 
-def crops_of(teacher: Teacher, images: list[Image.Image]) -> list[np.ndarray]:
+def crops_of(teacher: OpenClipTeacher, images: list[Image.Image]) -> list[np.ndarray]:
     return [teacher.crop(image) for image in images]
 
 
 @pytest.fixture
-def teacher(tiny_teacher: tuple[Path, Path]) -> Teacher:
+def teacher(tiny_teacher: tuple[Path, Path]) -> OpenClipTeacher:
     settings = TeacherSettings(model=str(tiny_teacher[0]), pretrained=str(tiny_teacher[1]))
     return load_teacher(settings, torch.device("cpu"))
 
 
-def test_a_sound_teacher_passes_and_says_what_was_seen(teacher: Teacher) -> None:
+def test_a_sound_teacher_passes_and_says_what_was_seen(teacher: OpenClipTeacher) -> None:
     check = check_teacher(teacher, crops_of(teacher, IMAGES), SENTENCES)
     assert (check.num_images, check.num_sentences, check.embed_dim) == (4, 3, 32)
     images = torch.stack([teacher.encode_images(teacher.preprocess(image)[None])[0] for image in IMAGES])
@@ -40,11 +41,11 @@ def test_a_sound_teacher_passes_and_says_what_was_seen(teacher: Teacher) -> None
     assert len(lines) == 4 and "32 dimensions, logit scale 14.29" in lines[0]
 
 
-def test_the_numbers_of_a_hand_made_teacher(teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_numbers_of_a_hand_made_teacher(teacher: OpenClipTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
     # Images (3, 0) and (0, 4), sentences (1, 0) and (0, 2): norms 3, 4 and 1, 2; cosines 1, 0, 0, 1.
     monkeypatch.setattr(teacher, "embed_dim", 2)
     monkeypatch.setattr(teacher, "encode_images", lambda _: torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
-    monkeypatch.setattr(teacher, "encode_sentences", lambda _: torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+    monkeypatch.setattr(teacher, "encode_tokens", lambda _: torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
     check = check_teacher(teacher, crops_of(teacher, IMAGES[:2]), SENTENCES[:2])
     assert (check.image_norms.low, check.image_norms.mean, check.image_norms.high) == (3.0, 3.5, 4.0)
     assert (check.sentence_norms.low, check.sentence_norms.high) == (1.0, 2.0)
@@ -60,26 +61,26 @@ def test_the_numbers_of_a_hand_made_teacher(teacher: Teacher, monkeypatch: pytes
         ([[0.0, 0.0], [1.0, 0.0]], "all zero"),
         ([[70_000.0, 0.0], [0.0, 1.0]], "values up to 7e\\+04; the cache holds float16"),
         ([[1.0, 0.0], [2.0, 0.01]], "the same for all 2"),
-        ([[1.0], [2.0]], "1 dimensions; the model config says embed_dim = 2"),
+        ([[1.0], [2.0]], "1 dimensions; the teacher says embed_dim = 2"),
     ],
 )
 @pytest.mark.parametrize("tower", ["images", "sentences"])
 def test_a_broken_teacher_is_refused(
-    teacher: Teacher, monkeypatch: pytest.MonkeyPatch, rows: list[list[float]], words: str, tower: str
+    teacher: OpenClipTeacher, monkeypatch: pytest.MonkeyPatch, rows: list[list[float]], words: str, tower: str
 ) -> None:
     sound = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     monkeypatch.setattr(teacher, "embed_dim", 2)
-    for name in ("images", "sentences"):
+    for name, method in (("images", "encode_images"), ("sentences", "encode_tokens")):
         output = torch.tensor(rows) if name == tower else sound
-        monkeypatch.setattr(teacher, f"encode_{name}", lambda _, output=output: output)
+        monkeypatch.setattr(teacher, method, lambda _, output=output: output)
     with pytest.raises(InputError, match=f"embeddings of {tower}: {words}"):
         check_teacher(teacher, crops_of(teacher, IMAGES[:2]), SENTENCES[:2])
 
 
-def test_one_image_and_one_sentence_cannot_look_constant(teacher: Teacher) -> None:
+def test_one_image_and_one_sentence_cannot_look_constant(teacher: OpenClipTeacher) -> None:
     assert check_teacher(teacher, crops_of(teacher, IMAGES[:1]), SENTENCES[:1]).num_images == 1
 
 
-def test_nothing_to_look_at_is_the_callers_mistake(teacher: Teacher) -> None:
+def test_nothing_to_look_at_is_the_callers_mistake(teacher: OpenClipTeacher) -> None:
     with pytest.raises(ValueError, match="0 images and 3 sentences"):
         check_teacher(teacher, [], SENTENCES)

@@ -16,10 +16,11 @@ from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.stage_two.distill import distill
 from dimefm.pipeline.stage_two.evaluate import evaluate
 from dimefm.pipeline.stage_two.score_table import score_table
-from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.load.sentence_tokens import SentenceTokens
 from dimefm.stages.losses.clip_kd import icl_loss, mse_loss
 from dimefm.stages.losses.dime import feature_loss, pvl_loss, udist_loss, vl_loss
+from dimefm.stages.losses.terms import load_losses
 from dimefm.stages.models.text_student import TextStudent, build_text_student, text_tokenizer
 from dimefm.stages.run_folder.checkpoint import load_checkpoint, save_checkpoint
 from dimefm.stages.run_folder.load_student import load_text_student
@@ -27,13 +28,14 @@ from dimefm.stages.settings.distill import DistillSettings, LossSettings, Temper
 from dimefm.stages.settings.models import StudentSettings
 from dimefm.stages.train.loop import train
 from dimefm.stages.train.processes import World, open_world
+from dimefm.stages.train.student import Student
 from dimefm.stages.train.student_run import Run
 from dimefm.stages.train.targets import Targets
-from dimefm.stages.train.text_learner import TextLearner
+from dimefm.stages.train.tower import Tower
 
 from ...support.commands import refused
 from ...support.small_cache import text_config
-from ...support.training import TIMES, train_one, weights_of
+from ...support.training import lines_of, train_one, weights_of
 from ...support.worlds import make_world
 
 CPU = torch.device("cpu")
@@ -65,11 +67,6 @@ def train_here(world, text, run, settings=SETTINGS, **options):
     return train_one(cache, folder / "images", student_with(text), settings, folder / run, **options)
 
 
-def lines(folder):
-    read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in read]
-
-
 def assert_equal(one, other):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -84,10 +81,11 @@ def test_its_losses_are_those_of_images_with_the_roles_swapped(tmp_path):
     generator = torch.Generator().manual_seed(0)
     images, bank, sentences = (torch.randn(n, 16, generator=generator).half() for n in (9, 4, 12))
     settings = SETTINGS.model_copy(update={"temperature": TemperatureSettings(icl=2.0)})
-    learner = TextLearner(text_config(tmp_path), settings, 16, World(CPU), "fp32", 20.0)
+    model = build_text_student(text_config(tmp_path), 16)
+    tower = Tower(model, load_losses(settings.losses), settings, World(CPU), "fp32", 20.0)
     tokens = torch.randint(49406, (5, 12), generator=generator)
-    learner.learn(tokens, Targets(images, sentences, bank, World(CPU)), 0.0, 1)
-    texts, found, further = sentences[:5], learner.embeddings, sentences[5:]
+    tower.learn(tokens, Targets.gather(images, sentences, bank, World(CPU)).of_texts(5), 0.0, 1)
+    texts, found, further = sentences[:5], tower.embeddings, sentences[5:]
     over = torch.cat([images, bank])
     wanted = {
         "vl": vl_loss(found, texts, over, 1.0, 20.0),
@@ -98,15 +96,15 @@ def test_its_losses_are_those_of_images_with_the_roles_swapped(tmp_path):
         "icl": icl_loss(found, texts, 2.0, 20.0, bank_images=further, threshold=0.9),
     }
     wanted = {name: value.item() for name, value in wanted.items()}
-    assert {name: term.item() for name, term in learner.terms.items()} == pytest.approx(wanted, rel=1e-5)
-    assert learner.loss.item() == pytest.approx(
+    assert {name: term.item() for name, term in tower.terms.items()} == pytest.approx(wanted, rel=1e-5)
+    assert tower.loss.item() == pytest.approx(
         sum(getattr(ALL, name) * value for name, value in wanted.items()), rel=1e-5
     )
     v_hat, v, u, w = (F.normalize(rows.double(), dim=1) for rows in (found, texts, over, torch.cat([texts, further])))
     by_hand = kl(20 * v @ u.T, 20 * v_hat @ u.T) + kl(20 * u @ v.T, 20 * u @ v_hat.T)
-    assert learner.terms["vl"].item() == pytest.approx(by_hand.item(), rel=1e-4)
+    assert tower.terms["vl"].item() == pytest.approx(by_hand.item(), rel=1e-4)
     by_hand = 2 * kl(20 / 3 * v @ w.T, 20 / 3 * v_hat @ w.T)
-    assert learner.terms["pvl"].item() == pytest.approx(by_hand.item(), rel=1e-4)
+    assert tower.terms["pvl"].item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
 def test_it_learns_the_teachers_embeddings_of_sentences(world):
@@ -114,7 +112,7 @@ def test_it_learns_the_teachers_embeddings_of_sentences(world):
     settings = SETTINGS.model_copy(update={"epochs": 20, "loss": LossSettings(feature=1.0), "ema": None})
     settings = settings.model_copy(update={"batch_sentences": 30, "batch_texts": 30})
     train_here(world, text_config(folder, width=64), "run", settings)
-    metrics = lines(folder / "run")
+    metrics = lines_of(folder / "run")
     assert metrics[0]["text_cosine"] < 0.3 and metrics[-1]["text_cosine"] > 0.9
     assert metrics[-1]["text_feature"] == pytest.approx(1 - metrics[-1]["text_cosine"], abs=1e-5)
     assert metrics[-1]["text_loss"] < 0.2 * metrics[0]["text_loss"]
@@ -129,7 +127,7 @@ def test_it_learns_the_teachers_embeddings_of_sentences(world):
 
 def test_losses_are_summed_and_logged_by_name(world):
     train_here(world, text_config(world[1]), "run", stop_after=2)
-    last = lines(world[1] / "run")[-1]
+    last = lines_of(world[1] / "run")[-1]
     names = ("vl", "pvl", "udist", "feature", "mse", "icl")
     text = sum(getattr(ALL, name) * last[f"text_{name}"] for name in names)
     assert last["text_loss"] == pytest.approx(text, rel=1e-5)
@@ -146,7 +144,7 @@ def test_the_image_tower_ends_with_the_weights_that_it_gets_without_a_text_tower
     for key in ("model", "ema"):
         assert_equal(*(weights_of(world[1] / run, key) for run in ("without", "with")))
     assert not any(name.startswith("text") for name in load_checkpoint(world[1] / "without/checkpoint.pt"))
-    for without, with_text in zip(*(lines(world[1] / run) for run in ("without", "with")), strict=True):
+    for without, with_text in zip(*(lines_of(world[1] / run) for run in ("without", "with")), strict=True):
         del without["loss"]
         assert without.items() <= with_text.items()
 
@@ -164,7 +162,7 @@ def test_a_run_that_stopped_goes_on_bit_for_bit(world):
     train_here(world, text, "whole")
     for steps in (1, 2, None):
         train_here(world, text, "run", stop_after=steps)
-    assert lines(folder / "run") == lines(folder / "whole")
+    assert lines_of(folder / "run") == lines_of(folder / "whole")
     for key in ("model", "text_model", "text_ema", "text_icl_scale"):
         assert_equal(*(weights_of(folder / run, key) for run in ("run", "whole")))
 
@@ -178,19 +176,19 @@ def test_students_with_and_without_learn_together_as_alone(world):
         train_here(world, text, f"alone-{name}")
     with open_world("cpu") as processes:
         runs = [Run(name, student_with(text), folder / name) for name, text in texts.items()]
-        results = train(cache, ImageFiles(folder / "images", cache.images), runs, SETTINGS, processes)
+        results = train(cache, ImageFolder(folder / "images"), runs, SETTINGS, processes)
     for name, result in zip(texts, results):
         own = name != "none"
         assert (result.num_text_parameters is not None) == ("M (text tower)" in result.line()) == own
         for key in ("model", *(["text_model"] if own else [])):
             assert_equal(weights_of(folder / name, key), weights_of(folder / f"alone-{name}", key))
-        assert lines(folder / name) == lines(folder / f"alone-{name}")
+        assert lines_of(folder / name) == lines_of(folder / f"alone-{name}")
 
 
 def test_sentences_are_drawn_though_vl_is_off(world):
     settings = SETTINGS.model_copy(update={"loss": LossSettings(pvl=1.0), "temperature": TemperatureSettings()})
     train_here(world, text_config(world[1]), "run", settings)
-    metrics = lines(world[1] / "run")
+    metrics = lines_of(world[1] / "run")
     assert metrics[0]["text_pvl"] > 0 and not {"text_vl", "vl_candidates", "text_vl_candidates"} & metrics[0].keys()
 
 
@@ -208,13 +206,13 @@ def test_a_run_of_before_there_were_text_towers_goes_on_with_the_teachers(world)
 
 
 def test_a_loss_of_its_that_breaks_ends_the_run(world, monkeypatch):
-    learn = TextLearner.learn
+    learn = Student.learn
 
-    def broken(self, tokens, targets, lr, step):
-        learn(self, tokens, targets, lr, step)
-        self.loss = self.loss * (math.nan if step == 2 else 1)
+    def broken(self, *arguments):
+        learn(self, *arguments)
+        self.text.loss = self.text.loss * (math.nan if self.step == 2 else 1)
 
-    monkeypatch.setattr(TextLearner, "learn", broken)
+    monkeypatch.setattr(Student, "learn", broken)
     with pytest.raises(InputError, match="the loss of step 2 is not finite"):
         train_here(world, text_config(world[1]), "run")
 
@@ -338,9 +336,9 @@ def test_a_config_that_makes_no_text_tower_is_refused_in_one_line(tmp_path, more
 
 
 def test_an_architecture_or_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(InputError, match="'ViT-S-33': no such architecture; did you mean ViT-S-32"):
+    with pytest.raises(InputError, match="'ViT-S-33': open_clip has no such architecture; did you mean ViT-S-32"):
         build_text_student("ViT-S-33", 16)
-    with pytest.raises(InputError, match="not a readable model config"):
+    with pytest.raises(InputError, match="cannot be read"):
         build_text_student(str(tmp_path / "none.json"), 16)
     (tmp_path / "half.json").write_text('{"embed_dim": 16, "vision_cfg": {}}')
     with pytest.raises(InputError, match="no text_cfg in it"):

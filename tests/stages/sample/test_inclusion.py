@@ -11,21 +11,17 @@ from dimefm.stages.losses.diagnostics import effective_candidates
 from dimefm.stages.losses.dime import vl_loss
 from dimefm.stages.losses.loss_inputs import LossInputs, SamplingWeights
 from dimefm.stages.losses.similarity_blocks import LogWeights
-from dimefm.stages.losses.terms import loss_terms
 from dimefm.stages.losses.wide_kl import kl_both_ways, kl_rows
 from dimefm.stages.sample.inclusion import inclusion
 from dimefm.stages.sample.order import Share, Stream
 from dimefm.stages.sample.retrieved import PairStream
 from dimefm.stages.settings.distill import LossSettings, PairSampling, TemperatureSettings
 
+from ...support.losses import embeddings, terms_of
 from ...support.small_cache import make_cache
 from ...support.small_pairs import add_pairs, unit
 
 FACTOR = 6.0
-
-
-def embeddings(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def weights(num_images, num_sentences, k=3, seed=9):
@@ -125,17 +121,17 @@ def test_shares_of_processes_add_up_to_the_weighted_loss():
         for rank in (0, 1):
             images, own = slice(3 * rank, 3 * rank + 3), slice(5 * rank, 5 * rank + 5)
             inputs = LossInputs(
-                student_images=rows[images],
-                teacher_images=teacher[images],
-                all_student_images=rows,
-                all_teacher_images=teacher,
-                sentences=sentences[own],
-                all_sentences=sentences,
-                sampling=SamplingWeights(columns[own], places[images], values[images]),
-                all_sampling=everybodys,
-                first_sentence=5 * rank,
+                local_student=rows[images],
+                local_teacher=teacher[images],
+                global_student=rows,
+                global_teacher=teacher,
+                local_others=sentences[own],
+                global_others=sentences,
+                local_sampling=SamplingWeights(columns[own], places[images], values[images]),
+                global_sampling=everybodys,
+                first_other=5 * rank,
             )
-            total = total + loss_terms(inputs, LossSettings(vl=1.0), TemperatureSettings(), FACTOR)["vl"]
+            total = total + terms_of(inputs, LossSettings(vl=1.0), TemperatureSettings(), FACTOR)["vl"]
         return total
 
     wanted = with_gradient(lambda rows: plain(rows, teacher, sentences, columns, places, values), student)

@@ -10,7 +10,8 @@ from sklearn.metrics import accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from dimefm.stages.score import probe
-from dimefm.stages.score.probe import fit_linear_probe, held_out, knn_scores
+from dimefm.stages.score.probe import fit_linear_probe, fitted_once, held_out, knn_scores
+from dimefm.stages.score.score_inputs import Memo
 
 DIM, CLASSES = 12, 6
 
@@ -113,11 +114,11 @@ def test_neither_depends_on_the_norm_of_embeddings():
 
 def test_the_same_images_and_labels_are_fitted_once():
     fitting, labels = blobs(1)
-    probes = probe.FittedProbes()
-    first = probes.fit(fitting, labels, CLASSES)
-    assert probes.fit(fitting.copy(), labels.copy(), CLASSES) is first
+    memo = Memo()
+    first = fitted_once(memo, fitting, labels, CLASSES)
+    assert fitted_once(memo, fitting.copy(), labels.copy(), CLASSES) is first
     others = [(fitting + 1, labels, CLASSES), (fitting, labels[::-1].copy(), CLASSES), (fitting, labels, CLASSES + 1)]
-    assert all(probes.fit(*other) is not first for other in others)
+    assert all(fitted_once(memo, *other) is not first for other in others)
     assert (first.weight == fit_linear_probe(fitting, labels, CLASSES).weight).all()
 
 

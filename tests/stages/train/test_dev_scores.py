@@ -15,8 +15,7 @@ from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.stage_two.distill import distill
 from dimefm.pipeline.stage_two.score_table import score_table
-from dimefm.stages.inputs.image_folder import read_image
-from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.inputs.image_folder import ImageFolder, read_image
 from dimefm.stages.run_folder import best_weights
 from dimefm.stages.run_folder.best_weights import BEFORE, BEST, BestWeights, load_best
 from dimefm.stages.run_folder.checkpoint import load_checkpoint
@@ -28,14 +27,14 @@ from dimefm.stages.settings.distill import DistillSettings, LossSettings
 from dimefm.stages.settings.models import StudentSettings
 from dimefm.stages.train import speed as meter
 from dimefm.stages.train.dev_scores import DevScores
-from dimefm.stages.train.learner import Learner
 from dimefm.stages.train.loop import train
 from dimefm.stages.train.processes import open_world
+from dimefm.stages.train.student import Student
 from dimefm.stages.train.student_run import Run
 
 from ...support.commands import refused, run_dimefm
 from ...support.small_cache import TEACHER, text_config
-from ...support.training import PROMPTS, TIMES, train_one, weights_of
+from ...support.training import PROMPTS, lines_of, train_one, weights_of
 from ...support.worlds import make_world
 
 STUDENT = StudentSettings(model="own_students:with_dropout", image_size=8)
@@ -65,8 +64,7 @@ def changed(**keys):
 
 
 def lines(world, run="run", file="scores.jsonl"):
-    text = (world[1] / run / file).read_text()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text.splitlines()]
+    return lines_of(world[1] / run, file)
 
 
 def same(first, second):
@@ -184,8 +182,8 @@ MOMENTS = {
     "before the weights are written": (best_weights, "save_checkpoint", True),
     "before the old best is put aside": (best_weights, "write_bytes", True),
     "after the old best is put aside": (best_weights, "write_bytes", False),
-    "before the checkpoint": (Learner, "save", True),
-    "between the checkpoint and what follows it": (Learner, "save", False),
+    "before the checkpoint": (Student, "save", True),
+    "between the checkpoint and what follows it": (Student, "save", False),
 }
 
 
@@ -260,7 +258,7 @@ def test_students_that_learn_together_are_scored_as_alone(world):
     with open_world("cpu") as processes:
         dev = DevScores(cache, "dev", folder / "dev", processes.device)
         runs = [Run(name, student, folder / "both" / name) for name, student in students.items()]
-        source = ImageFiles(folder / "images", cache.images)
+        source = ImageFolder(folder / "images")
         train(cache, source, runs, SETTINGS, processes, dev=dev, progress=lambda *facts: told.append(facts[2]))
     learn(world, "alone")
     assert_ends_as(world, "alone", "both/own")

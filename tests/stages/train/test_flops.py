@@ -9,7 +9,7 @@ from torch import nn
 
 from dimefm.stages.settings.distill import DistillSettings, LossSettings
 from dimefm.stages.settings.models import StudentSettings
-from dimefm.stages.train.flops import PEAKS, flop_metrics, forward_flops, peak_flops_per_s, step_flops
+from dimefm.stages.train.flops import PEAKS, flop_metrics, forward_flops, peak_flops_per_s
 from dimefm.stages.train.processes import World
 
 from ...support.training import train_one
@@ -23,7 +23,6 @@ def test_a_convolution_and_a_matrix_cost_two_operations_for_each_product():
     model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 16))
     by_hand = 2 * (8 * 4 * 4 * 3 * 3 * 3 + 8 * 16 * 16)
     assert forward_flops(model, torch.zeros(1, 3, 8, 8)) == by_hand
-    assert step_flops(model, 8, 9, None) == 3 * 9 * by_hand
 
 
 def test_attention_is_counted_whatever_kernel_would_run_it():
@@ -44,7 +43,7 @@ def test_counting_leaves_weights_statistics_and_random_numbers_alone():
 
 def test_a_model_that_cannot_be_run_alone_has_no_number():
     assert forward_flops(nn.Linear(3, 4), torch.zeros(1, 5)) is None
-    assert flop_metrics(step_flops(nn.Linear(3, 4), 8, 9, None), 1.0, "fp32", World(torch.device("cpu"))) == {}
+    assert flop_metrics(0, 1.0, "fp32", World(torch.device("cpu"))) == {}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from dimefm.stages.train.interrupt import Interrupted, StopSignals
 
 from ...support.paths import ROOT
 from ...support.small_cache import make_cache
-from ...support.training import TIMES, train_one, weights_of
+from ...support.training import TIMES, lines_of, train_one, weights_of
 
 STUDENT = StudentSettings(model="own_students:with_dropout", image_size=8)
 SETTINGS = DistillSettings(
@@ -45,10 +45,10 @@ from pathlib import Path
 import torch
 torch.set_num_threads({threads})
 sys.path[:0] = [{folder!r}, {repository!r}]
-from dimefm.cache.feature_cache import FeatureCache
-from dimefm.stages.distill_settings import DistillSettings
-from dimefm.stages.settings import StudentSettings
-from tests.training import train_one
+from dimefm.cache.reader.feature_cache import FeatureCache
+from dimefm.stages.settings.distill import DistillSettings
+from dimefm.stages.settings.models import StudentSettings
+from tests.support.training import train_one
 folder = Path({folder!r})
 student, settings = StudentSettings.model_validate_json({student!r}), DistillSettings.model_validate_json({settings!r})
 
@@ -66,9 +66,7 @@ def train(world, run="run", settings=SETTINGS, student=STUDENT, **options):
 
 
 def lines(world, run="run"):
-    """The metrics of a run, without the times."""
-    text = (world[1] / run / "metrics.jsonl").read_text()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text.splitlines()]
+    return lines_of(world[1] / run)
 
 
 def weights(world, run="run"):
@@ -298,7 +296,7 @@ def test_the_logged_losses_are_those_of_the_pure_functions(world, monkeypatch):
     train(world, settings=settings, stop_after=1)
     (line,), (inputs,) = lines(world), seen
     student, teacher, sentences, bank = (
-        getattr(inputs, name).detach() for name in ("student_images", "teacher_images", "sentences", "bank_images")
+        getattr(inputs, name).detach() for name in ("local_student", "local_teacher", "local_others", "bank")
     )
     assert (student.shape, teacher.shape, sentences.shape, bank.shape) == ((9, 16), (9, 16), (7, 16), (11, 16))
     assert line["vl"] == pytest.approx(vl_loss(student, teacher, sentences, logit_scale=5.0).item(), rel=1e-6)

@@ -14,7 +14,7 @@ from dimefm.stages.settings.models import StudentSettings
 from ...support.paths import ROOT
 from ...support.small_cache import text_config
 from ...support.small_pairs import add_pairs
-from ...support.training import TIMES, gradients_of, train_one, weights_of
+from ...support.training import gradients_of, lines_of, train_one, weights_of
 
 SETTINGS = DistillSettings(
     epochs=3,
@@ -48,11 +48,6 @@ def one_process(world, run, model, steps=None, settings=SETTINGS, text="teacher"
     return notes
 
 
-def lines(folder, run, file="metrics.jsonl"):
-    text = (folder / run / file).read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in text]
-
-
 def notes_of(folder, run, rank=0):
     return json.loads((folder / f"{run}-notes-{rank}.json").read_text())
 
@@ -72,20 +67,20 @@ def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more
         learn(self, *arguments)
         alone.append(gradients_of(self))
 
-    from dimefm.stages.train.learner import Learner
+    from dimefm.stages.train.student import Student
 
-    learn = Learner.learn
-    monkeypatch.setattr(Learner, "learn", remember)
+    learn = Student.learn
+    monkeypatch.setattr(Student, "learn", remember)
     one_process(world, "one", "plain", 3, settings, text)
     first, second = two_processes(folder, "two", "plain", 3, settings, text=text)
     for wanted, *found in zip(alone, first, second, strict=True):
         for name, gradient in wanted.items():
             assert torch.equal(found[0][name], found[1][name])
             torch.testing.assert_close(found[0][name], gradient, rtol=1e-3, atol=1e-5)
-    for wanted, found in zip(lines(folder, "one"), lines(folder, "two"), strict=True):
+    for wanted, found in zip(lines_of(folder / "one"), lines_of(folder / "two"), strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
     if more:  # the first process scored, the other waited
-        wanted, found = (lines(folder, run, "scores.jsonl") for run in ("one", "two"))
+        wanted, found = (lines_of(folder / run, "scores.jsonl") for run in ("one", "two"))
         assert [line["step"] for line in found] == [2]
         assert found[0]["cosine"] == pytest.approx(wanted[0]["cosine"], abs=1e-3)
     one, two = weights_of(folder / "one"), weights_of(folder / "two")
@@ -98,13 +93,13 @@ def test_two_processes_weigh_retrieved_sentences_as_one_does(world):
     cache, folder = add_pairs(world[0]), world[1]
     one_process((cache, folder), "one", "plain", 3, settings)
     two_processes(folder, "two", "plain", 3, settings)
-    for wanted, found in zip(lines(folder, "one"), lines(folder, "two"), strict=True):
+    for wanted, found in zip(lines_of(folder / "one"), lines_of(folder / "two"), strict=True):
         assert found == pytest.approx(wanted, rel=1e-4) and found["pairs_share"] > 0.1
     one, two = weights_of(folder / "one"), weights_of(folder / "two")
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
     unweighted = settings.model_copy(update={"pairs": PairSampling(per_image=1)})
     one_process((cache, folder), "unweighted", "plain", 3, unweighted)
-    assert lines(folder, "unweighted")[0]["loss"] != pytest.approx(lines(folder, "one")[0]["loss"], rel=1e-3)
+    assert lines_of(folder / "unweighted")[0]["loss"] != pytest.approx(lines_of(folder / "one")[0]["loss"], rel=1e-3)
 
 
 def test_a_run_goes_on_with_another_number_of_processes_and_says_so(world):
@@ -116,7 +111,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_says_so(world):
     assert len(load_checkpoint(folder / "run/checkpoint.pt")["random"]) == 2
     notes = one_process(world, "run", "plain")
     assert any("trained by 2 processes before, by 1 now" in note and "no longer repeats" in note for note in notes)
-    for wanted, found in zip(lines(folder, "one"), lines(folder, "run"), strict=True):
+    for wanted, found in zip(lines_of(folder / "one"), lines_of(folder / "run"), strict=True):
         assert found["step"] == wanted["step"] and found["loss"] == pytest.approx(wanted["loss"], rel=1e-2)
 
 
@@ -130,6 +125,6 @@ def test_processes_go_on_bit_for_bit_and_a_signal_to_one_stops_all_after_the_sam
     stopped_at = load_checkpoint(folder / "run/checkpoint.pt")["step"]
     assert said == f"interrupted: state saved at step {stopped_at} of 14" and 3 <= stopped_at <= 5
     two_processes(folder, "run", "with_dropout", 100)
-    assert lines(folder, "run") == lines(folder, "whole")
+    assert lines_of(folder / "run") == lines_of(folder / "whole")
     first, second = weights_of(folder / "run"), weights_of(folder / "whole")
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,13 +1,11 @@
 """Several students, one stream of batches: each ends with the weights that it gets alone."""
 
-import json
-
 import pytest
 import torch
 
 from dimefm.cache import InputError
 from dimefm.stages.images import views as augment
-from dimefm.stages.inputs.image_source import ImageFiles
+from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.load.batches import BatchLoader
 from dimefm.stages.settings.distill import DistillSettings, LossSettings
 from dimefm.stages.settings.models import StudentSettings
@@ -15,7 +13,7 @@ from dimefm.stages.train.loop import train
 from dimefm.stages.train.processes import open_world
 from dimefm.stages.train.student_run import Run
 
-from ...support.training import TIMES, weights_of
+from ...support.training import lines_of, weights_of
 
 SETTINGS = DistillSettings(
     epochs=2,
@@ -39,18 +37,13 @@ def train_some(world, names, output, settings=SETTINGS, students=STUDENTS, **opt
     cache, folder = world
     runs = [Run(name, students[name], folder / output / name) for name in names]
     with open_world("cpu") as processes:
-        return train(cache, ImageFiles(folder / "images", cache.images), runs, settings, processes, **options)
-
-
-def metrics(world, output, name):
-    lines = (world[1] / output / name / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+        return train(cache, ImageFolder(folder / "images"), runs, settings, processes, **options)
 
 
 def assert_same(world, name, first="alone", second="together"):
     before, after = (weights_of(world[1] / output / name) for output in (first, second))
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert metrics(world, first, name) == metrics(world, second, name)
+    assert lines_of(world[1] / first / name) == lines_of(world[1] / second / name)
 
 
 def test_students_that_learn_together_are_those_that_learned_alone(world):

@@ -15,6 +15,7 @@ from dimefm.cache import InputError
 from dimefm.cache.disk.durable import write_json
 from dimefm.pipeline.config.load import load_config
 from dimefm.stages.models.image_student import build_student
+from dimefm.stages.models.open_clip_towers import build_image_tower
 from dimefm.stages.run_folder.checkpoint import save_checkpoint
 from dimefm.stages.train.warm_start import warm_start
 
@@ -212,7 +213,7 @@ def test_a_timm_vit_takes_the_tower_of_openai_as_timm_converts_it(tmp_path):
     # timm's vit_tiny has a norm before its blocks where it is made for CLIP; only then do all tensors have a place.
     spec = "timm:vit_base_patch32_clip_224"
     vision = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32}
-    tower = open_clip.model._build_vision_tower(512, vision)
+    tower = build_image_tower({"embed_dim": 512, "vision_cfg": vision})
     state = {f"visual.{name}": value for name, value in tower.state_dict().items()}
     student, warm = start(spec, save(tmp_path / "clip.safetensors", state), image_size=64, embed_dim=512)
     assert torch.equal(student.trunk.norm_pre.weight, tower.ln_pre.weight)
@@ -355,7 +356,7 @@ def test_files_that_are_no_plain_weights_are_refused_and_run_nothing(tmp_path):
 
 
 def test_folders_that_are_no_run_or_have_no_checkpoint_are_refused(tmp_path):
-    assert "run.json: missing or damaged" in refusal(RESNET, f"run:{tmp_path}")
+    assert "run.json: cannot be read" in refusal(RESNET, f"run:{tmp_path}")
     make_run(tmp_path, RESNET, 64)
     (tmp_path / "checkpoint.pt").unlink()
     assert "checkpoint.pt: missing; train the student first" in refusal(RESNET, f"run:{tmp_path}")

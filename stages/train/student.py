@@ -1,7 +1,7 @@
-"""One student in training: its model, optimiser, averages and random numbers, and what one step does to them."""
+"""One student in training: an image tower, perhaps a text tower beside it, and their random numbers."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,15 +9,14 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from ..counter_random import key_of
+from ..losses.terms import load_losses
 from ..models.image_student import build_student
-from ..profiling import phase
+from ..models.text_student import build_text_student
 from ..run_folder.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from ..settings.distill import DistillSettings
 from ..settings.models import StudentSettings
-from .mixed_precision import embed
 from .processes import World
 from .targets import Targets
-from .text_learner import TextLearner
 from .tower import Tower
 from .warm_start import WarmStart, warm_start
 
@@ -25,18 +24,17 @@ TEXT = "text_"
 """Keys of a checkpoint that are the text tower's begin so."""
 
 
-class Learner(Tower):
+class Student:
     """A student that learns; any number of them can learn from the same batches, each as if it were alone.
 
+    Its towers share the step, its rows and the settings, and nothing else: optimiser, clipping, fp16's scale and
+    learned factors are each tower's own, so an image tower ends with the weights that it gets without a text tower.
+
     Attributes:
+        image: its image tower.
+        text: its own text tower, or None.
         step: steps that it has behind it.
-        text: its own text tower, learning beside it, or None. What else is said here is said of the image tower.
-        warm: what its weights began with, or None.
-        terms: of the last step, this process's share of each loss, by name.
-        loss: of the last step, this process's share of the weighted sum, over both towers.
-        embeddings: of the last step's images, (B, D), without gradient.
-        gradient_norm: of the last step, before clipping; None where nothing is clipped.
-        icl_factor: what the last step's `icl` multiplied cosines by; None where that is not learned.
+        warm: what the weights of its image tower began with, or None.
     """
 
     def __init__(
@@ -57,9 +55,11 @@ class Learner(Tower):
             fresh: whether a run begins, and `student.init` counts; otherwise `restore` follows.
 
         Raises:
-            InputError: if the student cannot be built, or its first weights not be read.
+            InputError: if the student cannot be built, its first weights not be read, or a loss not be imported.
         """
         self.step, self._processes_before = 0, world.size
+        self._settings, self._world = settings, world
+        losses = load_losses(settings.losses)
         torch.manual_seed(key_of(settings.seed, "student"))
         model = build_student(student.model, embed_dim, student.image_size)
         self.warm: WarmStart | None = None
@@ -69,23 +69,31 @@ class Learner(Tower):
         if world.size > 1 and world.device.type == "cuda":  # refuses the CPU, where each process keeps its own
             model = share_batch_statistics(model)
         # Channels last, as images are: convolutions gain up to twofold.
-        super().__init__(model.to(memory_format=torch.channels_last), settings, world, precision, logit_scale)
+        model = model.to(memory_format=torch.channels_last)
+        self.image = Tower(model, losses, settings, world, precision, logit_scale, settings.accumulate)
         if world.rank:
             torch.manual_seed(key_of(settings.seed, "student", world.rank))  # another dropout for other images
         self._random = random_state(world.device)
-        self.text: TextLearner | None = None
+        self.text: Tower | None = None
         if student.own_text is not None:
-            self.text = TextLearner(student.own_text, settings, embed_dim, world, precision, logit_scale)
+            torch.manual_seed(key_of(settings.seed, "text student"))
+            model = build_text_student(student.own_text, embed_dim).to(world.device).train()
+            of_texts = [loss for loss in losses if "views" not in loss.settings.wants]
+            self.text = Tower(model, of_texts, settings, world, precision, logit_scale)
 
-    def weights_to_use(self) -> tuple[str, dict[str, dict[str, Tensor]]]:
+    @property
+    def loss(self) -> Tensor:
+        """This process's share of the last step's weighted sum, over both towers."""
+        return self.image.loss if self.text is None else self.image.loss + self.text.loss
+
+    @property
+    def towers(self) -> list[Tower]:
+        return [self.image] if self.text is None else [self.image, self.text]
+
+    def chosen_weights(self) -> tuple[str, dict[str, dict[str, Tensor]]]:
         """What counts outside of training: `ema` or `model`, and those weights, of its text tower as `text_model`."""
-        towers: dict[str, Tower] = {"model": self}
-        if self.text is not None:
-            towers["text_model"] = self.text
-        weights = {
-            name: tower.model if tower.averaged is None else tower.averaged.module for name, tower in towers.items()
-        }
-        return "model" if self.averaged is None else "ema", {name: one.state_dict() for name, one in weights.items()}
+        weights = {f"{prefix}model": tower.best_weights.state_dict() for prefix, tower in zip(("", TEXT), self.towers)}
+        return "model" if self.image.averaged is None else "ema", weights
 
     def notes(self) -> Iterator[str]:
         """What the person should know before it learns."""
@@ -97,66 +105,28 @@ class Learner(Tower):
                 f"trained by {before} processes before, by {now} now: it goes on with the same batches, but no longer "
                 "repeats bit for bit"
             )
-        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.image.model.modules())
         apart = now if self._world.device.type != "cuda" else 1  # GPUs share the statistics of their processes
         parts = apart * len(torch.empty(self._settings.batch_images // now).chunk(self._settings.accumulate))
         if norms and parts > 1:
             yield f"has batch norms: their statistics are those of {parts} parts of the batch each, not of the whole"
 
-    def learn(self, images: Tensor, inputs: Targets, lr: float, tokens: Tensor | None = None) -> None:
+    def learn(self, images: Tensor, targets: Targets, lr: float, tokens: Tensor | None = None) -> None:
         """One step. Nothing in it waits for a GPU.
 
         Args:
             images: (B, 3, S, S) float32, normalised: this process's.
-            inputs: what the images' embeddings are held against.
+            targets: what the images' embeddings are compared to.
             lr: learning rate of this step.
-            tokens: (n, context_length) int64, of this process's texts; wanted where it has a text tower.
+            tokens: (n, context_length) int64, of this process's texts; wanted where it has a text tower. Texts go
+                through whole, whatever `accumulate` says of images.
         """
         with self._own_random_numbers():
-            self._begin(lr)
-            self._add_gradients(images, inputs)
             self.step += 1
-            self._update(self.step)
+            self.image.learn(images, targets, lr, self.step)
             if self.text is not None:
                 assert tokens is not None, "a text tower wants texts"
-                self.text.learn(tokens, inputs, lr, self.step)
-                self.loss = self.loss + self.text.loss
-
-    def _add_gradients(self, images: Tensor, inputs: Targets) -> None:
-        pieces = images.chunk(self._settings.accumulate)
-        if len(pieces) == 1:
-            embeddings = self._embed(images)
-            with phase("backward"):
-                self._losses(embeddings, inputs).backward()
-            self.embeddings = embeddings.detach()
-            return
-        # The losses compare every image with all the others: embed all of them first, ask the losses what each
-        # embedding should change, then embed piece by piece again, with gradient (GradCache, arXiv 2101.06983).
-        before = [buffer.clone() for buffer in self.model.buffers()]
-        states, embedded = [], []
-        with torch.no_grad():
-            for piece in pieces:
-                states.append(random_state(self._world.device))
-                embedded.append(self._embed(piece, self.model))
-            for buffer, value in zip(self.model.buffers(), before):
-                buffer.copy_(value)  # batch norms count each image once
-        embeddings = torch.cat(embedded).requires_grad_()
-        with phase("backward"):
-            self._losses(embeddings, inputs).backward()
-        assert embeddings.grad is not None
-        gradients = embeddings.grad.split([len(piece) for piece in pieces])
-        for i, (piece, gradient, state) in enumerate(zip(pieces, gradients, states)):
-            restore_random_state(state, self._world.device)
-            last = i == len(pieces) - 1
-            with phase("backward"), nullcontext() if last or self._parallel is None else self._parallel.no_sync():
-                self._embed(piece).backward(gradient)
-        self.embeddings = embeddings.detach()
-
-    def _embed(self, images: Tensor, model: nn.Module | None = None) -> Tensor:
-        return embed(model or self._parallel or self.model, images, self._precision)
-
-    def _losses(self, embeddings: Tensor, inputs: Targets) -> Tensor:
-        return self._weigh(inputs.against(embeddings, self._world))
+                self.text.learn(tokens, targets.of_texts(self._settings.batch_texts), lr, self.step)
 
     @contextmanager
     def _own_random_numbers(self) -> Iterator[None]:
@@ -167,28 +137,26 @@ class Learner(Tower):
 
     def is_finite(self) -> bool:
         """Whether every weight is a number, in every process: batch statistics may be a process's own."""
-        values = self.tensors() + ([] if self.text is None else self.text.tensors())
-        sound = torch.stack([value.isfinite().all() for value in values]).all()
+        sound = torch.stack([value.isfinite().all() for tower in self.towers for value in tower.tensors()]).all()
         return bool(self._world.least(sound.int()))
 
     def save(self, path: Path) -> None:
         """Write its state; all processes take part, the first one writes."""
-        state = {"step": self.step, **self.state(), "random": self._world.gather_objects(self._random)}
+        state = {"step": self.step, **self.image.state(), "random": self._world.gather_objects(self._random)}
         if self.text is not None:
             state |= self.text.state(TEXT)
         if self._world.is_first:
             save_checkpoint(path, state)
 
     def restore(self, path: Path) -> None:
-        """Take up a saved state.
+        """Load a saved state.
 
         Raises:
             InputError: if it is damaged or another student's.
         """
         state = load_checkpoint(path)
-        self.take_up(state, path)
-        if self.text is not None:
-            self.text.take_up(state, path, TEXT)
+        for prefix, tower in zip(("", TEXT), self.towers):
+            tower.load_state(state, path, prefix)
         self.step = int(state["step"])
         of_ranks = state["random"] if isinstance(state["random"], list) else [state["random"]]
         self._processes_before = len(of_ranks)

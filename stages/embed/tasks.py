@@ -1,0 +1,92 @@
+"""One shard to embed, described, and what is known once it is done. Nothing here loads torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ...cache.disk.arrays import ArraySpec
+from ...cache.version.journal import ShardRecord
+from ..images.crops import Crops
+from ..inputs.image_source import ImageSource
+
+
+@dataclass(frozen=True)
+class ExistingRows:
+    """Rows that a growing shard begins with: copied from the file that it replaces, never made again.
+
+    Attributes:
+        path: the pack, or the Zarr group of the chunk file.
+        digest: of the file, which must be sound: copying damage would seal it.
+    """
+
+    path: Path
+    num_rows: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class PackTask:
+    """One pack of kept pixels to write; small and picklable.
+
+    Attributes:
+        path: where it goes.
+        array: what the journal calls the packs of this setting.
+        side: shorter side of what is kept, pixels.
+        shard_rows: rows of a full shard.
+        existing: rows of a growing pack that were kept before.
+        note_size: of images that are made smaller, note the size that they had: crops are drawn from it.
+    """
+
+    path: Path
+    array: str
+    shard: int
+    side: int
+    shard_rows: int
+    existing: ExistingRows | None = None
+    note_size: bool = False
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to embed; small and picklable, so that it can travel to another machine.
+
+    Attributes:
+        store: the Zarr group that the array is in.
+        table: row table of the array; None for a head.
+        source: of images, where they are read from.
+        prompts: prompts of each class, for a head.
+        existing: rows of a growing shard that were embedded before.
+        pack: of images, where their pixels are kept meanwhile; None keeps none.
+        crops: of images, what is embedded beside the centre; None embeds that alone.
+    """
+
+    kind: Literal["images", "sentences", "head"]
+    store: Path
+    array: str
+    spec: ArraySpec
+    shard: int
+    table: Path | None = None
+    source: ImageSource | None = None
+    prompts: tuple[tuple[str, ...], ...] = ()
+    existing: ExistingRows | None = None
+    pack: PackTask | None = None
+    crops: Crops | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the shard."""
+        return self.spec.rows_of(self.shard)
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A shard whose files are durable.
+
+    Attributes:
+        pack: of the pack that was written with it.
+        seconds: of `read`, `decode`, `keep` (summed over threads), `infer`, `wait` and `write`.
+    """
+
+    record: ShardRecord
+    seconds: dict[str, float] = field(default_factory=dict)
+    pack: ShardRecord | None = None
