@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..disk.durable import digest, to_json
-from ..disk.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
+from ..disk.layout import DIRECTIONS, IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
 from ..disk.mapped import MappedArray
 from ..disk.row_tables import RowTable, good_rows, read_own_failures
 from ..errors import CacheError
@@ -21,8 +21,6 @@ from ..version.schema import Manifest, Plan, Views
 from .masks import mask_digest, read_mask
 from .pixel_packs import PixelPacks
 from .source_weights import Mixture, mixture_of
-
-DIRECTIONS = ("image_to_sentence", "sentence_to_image")
 
 
 @dataclass(frozen=True)

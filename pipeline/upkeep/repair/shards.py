@@ -17,17 +17,16 @@ from ....cache.audit.findings import Runs
 from ....cache.audit.inventory import Piece
 from ....cache.disk.arrays import read_chunk, write_chunk
 from ....cache.disk.durable import digest, make_folder, to_json_line, write_bytes
-from ....cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
+from ....cache.disk.layout import SENTENCES, Layout, table_of
 from ....cache.disk.row_tables import LOST, OK, RowTable, good_rows, restate_rows
 from ....cache.version.journal import Journal, ShardRecord, read_records
-from ....cache.version.schema import Plan
+from ....cache.version.schema import Origin, Plan
 from ....cache.version.versions import move_file
-from ....stages.images.crops import Crops
 from ....stages.images.decode import ImageError
 from ....stages.inputs.image_source import keys_of
 from ...config.load import Config
-from ...stage_one.inputs import classes_document, evaluate_prompts
-from ..live_teacher import SAME_ROW, LiveTeacher, image_source
+from ...stage_one.inputs import class_prompts_of, classes_document
+from ..live_teacher import SAME_ROW, LiveTeacher, crops_of, image_source
 from .actions import Actions
 from .context import RepairContext, ShardResults
 
@@ -113,15 +112,15 @@ class _Comparisons:
             self._found[array] = live.compare(array, self._context.specs[array].shape[0], damaged)
         return self._found[array]
 
-    def origin(self, piece: Piece) -> dict[str, Any]:
+    def origin(self, piece: Piece) -> Origin:
         """The manifest's note on a shard that was embedded again: by which libraries, and how near it is."""
         live = self._context.live
         assert live is not None
-        origin: dict[str, Any] = {"by": "repair", "libraries": live.teacher.identity()["libraries"]}
+        libraries = live.teacher.identity()["libraries"]
         if piece.content == "head":
-            return origin
+            return Origin(by="repair", libraries=libraries)
         compared = self.of(piece.array)
-        return {**origin, "cosine": compared["cosine"], "compared": compared["rows"]}
+        return Origin(by="repair", libraries=libraries, cosine=compared["cosine"], compared=compared["rows"])
 
 
 def _task(
@@ -133,7 +132,7 @@ def _task(
     store, spec = context.staged.teacher_zarr, context.specs[piece.array]
     if piece.content == "head":
         settings = live.config.evaluate[piece.array.split("/")[1]]
-        prompts = tuple(tuple(of_class) for of_class in evaluate_prompts(settings))
+        prompts = tuple(tuple(of_class) for of_class in class_prompts_of(settings))
         return ShardTask("head", store, piece.array, spec, piece.chunk, prompts=prompts)
     table = table_of(context.staged, piece.array)
     again = dict(states.get(piece.array, {}))  # rows that were given up are tried again
@@ -145,7 +144,7 @@ def _task(
         restate_rows(table, target, again, context.shard_rows)
         table = target
     kind: Literal["images", "sentences"] = "sentences" if piece.array == SENTENCES else "images"
-    crops = Crops.read(context.plan.views) if piece.array == IMAGES else None
+    crops = crops_of(context.plan, piece.array)
     source = image_source(live.config, piece.array)
     return ShardTask(kind, store, piece.array, spec, piece.chunk, table=table, source=source, crops=crops)
 
@@ -219,12 +218,10 @@ def _give_up(context: RepairContext, results: ShardResults, piece: Piece, rows: 
     reason = f"{LOST}damaged, and {context.without or 'its source is not at hand'}"
     failures = tuple((row - piece.first, reason) for row in gone if good[row])
     record = ShardRecord(piece.array, piece.chunk, piece.num_rows, written, failures)
-    _keep(context, results, piece, record, {"by": "repair"})
+    _keep(context, results, piece, record, Origin(by="repair"))
 
 
-def _keep(
-    context: RepairContext, results: ShardResults, piece: Piece, record: ShardRecord, origin: dict[str, Any]
-) -> None:
+def _keep(context: RepairContext, results: ShardResults, piece: Piece, record: ShardRecord, origin: Origin) -> None:
     """Count a shard that waits in `mend/`."""
     if record.digest == piece.digest:  # rows that were lost are lost still
         (context.staged.root / piece.name).unlink(missing_ok=True)
