@@ -129,7 +129,7 @@ def _embed(
         began_with = {"teacher": {"libraries": staged.grown[-1].libraries}}
         require_same(layout.next.root, began_with, {"teacher": {"libraries": libraries}})
         declare_arrays(layout.next.teacher_zarr, planned_specs(staged))
-        embed_shards(layout.next, staged, tasks, sources, config.teacher, scheduler)
+        embed_shards(layout.next, staged, tasks, sources, config.teacher, scheduler, profile=config.cache.profile)
     return staged
 
 
