@@ -76,7 +76,7 @@ def compare_inputs(config: Config, layout: Layout, plan: dict[str, Any], *, repo
     frozen = plan["inputs"]
     notes: list[str] = []
     rows = RowTable(layout.find(layout.image_rows), frozen["images"]["rows"])
-    _compare_images(open_source(config.images.source), rows, "images.source", notes)
+    _compare_images(open_source(config.images.source), rows, "images.source", notes, report)
     try:
         _compare_sentences(config, layout, plan, notes, report)
     except InputError as error:
@@ -91,7 +91,7 @@ def compare_inputs(config: Config, layout: Layout, plan: dict[str, Any], *, repo
         except InputError as error:
             notes.append(f"evaluate.{name}: not compared: {error}")
         rows = RowTable(layout.find(layout.evaluate_rows(name)), frozen["evaluate"][name]["rows"])
-        _compare_images(open_source(settings.images), rows, f"evaluate.{name}.images", notes)
+        _compare_images(open_source(settings.images), rows, f"evaluate.{name}.images", notes, report)
     return notes
 
 
@@ -226,11 +226,16 @@ def _compare_sentences(config: Config, layout: Layout, plan: dict[str, Any], not
     require_same(layout.root, {"sentences": {"prompts": frozen["prompts"]}}, {"sentences": {"prompts": prompts}})
 
 
-def _compare_images(source: ImageSource, table: RowTable, key: str, notes: list[str]) -> None:
+def _compare_images(source: ImageSource, table: RowTable, key: str, notes: list[str], report: bool) -> None:
     if not source.at_hand():
         notes.append(f"{key}: {source.location} is not at hand")
         return
-    notes.extend(compare_images(source, table).notes(key))
+    try:
+        notes.extend(compare_images(source, table).notes(key))
+    except InputError as error:  # it cannot be listed, or has no image
+        if not report:
+            raise
+        notes.append(f"{key}: not compared: {error}")
 
 
 def transductive_sets_or_recorded(config: Config, layout: Layout) -> list[str]:

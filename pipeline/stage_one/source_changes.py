@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from ...cache.audit.findings import runs_of, show_runs
 from ...cache.disk.row_tables import FAILED, OK, RowTable
@@ -65,37 +68,43 @@ def compare_images(source: ImageSource, table: RowTable) -> SourceChanges:
         CacheError: if not one image of the table is there, as when it is another folder.
         InputError: if the source is missing or cannot be listed.
     """
-    num_rows = table.num_rows
-    columns = [name for name in ("source", "bytes", "modified_ns", "digest") if table.has(name)]
-    frozen = {name: table.column(name).to_pylist() for name in columns}
-    now = {image.source: image for image in source.list()}
-    there = [name in now for name in frozen["source"]]
-    if not any(there):
+    now = _columns_of(source.list())
+    there = table.columns(*(name for name in ("source", "bytes", "modified_ns", "digest") if table.has(name)))
+    found = pc.index_in(there["source"], now["source"])
+    if found.null_count == table.num_rows:
         raise CacheError(
-            f"{source.location}: holds none of the {num_rows:,} images of this cache; is it another folder?"
+            f"{source.location}: holds none of the {table.num_rows:,} images of this cache; is it another folder?"
         )
-    gone = {row: frozen["source"][row] for row in np.flatnonzero(~np.array(there)).tolist()}
-    changes = SourceChanges(num_rows, gone=gone)
-    suspects = []
-    digests = frozen.get("digest", [None] * num_rows)
-    for row, name in enumerate(frozen["source"]):
-        if row in gone:
-            continue
-        image = now[name]
-        if image.bytes != frozen["bytes"][row] or (image.problem and digests[row]):
+    has_digest = there["digest"].is_valid().to_numpy() if "digest" in there.column_names else np.False_
+    is_gone = found.is_null().to_numpy()
+    at = found.fill_null(0).to_numpy()
+    resized = now["bytes"][at] != there["bytes"].to_numpy()
+    touched = now["modified_ns"][at] != there["modified_ns"].to_numpy()
+    changed = (resized | (now["is_bad"][at] & has_digest)) & ~is_gone
+    suspect = touched & ~changed & ~is_gone
+
+    def named(is_one: NDArray[np.bool_]) -> dict[int, str]:
+        rows = np.flatnonzero(is_one)
+        return dict(zip(rows.tolist(), there["source"].take(pa.array(rows)).to_pylist()))
+
+    new = now["source"].filter(pc.invert(pc.is_in(now["source"], there["source"]))).to_pylist()
+    changes = SourceChanges(table.num_rows, named(changed), named(suspect & ~has_digest), named(is_gone), new)
+    suspects = named(suspect & has_digest)
+    keys = row_keys(source, table)(np.array(list(suspects), dtype=np.int64)) if suspects else []
+    for (row, name), digest in zip(suspects.items(), image_digests(source, keys)):
+        if digest != there["digest"][row].as_py():
             changes.changed[row] = name
-        elif image.modified_ns != frozen["modified_ns"][row]:
-            if digests[row] is None:
-                changes.touched[row] = name
-            else:
-                suspects.append(row)
-    keys = row_keys(source, table)(np.array(suspects, dtype=np.int64)) if suspects else []
-    for row, found in zip(suspects, image_digests(source, keys)):
-        if found != digests[row]:
-            changes.changed[row] = frozen["source"][row]
-    known = set(frozen["source"])
-    changes.new.extend(name for name in now if name not in known)
     return changes
+
+
+def _columns_of(images: Sequence[FoundImage]) -> dict[str, Any]:
+    """A list of images as columns, which take a fifth of the memory of a dictionary of them."""
+    return {
+        "source": pa.array([image.source for image in images], pa.string()),
+        "bytes": np.fromiter((image.bytes for image in images), np.int64, len(images)),
+        "modified_ns": np.fromiter((image.modified_ns for image in images), np.int64, len(images)),
+        "is_bad": np.fromiter((image.problem is not None for image in images), np.bool_, len(images)),
+    }
 
 
 @dataclass

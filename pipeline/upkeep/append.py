@@ -19,7 +19,7 @@ from ...cache.version.schema import Plan
 from ...cache.version.versions import discard_change
 from ...stages.images.crops import decoder
 from ..config.load import Config
-from ..config.remembered import config_of, note_config
+from ..config.remembered import ConfigChoice, config_of, note_config
 from ..progress import say
 from ..stage_one.embed_shards import embed_shards, missing_shards, planned_specs, require_disk, teacher_at_hand
 from ..stage_one.finish import finish_cache
@@ -28,7 +28,7 @@ from ..stage_one.inputs import compare_inputs, transductive_sets
 from .growth import Growth, find_growth, stage_growth
 
 
-def append_to(folder: Path, config: Path | None = None, scheduler: str | None = None) -> bool:
+def append_to(folder: Path, config: ConfigChoice | Path | None = None, scheduler: str | None = None) -> bool:
     """`append` for a cache's folder; its config is the one given, or the one that it was made by."""
     loaded = config_of(Layout(folder), config)
     return append(loaded, Layout(loaded.cache.dir), scheduler)

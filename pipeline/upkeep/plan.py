@@ -27,7 +27,7 @@ from ..stage_one.pseudo_pairs import retrieval_bytes
 
 
 def describe_plan(config: Config) -> dict[str, Any]:
-    """What stage one has done and has still to do.
+    """What stage one has done, what is left, and what it takes.
 
     Returns:
         `cache`, `state` (not started, unfinished, finished), `arrays` (rows, views, shards done and in all, bytes),
@@ -73,7 +73,7 @@ def describe_plan(config: Config) -> dict[str, Any]:
 
 
 def plan_lines(found: dict[str, Any]) -> list[str]:
-    """The same for a person to read."""
+    """The document of `describe_plan` as lines of text."""
     lines, kept = [f"{found['cache']}: {found['state']}"], found["pixels"]
     for name, item in found["arrays"].items():
         size = f", {_size(item['bytes'])}" if item["bytes"] is not None else ""
@@ -109,7 +109,7 @@ def _count_inputs(config: Config) -> dict[str, Any]:
         class_ids = sorted(read_classes(settings.classes))
         evaluate[name] = {"rows": len(label_images(open_source(settings.images), class_ids)), "class_ids": class_ids}
     found = open_source(config.images.source).list()
-    images = {"rows": len(found), "sizes": np.array([image.bytes for image in found])}
+    images = {"rows": len(found), "sizes": np.fromiter((image.bytes for image in found), np.int64, len(found))}
     return {"images": images, "sentences": {"rows": sentences}, "evaluate": evaluate}
 
 
@@ -133,7 +133,7 @@ def _pixels_state(
     if setting is None:
         return None
     shards = range(spec.num_chunks)
-    sizes = inputs["images"].get("sizes")  # of images that are not listed in a table yet
+    sizes = inputs["images"].get("sizes")  # where there is no row table yet
     return {
         "setting": setting,
         "rows": spec.shape[0],
@@ -144,7 +144,7 @@ def _pixels_state(
 
 
 def _rows_per_s(layout: Layout, specs: dict[str, ArraySpec]) -> float | None:
-    """Rows for each second of a device, over the image shards done so far; they are what takes long."""
+    """Rows per second of one device, over the image shards done so far: they take most of the time."""
     rows, seconds = 0, 0.0
     for line in read_lines(layout.timings):
         if line["array"] == IMAGES:

@@ -16,11 +16,13 @@ from ...cache.errors import CacheError, InputError
 from ...stages.inputs.image_source import ImageSource
 from ...stages.inputs.open_source import open_source
 from ..config.load import Config
-from ..config.remembered import config_of
+from ..config.remembered import ConfigChoice, config_of
 from ..progress import bar
 
 
-def verify(folder: Path, config: Path | None = None, *, teacher: bool = False, sources: bool = False) -> dict[str, Any]:
+def verify(
+    folder: Path, config: ConfigChoice | Path | None = None, *, teacher: bool = False, sources: bool = False
+) -> dict[str, Any]:
     """Check a cache.
 
     Args:

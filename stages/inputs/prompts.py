@@ -1,5 +1,7 @@
 """Class names and the templates that make prompts of them."""
 
+import importlib.util
+import runpy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -49,9 +51,11 @@ def read_templates(spec: str, base: Path | None = None) -> list[str]:
         InputError: if the file is missing, is not UTF-8, has no template or has one without `{}`.
     """
     if spec == "openai":
-        from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES  # imports torch: only when asked for
-
-        return [str(template(SLOT)) for template in OPENAI_IMAGENET_TEMPLATES]
+        package = importlib.util.find_spec("open_clip")
+        assert package and package.submodule_search_locations
+        file = Path(package.submodule_search_locations[0], "zero_shot_metadata.py")
+        templates = runpy.run_path(str(file))["OPENAI_IMAGENET_TEMPLATES"]  # importing the package would load torch
+        return [str(template(SLOT)) for template in templates]
     path = Path(spec) if base is None else base / spec
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")

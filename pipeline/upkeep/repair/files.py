@@ -24,7 +24,7 @@ from ....cache.version.manifest import (
 from ....cache.version.schema import Manifest, Plan, refuse_newer
 from ....cache.version.spares import put_back, spare_manifests
 from ....cache.version.versions import move_file
-from ...config.remembered import config_of
+from ...config.remembered import ConfigChoice, config_of
 from ...stage_one.finish import finish_cache
 from ...stage_one.inputs import freeze_inputs, transductive_sets_or_recorded
 from .context import RepairContext
@@ -52,7 +52,7 @@ def move_away(layout: Layout, name: str) -> str:
     return f"moved to {target.relative_to(layout.root).as_posix()}"
 
 
-def restore_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]:
+def restore_manifest(layout: Layout, config_path: ConfigChoice | Path | None) -> dict[str, str]:
     """Restore a damaged manifest, or the file with its checksum.
 
     Returns:
@@ -82,7 +82,7 @@ def restore_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]
     return how
 
 
-def _remake_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]:
+def _remake_manifest(layout: Layout, config_path: ConfigChoice | Path | None) -> dict[str, str]:
     """Repeat the end of stage one, over the files that are there."""
     if list(layout.root.glob("plan-*.json")):
         raise CacheError(

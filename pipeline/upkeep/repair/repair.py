@@ -18,6 +18,7 @@ from ....cache.errors import CacheError
 from ....cache.version.lock import writer_lock
 from ....cache.version.manifest import read_manifest
 from ....cache.version.spares import renew_spares
+from ...config.remembered import ConfigChoice
 from ...progress import say
 from ..verify import read_all
 from .context import Outcome
@@ -25,7 +26,7 @@ from .files import restore_manifest
 from .steps import repair_cache
 
 
-def repair(folder: Path, config: Path | None = None) -> dict[str, Any]:
+def repair(folder: Path, config: ConfigChoice | Path | None = None) -> dict[str, Any]:
     """Repair a cache.
 
     Args:

@@ -17,7 +17,7 @@ from ....cache.errors import DimefmError
 from ....cache.version.manifest import file_entry, read_manifest
 from ....cache.version.plan_file import read_plan
 from ....cache.version.spares import has_spare, put_back
-from ...config.remembered import config_of
+from ...config.remembered import ConfigChoice, config_of
 from ...progress import say
 from ...stage_one.embed_shards import planned_specs, teacher_at_hand
 from ..live_teacher import LiveTeacher, image_source, require_loaded_teacher
@@ -29,7 +29,7 @@ from .packs import repair_packs
 from .shards import is_source_at_hand, keep_waiting, repair_shards
 
 
-def repair_cache(layout: Layout, report: Report, outcome: Outcome, config_path: Path | None) -> None:
+def repair_cache(layout: Layout, report: Report, outcome: Outcome, config_path: ConfigChoice | Path | None) -> None:
     """Repair what can be repaired of a cache whose manifest is in order; for the one writer that has its lock.
 
     Args:
@@ -78,7 +78,7 @@ def repair_cache(layout: Layout, report: Report, outcome: Outcome, config_path: 
 
 
 def _load_what_is_needed(
-    context: RepairContext, damage: Damage, config_path: Path | None, stack: ExitStack
+    context: RepairContext, damage: Damage, config_path: ConfigChoice | Path | None, stack: ExitStack
 ) -> RepairContext:
     """Load the config and the teacher as far as the damage asks for them; the stack ends with the teacher."""
     chunks = {name for name in damage.below("teacher.zarr/") if not name.endswith("zarr.json")}
