@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,63 +20,73 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # in "rich", the default, `[evaluate.*]` is markup and vanishes from the help
-    help="Distil CLIP-class teachers from a feature cache: pay for the teacher once, train any number of students.",
+    help="Distil CLIP models from a feature cache: run the teacher once, then train any number of students.",
 )
 
 cache_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="What is in a cache, whether it is sound, and how to mend it and let it grow.",
+    help="Inspect, verify, repair and grow a cache, and name choices of its rows.",
 )
 app.add_typer(cache_app, name="cache")
 
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="A TOML config file; `dimefm demo` writes one.")]
-RunsArgument = Annotated[
-    list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, or a config file for all of its runs.")
+Sides = Literal["images", "sentences"]
+
+ConfigArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="Config file (TOML). `dimefm demo` writes one to start from.")
 ]
-CacheArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a cache: a config's cache.dir.")]
-ThresholdOption = Annotated[float, typer.Option(metavar="COSINE", help="Least cosine of rows that count as the same.")]
-SaveMaskOption = Annotated[str | None, typer.Option(metavar="NAME", help="Save the rows that stay as a mask.")]
-WithinOption = Annotated[
-    str | None, typer.Option(metavar="MASK", help="Look at the rows of this mask only; what stays is a part of it.")
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change a key of the config, such as distill.epochs=3. VALUE is TOML; other text is a string. Repeatable.",
+    ),
 ]
+CacheArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a cache: cache.dir of its config.")]
+ThresholdOption = Annotated[
+    float, typer.Option(metavar="COSINE", help="Rows with at least this cosine similarity count as the same.")
+]
+SaveMaskOption = Annotated[str | None, typer.Option(metavar="NAME", help="Save the remaining rows as a mask.")]
+WithinOption = Annotated[str | None, typer.Option(metavar="MASK", help="Consider only the rows of this mask.")]
+SideOption = Annotated[Sides, typer.Option(help="Which rows of the cache.")]
 SchedulerOption = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help="A Dask scheduler whose workers see the same files; default: this process."),
+    typer.Option(
+        metavar="ADDRESS",
+        help="Embed on the workers of this Dask scheduler, which must see the same files. Default: in this process.",
+    ),
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option(metavar="CONFIG", help="The config that made it; default: the one it remembers.")
+    Path | None,
+    typer.Option(metavar="CONFIG", help="Config file of the cache. Default: the one that the cache was made with."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output instead.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
 @app.command()
-def demo(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where to write it.")]) -> None:
-    """Write a self-contained example: images, sentences, classes, a small teacher, demo.toml."""
+def demo(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write into.")]) -> None:
+    """Write a self-contained example: images, sentences, classes, a small teacher and demo.toml."""
     from .pipeline.demo import run_demo
 
     run_demo(folder)
 
 
 @app.command()
-def plan(config: ConfigArgument, as_json: JsonOption = False) -> None:
-    """Say, loading no model, what is done and what is left, and what it will take."""
+def plan(config: ConfigArgument, changes: SetOption = None, as_json: JsonOption = False) -> None:
+    """Show what stage one has done and has left to do, and the disk, memory and time it needs. Loads no model."""
     from .pipeline.config.load import load_config
     from .pipeline.upkeep.plan import describe_plan, plan_lines
 
-    found = describe_plan(load_config(config))
-    typer.echo(_document(found) if as_json else "\n".join(plan_lines(found)))
+    _report(describe_plan(load_config(config, changes or ())), plan_lines, as_json)
 
 
 @app.command("cache-teacher")
-def cache_teacher(
-    config: ConfigArgument,
-    scheduler: SchedulerOption = None,
-) -> None:
-    """Stage one: embeddings, indexes, pseudo-pairs. Safe to repeat: finished shards are skipped."""
+def cache_teacher(config: ConfigArgument, changes: SetOption = None, scheduler: SchedulerOption = None) -> None:
+    """Run stage one: embeddings, indexes and pseudo-pairs. Run it again to resume; finished shards are skipped."""
     from .pipeline.config.load import load_config
 
-    loaded = load_config(config)
+    loaded = load_config(config, changes or ())  # a wrong config is refused before torch is imported
     from .pipeline.stage_one.cache_teacher import cache_teacher as run
 
     run(loaded, scheduler)
@@ -85,22 +96,23 @@ def cache_teacher(
 def distill(
     config: ConfigArgument,
     student: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Only this student; may be given several times.")
+        list[str] | None, typer.Option(metavar="NAME", help="Train only this student. Repeatable. Default: all.")
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Stop after N steps, to see shapes, memory and speed.")
+        int | None, typer.Option(min=1, metavar="N", help="Stop after N steps, to see shapes, memory and speed.")
     ] = None,
     together: Annotated[
-        bool, typer.Option("--together", help="Train all of them from one stream of batches: images are decoded once.")
+        bool, typer.Option("--together", help="Train all students on one stream of batches; images are decoded once.")
     ] = False,
+    changes: SetOption = None,
 ) -> None:
-    """Stage two, from the cache alone: train the config's students, or those named. Resumes by default.
+    """Run stage two: train students from the cache, without the teacher. Run it again to resume.
 
-    `torchrun --nproc-per-node N -m dimefm distill CONFIG` trains on N devices: a batch is divided among them.
+    `torchrun --nproc-per-node N -m dimefm distill CONFIG` trains on N devices and divides each batch among them.
     """
     from .pipeline.config.load import load_config
 
-    loaded = load_config(config)
+    loaded = load_config(config, changes or ())
     from .pipeline.stage_two.distill import distill as run
 
     run(loaded, student or [], steps, together=together)
@@ -108,44 +120,45 @@ def distill(
 
 @app.command()
 def evaluate(
-    runs: RunsArgument,
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs, or a config file for the runs of all its students."),
+    ],
     weights: Annotated[
         Literal["best", "last"] | None,
-        typer.Option(help="The step that scored best while it was trained, or the last; default: best where there is."),
+        typer.Option(help="Score the best step or the last one. Default: the best where the run has kept it."),
     ] = None,
+    changes: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score finished runs on every [evaluate.*] set; writes evaluation.json into each."""
+    """Score finished runs on every [evaluate.*] set and write evaluation.json into each run's folder."""
     from .pipeline.stage_two.evaluate import evaluate as run
     from .pipeline.stage_two.score_table import score_table
 
-    scores = run(runs, weights)
-    typer.echo(_document(scores) if as_json else score_table(scores))
+    _report(run(runs, weights, changes or ()), lambda scores: [score_table(scores)], as_json)
 
 
 @cache_app.command("inspect")
 def cache_inspect(folder: CacheArgument, as_json: JsonOption = False) -> None:
-    """A screenful on what is in a cache: teacher, counts, sizes, failures, masks, recall, similarities, hubs."""
+    """Summarise a cache: teacher, counts, sizes, failures, masks, index recall, similarities, hubs."""
     from .pipeline.upkeep.inspect import inspect, inspect_lines
 
-    found = inspect(folder)
-    typer.echo(_document(found) if as_json else "\n".join(inspect_lines(found)))
+    _report(inspect(folder), inspect_lines, as_json)
 
 
 @cache_app.command("duplicates")
 def cache_duplicates(
     folder: CacheArgument,
     threshold: ThresholdOption,
-    side: Annotated[str, typer.Option(help="images or sentences")] = "images",
+    side: SideOption = "images",
     mask: SaveMaskOption = None,
     within: WithinOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find rows that nearly repeat an earlier one, by the teacher's cosine."""
+    """Find rows that nearly repeat an earlier row, by the cosine of the teacher's embeddings."""
     from .pipeline.row_masks.duplicates import duplicate_lines, duplicates
 
-    found = duplicates(folder, threshold, side, mask, within)
-    typer.echo(_document(found) if as_json else "\n".join(duplicate_lines(found)))
+    _report(duplicates(folder, threshold, side, mask, within), duplicate_lines, as_json)
 
 
 @cache_app.command("leakage")
@@ -156,78 +169,82 @@ def cache_leakage(
     within: WithinOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find training images that are too close to an image of an evaluation set."""
+    """Find training images that nearly repeat an image of an evaluation set."""
     from .pipeline.row_masks.duplicates import leakage, leakage_lines
 
-    found = leakage(folder, threshold, mask, within)
-    typer.echo(_document(found) if as_json else "\n".join(leakage_lines(found)))
+    _report(leakage(folder, threshold, mask, within), leakage_lines, as_json)
 
 
 @cache_app.command("select")
 def cache_select(
     folder: CacheArgument,
-    mask: Annotated[str, typer.Option(metavar="NAME", help="Name of the mask that they become.")],
-    side: Annotated[str, typer.Option(help="sentences: what is chosen")] = "sentences",
+    mask: Annotated[str, typer.Option(metavar="NAME", help="Save the selected sentences as this mask.")],
+    side: Annotated[Literal["sentences"], typer.Option(help="What is selected.")] = "sentences",
     k: Annotated[
-        int | None, typer.Option("--k", metavar="N", help="Sentences that an image counts for; default: all cached.")
+        int | None,
+        typer.Option("--k", metavar="N", help="Count each image for its N best sentences. Default: all cached ones."),
     ] = None,
     min_score: Annotated[
-        float | None, typer.Option(metavar="COSINE", help="Least cosine, whatever the ranking.")
+        float | None, typer.Option(metavar="COSINE", help="Least cosine of an image and a sentence, whatever the rank.")
     ] = None,
-    cap: Annotated[int | None, typer.Option(metavar="N", help="Images that count for one sentence, the best.")] = None,
-    target: Annotated[int | None, typer.Option(metavar="N", help="Sentences to keep at most.")] = None,
-    rank: Annotated[str, typer.Option(help="cosine, csls or inverted_softmax")] = "cosine",
-    within: Annotated[str | None, typer.Option(metavar="MASK", help="Choose from this mask of sentences.")] = None,
-    images_mask: Annotated[str | None, typer.Option(metavar="MASK", help="Choose for this mask of images.")] = None,
+    cap: Annotated[
+        int | None, typer.Option(metavar="N", help="Count at most N images for one sentence, the best ones.")
+    ] = None,
+    target: Annotated[int | None, typer.Option(metavar="N", help="Keep at most N sentences.")] = None,
+    rank: Annotated[
+        Literal["cosine", "csls", "inverted_softmax"],
+        typer.Option(help="Score that ranks sentences; the last two correct for hubs."),
+    ] = "cosine",
+    within: Annotated[
+        str | None, typer.Option(metavar="MASK", help="Select only from the sentences of this mask.")
+    ] = None,
+    images_mask: Annotated[
+        str | None, typer.Option(metavar="MASK", help="Select only for the images of this mask.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Choose the sentences that images retrieve, as a mask for `sentences.mask`, and report what they cover."""
+    """Select the sentences that images retrieve, save them as a mask for `sentences.mask`, and report coverage."""
     from .pipeline.row_masks.select import select, select_lines
 
-    found = select(
-        folder,
-        mask,
-        side=side,
-        k=k,
-        min_score=min_score,
-        cap=cap,
-        target=target,
-        rank=rank,
-        within=within,
-        images_mask=images_mask,
-    )
-    typer.echo(_document(found) if as_json else "\n".join(select_lines(found)))
+    choice: dict[str, Any] = {"k": k, "min_score": min_score, "cap": cap, "target": target, "rank": rank}
+    found = select(folder, mask, side=side, within=within, images_mask=images_mask, **choice)
+    _report(found, select_lines, as_json)
 
 
 @cache_app.command("verify")
 def cache_verify(
     folder: CacheArgument,
-    as_json: JsonOption = False,
     teacher: Annotated[
-        bool, typer.Option("--teacher", help="Also embed a sample of rows again with the live teacher.")
+        bool, typer.Option("--teacher", help="Also embed a sample of rows again with the teacher and compare.")
     ] = False,
     sources: Annotated[
-        bool, typer.Option("--sources", help="Also say which sources have changed, are gone or are new.")
+        bool, typer.Option("--sources", help="Also report source files that have changed, are gone or are new.")
     ] = False,
     config: ConfigOption = None,
+    changes: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Read every file of a cache and say whether it is sound; if not, which rows and files, and what to do."""
+    """Read every file of a cache and report damage: which rows and files, and what to do about it."""
+    from .pipeline.config.remembered import ConfigChoice
     from .pipeline.upkeep.verify import report_lines, require_sound
     from .pipeline.upkeep.verify import verify as run
 
-    found = run(folder, config, teacher=teacher, sources=sources)
-    typer.echo(_document(found) if as_json else "\n".join(report_lines(found)))
+    found = run(folder, ConfigChoice.of(folder, config, changes), teacher=teacher, sources=sources)
+    _report(found, report_lines, as_json)
     require_sound(found)
 
 
 @cache_app.command("repair")
-def cache_repair(folder: CacheArgument, config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Mend what `verify` finds: recompute the bad shards, indexes and pairs; mark rows that cannot be as lost."""
+def cache_repair(
+    folder: CacheArgument, config: ConfigOption = None, changes: SetOption = None, as_json: JsonOption = False
+) -> None:
+    """Repair what `verify` finds: recompute bad shards, indexes and pairs, and mark rows that cannot be as lost."""
+    from .pipeline.config.remembered import ConfigChoice
     from .pipeline.upkeep.repair.repair import outcome_lines, require_mended
     from .pipeline.upkeep.repair.repair import repair as run
 
-    found = run(folder, config)
-    typer.echo(_document(found) if as_json else "\n".join(outcome_lines(found)))
+    found = run(folder, ConfigChoice.of(folder, config, changes))
+    _report(found, outcome_lines, as_json)
     require_mended(found)
 
 
@@ -235,36 +252,40 @@ def cache_repair(folder: CacheArgument, config: ConfigOption = None, as_json: Js
 def cache_append(
     folder: CacheArgument,
     config: ConfigOption = None,
+    changes: SetOption = None,
     scheduler: SchedulerOption = None,
 ) -> None:
-    """Take in images, sentences and evaluation sets that have come since; what is there is not embedded again."""
+    """Add new images, sentences and evaluation sets to a finished cache. Nothing is embedded twice."""
+    from .pipeline.config.remembered import ConfigChoice
     from .pipeline.upkeep.append import append_to
 
-    append_to(folder, config, scheduler)
+    append_to(folder, ConfigChoice.of(folder, config, changes), scheduler)
 
 
 @cache_app.command("mask")
 def cache_mask(
     folder: CacheArgument,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What configs will call it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the mask, for `images.mask` in a config.")],
     keep: Annotated[
-        Path, typer.Option(metavar="FILE", help="Rows to keep: numbers, one a line; or a .npy of numbers or bools.")
+        Path,
+        typer.Option(metavar="FILE", help="Rows to keep: numbers, one a line, or a .npy array of numbers or bools."),
     ],
-    side: Annotated[str, typer.Option(help="images or sentences")] = "images",
+    side: SideOption = "images",
 ) -> None:
-    """Name a choice of rows: `images.mask` and `sentences.mask` select it for a run."""
+    """Name a choice of rows, which `images.mask` or `sentences.mask` of a config then selects."""
     from .pipeline.row_masks.mask import mask_from_file
 
     typer.echo(mask_from_file(folder, name, side, keep))
 
 
-def _document(found: Any) -> str:
-    return json.dumps(found, indent=1, allow_nan=False)  # strict readers (jq) refuse NaN
+def _report(found: Any, lines: Callable[[Any], list[str]], as_json: bool) -> None:
+    """Print a command's result: one JSON document (no NaN, which strict readers refuse), or lines of text."""
+    typer.echo(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(lines(found)))
 
 
 def main() -> None:
     """Entry point of `dimefm`: exit code 0 done, 1 a known error, 2 wrong usage, 130 interrupted with state saved."""
-    warnings.filterwarnings("ignore", module="PIL")  # an odd image has its row's reason; Pillow's remarks name no file
+    warnings.filterwarnings("ignore", module="PIL")  # they name no file; what is unreadable is in its row's reason
     try:
         app()
     except DimefmError as error:
@@ -275,7 +296,7 @@ def main() -> None:
     except Interrupted as interrupted:
         _leave(str(interrupted), EXIT_INTERRUPTED)
     except SystemExit as leaving:
-        if leaving.code == EXIT_INTERRUPTED:  # Ctrl-C outside of a training loop, which saves its own state
+        if leaving.code == EXIT_INTERRUPTED:  # Ctrl-C outside of the training loop
             _leave("interrupted: what was finished is saved; run the same command to go on", EXIT_INTERRUPTED)
         raise
     except Exception as error:

@@ -17,7 +17,8 @@ import torch
 from dimefm.cache import FeatureCache
 from dimefm.stages.models.image_student import build_student
 from dimefm.stages.run_folder.load_student import load_student
-from dimefm.stages.score.embed_set import evaluate_student
+from dimefm.stages.score.embed_set import embed_set
+from dimefm.stages.score.zero_shot import zero_shot_scores
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
         ("untrained", untrained, cache),
         ("trained, class vectors shuffled", student, shuffled),
     ):
-        scores = evaluate_student(module, record, where, options.set, folder)
+        scores = zero_shot_scores(embed_set(module, record, where, options.set, folder))
         print(f"{name:>32}: student {100 * scores['student_top1']:.1f} %, teacher {100 * scores['teacher_top1']:.1f} %")
     chance, num_images = 1 / len(labelled.class_ids), len(labelled.labels)
     error = (chance * (1 - chance) / num_images) ** 0.5

@@ -1,4 +1,4 @@
-"""`dimefm demo`: a self-contained example, drawn and trained on the spot, so that a fresh clone needs no download."""
+"""`dimefm demo`: a self-contained example, drawn and trained on the spot: nothing is downloaded."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -18,7 +18,7 @@ RECORD = "demo.json"
 CONFIG = "demo.toml"
 
 Progress = Callable[[str, int, int], None]
-"""Told (what is being done, how much of it is done, how much there is)."""
+"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class DemoSize:
 
 
 def run_demo(folder: Path) -> None:
-    """Write the demo, or what is left of it, and say on standard error how it goes."""
+    """Write the demo, or what is missing of it, with progress on standard error."""
     with ExitStack() as stack:
         shown: dict[tuple[str, int], Bar] = {}
 
@@ -53,19 +53,19 @@ def run_demo(folder: Path) -> None:
 def write_demo(folder: Path, progress: Progress | None = None, size: DemoSize | None = None) -> None:
     """Write images, sentences, classes, the teacher and, last, `demo.toml`.
 
-    Safe to repeat: files that are there are left as they are, those that are missing are made, and each has the same
-    bytes as in an uninterrupted run. Only the teacher's training starts again if it was cut off.
+    Safe to repeat: existing files are kept and missing ones are made, with the bytes of an uninterrupted run. Only the
+    teacher's training starts again if it was interrupted.
 
     Args:
-        folder: made if it is not there.
-        progress: told what is being done.
-        size: how much; the default is the demo of the README.
+        folder: made if it does not exist.
+        progress: called as the work proceeds.
+        size: how much of everything; the default is the demo of the README.
 
     Raises:
         InputError: if the folder holds something else, or a demo of another size or version.
     """
     size = size or DemoSize()
-    tell: Progress = progress or (lambda text, done, total: None)
+    tell: Progress = progress or (lambda *_: None)
     _claim(folder, size)
     for partial in folder.glob(f".*{PARTIAL}"):  # not below it: a cache that is being written may be there by now
         partial.unlink(missing_ok=True)
@@ -79,7 +79,7 @@ def write_demo(folder: Path, progress: Progress | None = None, size: DemoSize | 
 
 
 def _claim(folder: Path, size: DemoSize) -> None:
-    """Take the folder for this demo, or refuse one that is in other use."""
+    """Record in the folder which demo it holds, or refuse a folder with other contents."""
     record = {"dimefm_demo": VERSION, **asdict(size)}
     path = folder / RECORD
     if path.exists():

@@ -1,4 +1,4 @@
-"""How long work shows itself: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar with rate and time left on a terminal, a line every 15 seconds elsewhere."""
 
 import sys
 import time
@@ -10,16 +10,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 SECONDS_BETWEEN_LINES = 15.0
 RESUMED = -1
-"""Stands for a number of finished things that only the first update tells."""
+"""As `done` of a bar: how much an earlier run has finished is what the first update says."""
 
 
 def say(line: str = "") -> None:
-    """One line for the person at the terminal. Standard output is for results; this goes to standard error."""
+    """Print a line on standard error; standard output is for results."""
     print(line, file=sys.stderr, flush=True)
 
 
 class Bar:
-    """One piece of long work: call it with how much is done."""
+    """Progress of one piece of work; made by `bar`."""
 
     def __init__(self, title: str, total: int, unit: str, done: int = 0, *, shown: bool = True) -> None:
         self.title, self.total, self.unit, self._shown = title, total, unit, shown
@@ -29,7 +29,7 @@ class Bar:
         self._rich: tuple[Progress, TaskID] | None = None
 
     def update(self, done: int, total: int | None = None, text: str = "") -> None:
-        """Show that `done` of the total are finished; `text` says what else is worth seeing."""
+        """Show that `done` of the total are finished, with a text behind it."""
         self.total = self.total if total is None else total
         if self._start_done is None:  # what an earlier run did was not done at this one's rate
             self._start_done, self._start = done, time.monotonic()
@@ -47,7 +47,7 @@ class Bar:
 
 @contextmanager
 def bar(title: str, total: int, unit: str, done: int = 0, *, shown: bool = True) -> Iterator[Bar]:
-    """Show progress of `total` things, `done` of which an earlier run has finished; all but `shown` just counts."""
+    """Show the progress of `total` units, `done` of which an earlier run has finished; nothing unless `shown`."""
     counter = Bar(title, total, unit, done, shown=shown)
     console = Console(stderr=True)
     if not shown or not console.is_terminal:

@@ -14,17 +14,15 @@ def devices_of(setting: str) -> list[torch.device]:
     Raises:
         InputError: for a device that this machine does not have.
     """
-    num_gpus = torch.cuda.device_count()
-    if setting == "cpu" or (setting == "auto" and not num_gpus):
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    if setting == "cpu" or (setting == "auto" and not gpus):
         return [torch.device("cpu")]
-    if setting in ("auto", "cuda") and num_gpus:
-        return [torch.device("cuda", i) for i in range(num_gpus)]
-    wanted = setting.removeprefix("cuda:")
-    if setting.startswith("cuda:") and wanted.isdecimal() and int(wanted) < num_gpus:
-        return [torch.device("cuda", int(wanted))]
-    raise InputError(
-        f"device = {setting!r}: this machine has {num_gpus} GPUs; wanted 'auto', 'cpu', 'cuda' or 'cuda:N'"
-    )
+    named = gpus if setting in ("auto", "cuda") else [gpu for gpu in gpus if str(gpu) == setting]
+    if not named:
+        raise InputError(
+            f"device = {setting!r}: this machine has {len(gpus)} GPUs; wanted 'auto', 'cpu', 'cuda' or 'cuda:N'"
+        )
+    return named
 
 
 def resolve_device(setting: str) -> torch.device:
@@ -34,7 +32,7 @@ def resolve_device(setting: str) -> torch.device:
 
 @contextmanager
 def memory_errors_as(advice: str) -> Iterator[None]:
-    """Turn running out of memory, a GPU's or this machine's, into one line that names the setting to change.
+    """Turn running out of memory, a GPU's or this machine's, into one line: the advice.
 
     Raises:
         InputError: in place of torch's own error; every other error passes.

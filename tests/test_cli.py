@@ -61,7 +61,8 @@ def test_help_answers_without_loading_anything_heavy(words):
         f"sys.argv = ['dimefm', *{words!r}, '--help']\n"
         "try: app()\n"
         "except SystemExit as leave: assert not leave.code\n"
-        "assert not {'torch', 'zarr', 'faiss', 'pyarrow', 'numpy'} & set(sys.modules)\n"
+        "assert not {'torch', 'zarr', 'faiss', 'pyarrow', 'numpy', 'distributed'} & set(sys.modules)\n"
+        "assert not [name for name in sys.modules if name.startswith(('dimefm.pipeline', 'dimefm.stages.settings'))]\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..disk.cosine import unit_rows
-from ..disk.layout import IMAGES
+from ..disk.layout import DIRECTIONS, IMAGES, SIDES
 from ..reader.feature_cache import EmbeddingSet, FeatureCache, Pairs
 from ..reader.masks import mask_names, read_mask
 from ..version.schema import Manifest
@@ -17,9 +17,6 @@ SAMPLE_ROWS = 1024
 """Rows of each side whose cosines are looked at; a quantile of a million of them is good to about 0.01."""
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
-
-DIRECTIONS = {"image_to_sentence": ("images", "sentences"), "sentence_to_image": ("sentences", "images")}
-"""Array of pairs -> which side asked and which side was found."""
 
 KINDS = {"teacher.zarr": "embeddings"} | {kind: kind for kind in ("rows", "index", "text_tower", "masks", "pixels")}
 """First folder of a file's name in the manifest -> what it belongs to."""
@@ -61,12 +58,11 @@ def inspect_cache(cache: FeatureCache, seed: int = 0) -> dict[str, Any]:
         "index": {side: info.to_dict() for side, info in manifest.index.items()},
         "pairs": manifest.pairs and manifest.pairs.to_dict(),
         "pixels": _pixels(cache, manifest),
-        "views": cache.crops,
+        "views": cache.crops and cache.crops.to_dict(),
         "transductive": cache.transductive,
         "similarity": similarity(cache, pairs, np.random.default_rng(seed)),
         "hubs": {
-            name: hubs(found, getattr(cache, DIRECTIONS[name][0]), getattr(cache, DIRECTIONS[name][1]))
-            for name, found in pairs.items()
+            name: hubs(found, *(getattr(cache, side) for side in DIRECTIONS[name])) for name, found in pairs.items()
         },
     }
 
@@ -75,7 +71,7 @@ def similarity(
     cache: FeatureCache, pairs: Mapping[str, Pairs], rng: np.random.Generator
 ) -> dict[str, dict[str, float]]:
     """Quantiles of the teacher's cosine between rows drawn at random, rows and their neighbours, crop and centre."""
-    units = {name: unit_rows(_sample(getattr(cache, name), rng))[0] for name in ("images", "sentences")}
+    units = {name: unit_rows(_sample(getattr(cache, name), rng))[0] for name in SIDES}
     images, sentences = units["images"], units["sentences"]
     found = {"image_sentence": quantiles((images @ sentences.T).ravel())}
     for name, unit in (("image_image", images), ("sentence_sentence", sentences)):
@@ -172,7 +168,7 @@ def _pixels(cache: FeatureCache, manifest: Manifest) -> dict[str, Any] | None:
 
 def _masks(cache: FeatureCache, manifest: Manifest) -> list[dict[str, Any]]:
     found = []
-    for side in ("images", "sentences"):
+    for side in SIDES:
         rows: EmbeddingSet = getattr(cache, side)
         for name in mask_names(manifest, side):
             keep = read_mask(cache.layout, manifest, side, name, len(rows))

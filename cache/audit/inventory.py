@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..disk.layout import IMAGES, SENTENCES
+from ..disk.layout import DIRECTIONS, IMAGES, SIDES
 from ..reader.pixel_packs import pack_path
 from ..version.schema import FileEntry, Manifest
 
 _PACK = re.compile(r"(?P<array>pixels/[^/]+)/(?P<chunk>\d+)\.pack")
 _CHUNK = re.compile(r"(?P<store>[^/]+\.zarr)/(?P<array>.+)/c/(?P<chunk>\d+)(/0)*")
-_SIDES = {"image_to_sentence": (IMAGES, SENTENCES), "sentence_to_image": (SENTENCES, IMAGES)}
 
 Content = Literal["embeddings", "head", "ids", "scores", "pixels", "other"]
 
@@ -75,8 +74,8 @@ def _piece(name: str, entry: FileEntry, manifest: Manifest, shard_rows: int) -> 
     if array.endswith("/head"):
         return Piece(name, num_bytes, digest, "head", array, chunk, row_bytes=num_bytes)
     direction, _, part = array.partition("/")
-    rows_of = _SIDES[direction][0] if direction in _SIDES else array
-    content: Content = "embeddings" if direction not in _SIDES else "ids" if part == "ids" else "scores"
+    rows_of = SIDES[DIRECTIONS[direction][0]] if direction in DIRECTIONS else array
+    content: Content = "embeddings" if direction not in DIRECTIONS else "ids" if part == "ids" else "scores"
     first = chunk * shard_rows
     num_rows = max(0, min(shard_rows, _rows(manifest, rows_of) - first))
     return Piece(name, num_bytes, digest, content, array, chunk, first, num_rows, num_bytes // shard_rows)
@@ -94,7 +93,7 @@ def unlisted_packs(manifest: Manifest, shard_rows: int) -> list[Piece]:
 
 def num_targets(array: str, manifest: Manifest) -> int:
     """How many rows the ids of an array of pairs choose from."""
-    return manifest.arrays[_SIDES[array.partition("/")[0]][1]].rows
+    return manifest.arrays[SIDES[DIRECTIONS[array.partition("/")[0]][1]]].rows
 
 
 def _rows(manifest: Manifest, array: str) -> int:

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from ..errors import CacheError
@@ -70,8 +68,8 @@ def declare_arrays(store: Path, specs: Mapping[str, ArraySpec]) -> None:
     The documents are made by zarr in memory and written durably by us: zarr's own LocalStore never fsyncs and leaves
     `*.partial` files behind when it is killed. Documents that already say the same are not touched.
     """
-    memory = MemoryStore()
-    root = zarr.create_group(memory, zarr_format=3)
+    documents: dict[str, Any] = {}
+    root = zarr.create_group(MemoryStore(documents), zarr_format=3)
     for name, spec in specs.items():
         group = root
         *parents, leaf = name.split("/")
@@ -87,16 +85,10 @@ def declare_arrays(store: Path, specs: Mapping[str, ArraySpec]) -> None:
             filters=None,
             config={"write_empty_chunks": True},
         )
-    for key in sync(_keys(memory)):
-        data = sync(memory.get(key, default_buffer_prototype()))
-        assert data is not None
-        path, document = store / key, data.to_bytes()
-        if not path.exists() or path.read_bytes() != document:
-            write_bytes(path, document)
-
-
-async def _keys(memory: MemoryStore) -> list[str]:
-    return [key async for key in memory.list()]
+    for key, document in documents.items():
+        path, data = store / key, document.to_bytes()
+        if not path.exists() or path.read_bytes() != data:
+            write_bytes(path, data)
 
 
 def chunk_path(store: Path, name: str, chunk: int, num_axes: int = 2) -> Path:

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -106,21 +106,18 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, to_json(value))
 
 
-def read_json(path: Path, wanted: str) -> Any:
-    """Read a JSON document.
+def read_json(path: Path, wanted: str, shown: str | None = None, **options: Any) -> Any:
+    """A JSON document: UTF-8, with or without a byte order mark.
 
     Args:
-        wanted: what the file should be, for the message.
+        wanted: what the file should hold, for messages.
+        shown: how messages call the file; None shows its path.
+        options: of `json.loads`.
 
     Raises:
-        InputError: one line, if it cannot be read or is not JSON.
+        InputError: if it cannot be read or is not JSON.
     """
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; wanted {wanted}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}; wanted {wanted}") from error
+    return parse_file(path, lambda text: json.loads(text, **options), "JSON", wanted, shown)
 
 
 def to_json_line(value: Any) -> bytes:
@@ -180,3 +177,28 @@ def sweep_partials(root: Path) -> None:
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
+
+
+def parse_file(path: Path, parse: Callable[[str], Any], kind: str, wanted: str, shown: str | None = None) -> Any:
+    """Read a text file that a user wrote, UTF-8 with or without a byte order mark, whatever its line ends.
+
+    Args:
+        parse: raises ValueError for what is not of its kind.
+        kind: what messages call the format: `TOML`.
+        wanted: what messages say the file should be.
+        shown: how messages call the file; None shows its path.
+
+    Raises:
+        InputError: if the file is missing, cannot be read or is not of its kind.
+    """
+    name = shown or path
+    try:
+        return parse(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: no such file; wanted {wanted}") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{name}: a folder; wanted {wanted}") from error
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}; wanted {wanted}") from error
+    except ValueError as error:
+        raise InputError(f"{name}: not {kind}: {error}; wanted {wanted}") from error

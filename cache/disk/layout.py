@@ -9,6 +9,12 @@ FORMAT = 1
 IMAGES = "images/embedding"
 SENTENCES = "sentences/embedding"
 
+SIDES = {"images": IMAGES, "sentences": SENTENCES}
+"""Side of a cache -> its array."""
+
+DIRECTIONS = {"image_to_sentence": ("images", "sentences"), "sentence_to_image": ("sentences", "images")}
+"""Array of pairs -> which side asks and which side answers."""
+
 
 def evaluate_images(name: str) -> str:
     """Array of an evaluation set's image embeddings."""
@@ -140,12 +146,6 @@ class Layout:
 
 def _suffix(version: int) -> str:
     return "" if version == 1 else f"-{version}"
-
-
-SIDES = {"images": IMAGES, "sentences": SENTENCES}
-
-
-DIRECTIONS = {"image_to_sentence": ("images", "sentences"), "sentence_to_image": ("sentences", "images")}
 
 
 def table_of(layout: Layout, array: str) -> Path:

@@ -11,18 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..disk.durable import digest, to_json
-from ..disk.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
+from ..disk.layout import DIRECTIONS, IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
 from ..disk.mapped import MappedArray
 from ..disk.row_tables import RowTable, good_rows, read_own_failures
 from ..errors import CacheError
 from ..version.manifest import read_manifest
 from ..version.plan_file import plan_named, read_plan
-from ..version.schema import Manifest, Plan
+from ..version.schema import Manifest, Plan, Views
 from .masks import mask_digest, read_mask
 from .pixel_packs import PixelPacks
 from .source_weights import Mixture, mixture_of
-
-DIRECTIONS = ("image_to_sentence", "sentence_to_image")
 
 
 @dataclass(frozen=True)
@@ -229,10 +227,9 @@ class FeatureCache:
         return digest(to_json({name: part.to_dict() for name, part in parts.items()}))
 
     @property
-    def crops(self) -> dict[str, Any] | None:
-        """The crops that were embedded beside the centre of each image, as plan.json has them: `count`, `crops` (their
-        settings) and `decoder`; None where there are none."""
-        return self.plan.views.to_dict() if self.plan.views else None
+    def crops(self) -> Views | None:
+        """The crops that were embedded beside the centre of each image; None where there are none."""
+        return self.plan.views
 
     @property
     def version(self) -> str:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..disk.durable import digest, replacing
-from ..disk.layout import IMAGES, SENTENCES, Layout
+from ..disk.layout import SIDES, Layout
 from ..errors import CacheError, InputError
 from ..version.lock import writer_lock
 from ..version.manifest import file_entry, read_manifest
@@ -22,7 +22,6 @@ from ..version.schema import Manifest
 from ..version.versions import put_in_force
 
 Side = Literal["images", "sentences"]
-ARRAYS: dict[str, str] = {"images": IMAGES, "sentences": SENTENCES}
 MASK_COLUMNS = pa.schema([("row", pa.int64()), ("keep", pa.bool_())])
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -54,7 +53,7 @@ def add_mask(layout: Layout, side: Side, name: str, keep: NDArray[np.bool_], *, 
         manifest = read_manifest(layout)
         if manifest is None:
             raise CacheError(f"{layout.root}: unfinished (no manifest.json); run `dimefm cache-teacher` to finish it")
-        num_rows = manifest.arrays[ARRAYS[side]].rows
+        num_rows = manifest.arrays[SIDES[side]].rows
         if rows_since and keep.ndim == 1:
             keep = np.concatenate([keep, np.zeros(max(0, num_rows - len(keep)), dtype=np.bool_)])
         if keep.shape != (num_rows,) or keep.dtype != np.bool_:

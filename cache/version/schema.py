@@ -299,7 +299,7 @@ class Manifest(Document):
         superseded: files of an earlier version that are still there for those who have them open.
         pairs_settings: `[pairs]` of the config; None where retrieval is off.
         index: FAISS index of each side.
-        text_tower: folder of the text tower.
+        text_tower: folder of the text tower; None where the teacher cannot save one.
         transductive: evaluation sets whose class names were among the training prompts.
         origins: array -> chunk -> where its bytes come from, of chunks that a repair made again with other bytes.
     """
@@ -314,6 +314,6 @@ class Manifest(Document):
     pairs_settings: dict[str, Any] | None = None
     index: dict[str, IndexInfo] = Field(default_factory=dict)
     pixels: KeptPixels | None = None
-    text_tower: str = "text_tower"
+    text_tower: str | None = "text_tower"
     transductive: list[str] = Field(default_factory=list)
     origins: dict[str, dict[str, Origin]] = Field(default_factory=dict)

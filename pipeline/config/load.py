@@ -1,44 +1,56 @@
 """The config file: one TOML document, refused whole, with the key's full name, before anything heavy loads."""
 
-import difflib
 import importlib.util
-import os
+import json
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from ...cache.errors import InputError
+from ...cache.disk.durable import parse_file
+from ...cache.errors import InputError, did_you_mean
 from ...stages.settings.base import Settings
 from ...stages.settings.cache import CacheSettings, PairsSettings
 from ...stages.settings.data import EvaluateSettings, ImagesSettings, SentencesSettings
 from ...stages.settings.distill import DistillSettings
 from ...stages.settings.models import StudentSettings, TeacherSettings
+from .overrides import Override
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+_MISSING = "missing"
+
+Key = tuple[str, ...]
+"""Names of the tables that a key stands in and, last, its own."""
 
 
 class Config(Settings):
-    """Everything a run is made of; paths are absolute."""
+    """Everything a run is made of; the paths of one that was loaded are absolute."""
 
     teacher: TeacherSettings
     images: ImagesSettings
     sentences: SentencesSettings
     cache: CacheSettings
-    pairs: PairsSettings = PairsSettings()
+    pairs: Annotated[PairsSettings, Field(default_factory=dict)]
     student: dict[str, StudentSettings] = Field(default_factory=dict)
-    distill: DistillSettings = DistillSettings()
+    distill: Annotated[DistillSettings, Field(default_factory=dict)]
     evaluate: dict[str, EvaluateSettings] = Field(default_factory=dict)
     _path: Path | None = PrivateAttr(default=None)
+    _overrides: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def path(self) -> Path | None:
         """The file that it was read from."""
         return self._path
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What `--set` has changed of the file, as `KEY=VALUE`."""
+        return self._overrides
 
     @field_validator("student", "evaluate")
     @classmethod
@@ -59,162 +71,96 @@ class Config(Settings):
         return sets
 
 
-def load_config(path: Path) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a config file.
+
+    Args:
+        overrides: `KEY=VALUE` of every `--set`; the result is that of the file with these keys edited.
 
     Raises:
         InputError: one line that names the file and the key: what was found and what was wanted.
     """
+    document = parse_file(path, tomllib.loads, "TOML", "a config; `dimefm demo DIR` writes one to start from")
+    changes = [Override.parse(text) for text in overrides]
+    for change in changes:
+        change.apply(document)
+    problem: tuple[Key, str] | None
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such config file; `dimefm demo DIR` writes one to start from") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: a folder; wanted a TOML file") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; wanted a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not TOML: {error}") from error
-    try:
-        config = Config.model_validate(document)
+        config = Config.model_validate(document, context={"folder": path.resolve().parent})
+        problem = next(_unknown_names(config), None)
     except ValidationError as error:
-        raise InputError(f"{path}: {_first_problem(error)}") from error
-    config = _with_absolute_paths(config, path.resolve().parent)
-    config._path = path.resolve()
-    _check_evaluate_on(config, path)
-    _check_architectures(config, path)
+        problem = _first_problem(error, document)
+    if problem:
+        key, text = problem
+        given = "".join(f" with --set {change.text}" for change in changes if _concerns(change.key, key, text))
+        shown = ".".join(name if _BARE_KEY.fullmatch(name) else json.dumps(name) for name in key)
+        raise InputError(f"{path}{given}: {shown}: {text}")
+    config._path, config._overrides = path.resolve(), tuple(overrides)
     return config
 
 
-def _first_problem(error: ValidationError) -> str:
+def _concerns(changed: Key, key: Key, text: str) -> bool:
+    """Whether an override may be the cause of a problem: it changed the key, a table around it or a key in it."""
+    if text == _MISSING:  # the override may have made the table
+        key = key[:-1]
+    return bool(key) and changed[: len(key)] == key[: len(changed)]
+
+
+def _first_problem(error: ValidationError, document: dict[str, Any]) -> tuple[Key, str]:
     problems = error.errors(include_url=False)
     first = problems[0]
-    # A model inside a union adds its type's name to the location; keys are what the user wrote.
-    key = ".".join(str(part) for part in first["loc"] if not re.search(r"[\[\(]|^(float|int|literal)$", str(part)))
+    key: list[str] = []
+    found: Any = document
+    for part in first["loc"]:  # a union adds names of its types to the location; keys are what the user wrote
+        if part in (found if isinstance(found, dict) else range(len(found) if isinstance(found, list) else 0)):
+            found = found[part]
+        elif first["type"] != "missing":
+            continue
+        key.append(str(part))
     if first["type"] == "extra_forbidden":
-        text = f"{key}: no such key{_suggestion(first['loc'])}"
+        text = f"no such key{did_you_mean(key[-1], _keys_beside(first['loc']))}"
     elif first["type"] == "missing":
-        text = f"{key}: missing"
+        text = _MISSING
     else:
-        message = first["msg"].removeprefix("Value error, ")
         shown = repr(first["input"])
-        text = f"{key}: {message}" + (f" (found {shown})" if len(shown) <= 60 else "")
-    more = len({p["loc"] for p in problems}) - 1
-    return text + (f"; and {more} more" if more else "")
+        text = first["msg"].removeprefix("Value error, ") + (f" (found {shown})" if len(shown) <= 60 else "")
+    more = len({problem["loc"] for problem in problems}) - 1
+    return tuple(key), text + (f"; and {more} more" if more else "")
 
 
-def _suggestion(location: tuple[int | str, ...]) -> str:
+def _keys_beside(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that a table may have, for the location of one that it may not have."""
     model: Any = Config
     for part in location[:-1]:
-        annotation = model.model_fields[part].annotation if part in getattr(model, "model_fields", {}) else None
-        arguments = getattr(annotation, "__args__", ())
-        candidates = [annotation, *arguments]
-        model = next((c for c in candidates if hasattr(c, "model_fields")), model)
-    close = difflib.get_close_matches(str(location[-1]), getattr(model, "model_fields", {}), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((item for item in candidates if hasattr(item, "model_fields")), model)
+    return list(model.model_fields)
 
 
-def _with_absolute_paths(config: Config, folder: Path) -> Config:
-    """Relative paths start at the config's own folder."""
-
-    def under(path: Path) -> Path:
-        return Path(os.path.normpath(folder / path.expanduser()))
-
-    def images(location: Path | str) -> Path | str:
-        return under(location) if isinstance(location, Path) else location
-
-    def templates(spec: str) -> str:
-        return spec if spec == "openai" else str(under(Path(spec)))
-
-    teacher = config.teacher
-    model, pretrained = teacher.model, teacher.pretrained
-    if model.endswith(".json"):
-        model = str(under(Path(model)))
-    if model.startswith("local-dir:"):
-        model = f"local-dir:{under(Path(model.removeprefix('local-dir:')))}"
-    if (
-        pretrained
-        and not pretrained.startswith("hf-hub:")
-        and ("/" in pretrained or pretrained.endswith(WEIGHT_SUFFIXES))
-    ):
-        pretrained = str(under(Path(pretrained)))
-    prompts = config.sentences.prompts
-    if prompts:
-        prompts = prompts.model_copy(
-            update={"classes": under(prompts.classes), "templates": templates(prompts.templates)}
-        )
-    sources = [under(source) for source in config.sentences.source]
-    evaluate = {
-        name: item.model_copy(
-            update={
-                "images": images(item.images),
-                "classes": under(item.classes),
-                "templates": templates(item.templates),
-                "captions": item.captions and under(item.captions),
-            }
-        )
-        for name, item in config.evaluate.items()
-    }
-    return config.model_copy(
-        update={
-            "teacher": teacher.model_copy(update={"model": model, "pretrained": pretrained}),
-            "images": config.images.model_copy(update={"source": images(config.images.source)}),
-            "sentences": config.sentences.model_copy(update={"source": sources, "prompts": prompts}),
-            "cache": config.cache.model_copy(
-                update={"dir": under(config.cache.dir), "rows": config.cache.rows and under(config.cache.rows)}
-            ),
-            "distill": config.distill.model_copy(update={"output": under(config.distill.output)}),
-            "student": {name: _student(item, under) for name, item in config.student.items()},
-            "evaluate": evaluate,
-        }
-    )
-
-
-def _student(student: StudentSettings, under: Callable[[Path], Path]) -> StudentSettings:
-    model, init = student.model, student.init
-    kind, _, rest = model.partition(":")
-    if kind == "open_clip" and rest.endswith(".json"):
-        model = f"open_clip:{under(Path(rest))}"
-    if init is not None and init.startswith("run:"):
-        init = f"run:{under(Path(init.removeprefix('run:')))}"
-    elif init is not None and init != "pretrained" and not init.startswith("open_clip:"):
-        init = str(under(Path(init)))
-    text = str(under(Path(student.text))) if student.text.endswith(".json") else student.text
-    return student.model_copy(update={"model": model, "init": init, "text": text})
-
-
-def _check_evaluate_on(config: Config, path: Path) -> None:
+def _unknown_names(config: Config) -> Iterator[tuple[Key, str]]:
+    """Keys that name what there is not: an evaluation set, an open_clip architecture."""
     name = config.distill.evaluate_on
     if config.distill.evaluate_every and name not in config.evaluate:
         there = ", ".join(sorted(config.evaluate)) or "none"
-        raise InputError(
-            f"{path}: distill.evaluate_on = {name!r}: no such set, there is {there}; name one of [evaluate.*] "
-            "or leave out distill.evaluate_every"
-        )
+        advice = "name one of [evaluate.*] or leave out distill.evaluate_every"
+        yield ("distill", "evaluate_on"), f"{name!r}: no such set, there is {there}; {advice}"
+    wanted: dict[Key, str] = {} if config.teacher.is_from_outside else {("teacher", "model"): config.teacher.model}
+    for student, settings in config.student.items():
+        if settings.model.startswith("open_clip:"):
+            wanted["student", student, "model"] = settings.model.removeprefix("open_clip:")
+        if settings.own_text:
+            wanted["student", student, "text"] = settings.own_text
+    known = sorted(_open_clip_architectures())
+    for key, name in wanted.items():
+        is_elsewhere = name.startswith(("hf-hub:", "local-dir:")) or name.endswith(".json")
+        if not is_elsewhere and name.replace("/", "-") not in known:
+            hint = did_you_mean(name, known) or "; open_clip.list_models() names them"
+            yield key, f"open_clip has no architecture {name!r}{hint}"
 
 
-def _check_architectures(config: Config, path: Path) -> None:
-    """Names of open_clip architectures, against the files beside its code: importing it would load torch."""
-    wanted = [] if config.teacher.is_from_outside else [("teacher.model", config.teacher.model)]
-    wanted += [
-        (f"student.{name}.model", student.model.removeprefix("open_clip:"))
-        for name, student in config.student.items()
-        if student.model.startswith("open_clip:")
-    ]
-    wanted += [
-        (f"student.{name}.text", student.own_text) for name, student in config.student.items() if student.own_text
-    ]
-    known = _open_clip_architectures()
-    for key, name in wanted:
-        if name.startswith(("hf-hub:", "local-dir:")) or name.endswith(".json"):
-            continue
-        if name.replace("/", "-") not in known:
-            close = difflib.get_close_matches(name, known, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else "; open_clip.list_models() names them"
-            raise InputError(f"{path}: {key}: open_clip has no architecture {name!r}{hint}")
-
-
-def _open_clip_architectures() -> set[str]:
+def _open_clip_architectures() -> Iterator[str]:
+    """Names of the files beside open_clip's code: importing it would load torch."""
     spec = importlib.util.find_spec("open_clip")
-    folders = spec.submodule_search_locations if spec else None
-    return {file.stem for folder in folders or [] for file in Path(folder, "model_configs").glob("*.json")}
+    for folder in (spec and spec.submodule_search_locations) or ():
+        yield from (file.stem for file in Path(folder, "model_configs").glob("*.json"))

@@ -1,6 +1,7 @@
 """`dimefm evaluate`: scores of finished runs on every labelled set, without the teacher."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from .run_source import RunSource, runs_to_score
 from .score_table import Scores
 
 
-def evaluate(runs: list[Path], which: Which | None = None) -> Scores:
+def evaluate(runs: list[Path], which: Which | None = None, overrides: Sequence[str] = ()) -> Scores:
     """Score runs and write `evaluation.json`, and `predictions/` of each image, into each.
 
     Args:
         runs: folders of runs; a config file (.toml) stands for the runs of all its students, scored on the sets, and
             from the cache, that it names now. All but the first are also held against the first.
         which: weights that are scored, `best` or `last`; None: the best where a run keeps them.
+        overrides: `KEY=VALUE` of every `--set`, for the config files among `runs`.
 
     Returns:
         For each run's folder, for each set: the scores, shares between 0 and 1. docs/scores.md says what each means.
@@ -38,7 +40,7 @@ def evaluate(runs: list[Path], which: Which | None = None) -> Scores:
     """
     memo = Memo()
     scores = {}
-    for run, source in runs_to_score(runs):
+    for run, source in runs_to_score(runs, overrides):
         scores[str(run)] = _evaluate_run(run, source, which, memo)
         write_json(run / "evaluation.json", scores[str(run)])
     return scores

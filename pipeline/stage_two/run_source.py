@@ -1,5 +1,6 @@
 """Where a run's cache and labelled images are, and which scores its sets have: source.json, beside the run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,18 +47,23 @@ def source_document(config: Config) -> dict[str, Any]:
     }
 
 
-def runs_to_score(runs: list[Path]) -> list[tuple[Path, RunSource]]:
+def runs_to_score(runs: list[Path], overrides: Sequence[str] = ()) -> list[tuple[Path, RunSource]]:
     """Each run, and its source: as its config says now, where a config stands for the runs of its students.
 
+    Args:
+        overrides: `KEY=VALUE` of every `--set`, for the config files.
+
     Raises:
-        InputError: if a folder is no run, or none of a config's students has one.
+        InputError: if a folder is no run, none of a config's students has one, or there are overrides and no config.
     """
     found = []
+    if overrides and not any(run.suffix == ".toml" for run in runs):
+        raise InputError(f"--set {overrides[0]}: changes a config, and only folders of runs are given; name the config")
     for run in runs:
         if run.suffix != ".toml":
             found.append((run, _read_source(run)))
             continue
-        config = load_config(run)
+        config = load_config(run, overrides)
         source = _parse(source_document(config))
         folders = {name: config.distill.output / name for name in config.student}
         if not any((folder / SOURCE).exists() for folder in folders.values()):

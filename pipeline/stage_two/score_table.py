@@ -1,12 +1,13 @@
 """What `dimefm evaluate` prints: a screenful; `--json` has all of it. The columns are those of the table of scores."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from ...stages.run_folder.run_record import flat
 from ...stages.score.scores import FROM_OUTSIDE, SCORES, Column
 
 Scores = dict[str, dict[str, Any]]
@@ -22,7 +23,7 @@ def score_table(scores: Scores) -> str:
     items = [(Path(run).name, name, item) for run, sets in scores.items() for name, item in sets.items()]
     if not items:
         return "no [evaluate.*] set in the config of these runs: nothing to score"
-    lines: list[Line] = [([run, name], dict(_flat(item))) for run, name, item in items]
+    lines: list[Line] = [([run, name], dict(flat(item))) for run, name, item in items]
     shared = [column for score in SCORES for column in score.columns]
     tables = [_table([], columns, lines) for columns in (*(s.table for s in SCORES if not s.lines), shared)]
     for score in SCORES:
@@ -52,7 +53,7 @@ def _from_outside(items: list[tuple[str, str, dict[str, Any]]]) -> Table:
         [run, name, spec, key, _text(value, ".4g")]
         for run, name, item in items
         for spec, found in item.get(FROM_OUTSIDE, {}).items()
-        for key, value in _flat(found)
+        for key, value in flat(found)
         if isinstance(value, int | float | str)
     ]
     return _laid_out(["score", "key", "value"], rows)
@@ -72,14 +73,6 @@ def _printed(table: Table) -> str:
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip("\n")
-
-
-def _flat(table: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
 
 
 def _cell(values: dict[str, Any], column: Column) -> str:

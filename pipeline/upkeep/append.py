@@ -18,16 +18,20 @@ from ...cache.version.schema import GrowthStep, Plan
 from ...cache.version.versions import discard_change
 from ...stages.images.crops import decoder
 from ..config.load import Config
-from ..config.remembered import config_of, note_config
+from ..config.remembered import ConfigChoice, config_of, note_config
 from ..progress import say
-from ..stage_one.embed_shards import embed_shards, missing_shards, planned_specs, require_disk, teacher_at_hand
+from ..stage_one.embed_shards import embed_shards, missing_shards, teacher_at_hand
 from ..stage_one.finish import finish_cache
-from ..stage_one.guards import require_same_teacher
-from ..stage_one.inputs import compare_inputs, transductive_sets
+from ..stage_one.free_space import require_disk
+from ..stage_one.guards import require_same_settings
+from ..stage_one.inputs import transductive_sets
+from ..stage_one.planned import planned_specs
+from ..stage_one.source_changes import compare_inputs
+from ..stage_one.sources import Sources
 from .growth import Growth, find_growth, stage_growth
 
 
-def append_to(folder: Path, config: Path | None = None, scheduler: str | None = None) -> bool:
+def append_to(folder: Path, config: ConfigChoice | Path | None = None, scheduler: str | None = None) -> bool:
     """`append` for a cache's folder; its config is the one given, or the one that it was made by."""
     loaded = config_of(Layout(folder), config)
     return append(loaded, Layout(loaded.cache.dir), scheduler)
@@ -50,89 +54,90 @@ def append(config: Config, layout: Layout, scheduler: str | None = None) -> bool
             another process, or if its sources have changed otherwise than by growing.
         InputError: if a source or the teacher is unusable, the disk too small, or too many images are unreadable.
     """
-    manifest = read_manifest(layout)
-    if manifest is None:
+    if read_manifest(layout) is None:
         raise CacheError(f"{layout.root}: not a finished cache; `dimefm cache-teacher` makes and finishes one")
     with writer_lock(layout):
         start = time.perf_counter()
-        plan, manifest = read_plan(layout), read_manifest(layout)  # the lock may have finished another change
-        assert plan is not None and manifest is not None
-        require_same_teacher(config, layout, plan)
-        if config.cache.pixels and not kept_setting(manifest):
+        plan = read_plan(layout)
+        assert plan is not None
+        require_same_settings(layout, plan, config.teacher, config.cache)
+        sources = Sources.of(config)
+        if config.cache.pixels and not kept_setting(read_manifest(layout)):
             say(f"cache.pixels: {layout.root} has none yet; `dimefm cache-teacher` adds them, append does not")
         note_config(config, layout)
-        following, growth = layout.next, None
-        staged = _interrupted_plan(layout, kept_setting(manifest))
+        following = layout.next
+        staged, growth = _begun(layout), None
         if staged is None:
-            growth = find_growth(config, layout, plan)
+            growth = find_growth(sources, layout, plan)
             if not growth:
                 say(f"{layout.root}: nothing to append")
                 return False
             say(growth.line())
         else:
             say("going on with an append that was interrupted; what has come since is for the next one")
-            for note in compare_inputs(config, following, staged):
+            for note in compare_inputs(sources, following, staged):
                 say(note)
-        if staged is None or missing_shards(config, following, staged):
-            staged = _embed(config, layout, plan, staged, growth, scheduler)
-        finish_cache(config, following, staged, _transductive(config, manifest.transductive))
+        if staged is None or missing_shards(following, staged, sources):
+            staged = _embed(config, layout, sources, plan, staged, growth, scheduler)
+        finish_cache(following, staged, config.pairs, config.cache.pixels, _transductive(sources, layout))
         say(f"{layout.root}: appended in {time.perf_counter() - start:,.0f} s")
     return True
 
 
-def _interrupted_plan(layout: Layout, pixels: str | None) -> Plan | None:
-    """The plan of an interrupted append to the version in force; what is left of any other append is removed.
-
-    Args:
-        pixels: setting of the pixels that the cache keeps; they may have been added since.
-    """
-    path = layout.next.plan
-    staged = Plan.read(path) if path.exists() else None
-    if staged and staged.grown[-1].plan == identity(layout) and staged.pixels == pixels:
-        return staged
-    discard_change(layout)
-    return None
+def _begun(layout: Layout) -> Plan | None:
+    """The plan of an append to this very version that was interrupted; what is left of another one is removed."""
+    following = layout.next
+    staged = Plan.read(following.plan) if following.plan.exists() else None
+    pixels = kept_setting(read_manifest(layout))  # they may have been added since
+    if staged is None or staged.grown[-1].plan != identity(layout) or staged.pixels != pixels:
+        discard_change(layout)
+        return None
+    return staged
 
 
 def _embed(
     config: Config,
     layout: Layout,
+    sources: Sources,
     plan: Plan,
     staged: Plan | None,
     growth: Growth | None,
     scheduler: str | None,
 ) -> Plan:
     """Load the teacher, list the new rows unless that is done, and embed every shard that is missing."""
-    following = layout.next
-    with teacher_at_hand(config) as teacher:
+    with teacher_at_hand(config.teacher) as teacher:
         found = teacher.identity()
         libraries = found.pop("libraries")
-        # Other library versions may change the last bits and nothing more: the plan says which rows they embedded.
-        made_with = {key: value for key, value in plan.teacher.to_dict().items() if key in found}
-        require_same(layout.root, {"teacher": made_with}, {"teacher": found})
+        # Of other library versions the last bits may differ, nothing more: the plan says whose rows are whose.
+        require_same(layout.root, {"teacher": {key: plan.teacher.to_dict()[key] for key in found}}, {"teacher": found})
         if staged is None:
             assert growth is not None
-            rows = {name: spec.shape[0] for name, spec in planned_specs(plan).items()}
-            step = {"plan": identity(layout), "rows": rows, "libraries": libraries}
-            step |= {"decoder": decoder()} if plan.views else {}
+            before = {name: spec.shape[0] for name, spec in planned_specs(plan).items()}
+            step = GrowthStep(plan=identity(layout), rows=before, libraries=libraries)
+            step = step.replace(decoder=decoder()) if plan.views else step
             pixels = kept_setting(read_manifest(layout))
             staged = plan.replace(
-                inputs=stage_growth(config, layout, plan, growth),
-                grown=[*plan.grown, GrowthStep(**step)],
+                inputs=stage_growth(sources, layout, plan, growth),
+                grown=[*plan.grown, step],
                 **({"pixels": pixels} if pixels else {}),
             )
-            require_disk(config, following, staged)
-            write_plan(following, staged)
+            tasks = missing_shards(layout.next, staged, sources)
+            require_disk(layout.next, staged, tasks, config.pairs)
+            write_plan(layout.next, staged)
+        else:
+            tasks = missing_shards(layout.next, staged, sources)
         began_with = {"teacher": {"libraries": staged.grown[-1].libraries}}
-        require_same(following.root, began_with, {"teacher": {"libraries": libraries}})
-        declare_arrays(following.teacher_zarr, planned_specs(staged))
-        embed_shards(config, following, staged, missing_shards(config, following, staged), scheduler)
+        require_same(layout.next.root, began_with, {"teacher": {"libraries": libraries}})
+        declare_arrays(layout.next.teacher_zarr, planned_specs(staged))
+        embed_shards(layout.next, staged, tasks, sources, config.teacher, scheduler)
     return staged
 
 
-def _transductive(config: Config, recorded: list[str]) -> list[str]:
-    """Evaluation sets whose class names are among the training prompts, those recorded earlier included."""
+def _transductive(sources: Sources, layout: Layout) -> list[str]:
+    """Evaluation sets that any training prompt touches, those of earlier versions among them."""
+    manifest = read_manifest(layout)
+    recorded = set(manifest.transductive) if manifest else set()
     try:
-        return sorted({*recorded, *transductive_sets(config)})
-    except InputError:  # the class files are no longer at hand
+        return sorted(recorded | set(transductive_sets(sources)))
+    except InputError:  # class files are no longer at hand
         return sorted(recorded)

@@ -1,34 +1,33 @@
-"""What has come to the sources of a finished cache since it was made: images, lines, prompts, evaluation sets."""
+"""What a finished cache would take in: images, lines and evaluation sets that have come since it was made."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, islice, zip_longest
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from ...cache.disk.layout import Layout
 from ...cache.disk.row_tables import IMAGE_COLUMNS, SENTENCE_COLUMNS, RowTable, write_rows
 from ...cache.errors import CacheError
 from ...cache.version.plan_file import read_plan
-from ...cache.version.schema import ImageList, Inputs, Plan, PromptList, SentenceList, SentenceSource
+from ...cache.version.schema import Inputs, Plan, PromptList, SentenceList, SentenceSource
 from ...stages.inputs.image_source import FoundImage
-from ...stages.inputs.open_source import open_source
 from ...stages.inputs.sentences import read_sentences
-from ..config.load import Config
+from ...stages.settings.data import SentencesSettings
 from ..stage_one.inputs import (
     PROMPTS,
-    freeze_evaluate_set,
+    LineCount,
+    image_rows,
     list_document,
+    list_evaluate_set,
     prompt_lines,
     prompt_row,
     prompts_document,
-    require_same_classes,
     sentence_row,
 )
-from ..stage_one.source_changes import image_rows
+from ..stage_one.source_changes import require_planned_classes
+from ..stage_one.sources import Sources
 
 
 @dataclass(frozen=True)
@@ -45,83 +44,87 @@ class Growth:
     """New rows of a cache, in the order in which they join it.
 
     Attributes:
-        inputs: `inputs` of the next plan, without the new evaluation sets.
-        num_images: how many images are new.
-        num_sentences: how many sentences are new, prompts among them.
-        images: new images, in the order of their source.
-        lines: new lines of each sentences file; they follow all sentences of the cache, prompts too.
+        inputs: `inputs` of the next plan, but for evaluation sets that it does not list yet.
+        images: new files, sorted by the bytes of their paths.
+        lines: new lines of each sentences file; they follow everything that is there, prompts too.
         prompts: new prompts; they follow the new lines.
         evaluate: new evaluation sets.
+        num_rows: how many images and sentences are new.
     """
 
     inputs: Inputs
-    num_images: int
-    num_sentences: int
-    images: list[FoundImage] = field(default_factory=list)
-    lines: list[Lines] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
-    evaluate: list[str] = field(default_factory=list)
+    images: list[FoundImage]
+    lines: list[Lines]
+    prompts: list[str]
+    evaluate: list[str]
+    num_rows: dict[str, int]
 
     def __bool__(self) -> bool:
-        return bool(self.num_images or self.num_sentences or self.evaluate)
+        return any(self.num_rows.values()) or bool(self.evaluate)
 
     def line(self) -> str:
-        """A line that says what is new."""
+        """One line for the person who asked for it."""
         sets = "".join(f", evaluate.{name}" for name in self.evaluate)
-        return f"new: {self.num_images:,} images, {self.num_sentences:,} sentences{sets}"
+        return f"new: {self.num_rows['images']:,} images, {self.num_rows['sentences']:,} sentences{sets}"
 
 
-def find_growth(config: Config, layout: Layout, plan: Plan) -> Growth:
-    """Compare the sources with the plan in force. Reads the sources, writes nothing.
+def find_growth(sources: Sources, layout: Layout, plan: Plan) -> Growth:
+    """Hold the sources against the plan in force. Reads the sources, writes nothing.
 
     Raises:
-        CacheError: if rows of the cache have changed: other lines than it has, another folder of images, prompts that
-            are gone, other classes of an evaluation set.
+        CacheError: if what is in the cache has changed: other lines where it has its own, another folder of images,
+            prompts that are gone, other classes of an evaluation set.
         InputError: if a source is missing.
     """
-    if plan.rows_of is not None:
-        return _shared_growth(config, layout, plan, plan.rows_of)
-    frozen = plan.inputs
-    for name in sorted(config.evaluate.keys() & frozen.evaluate.keys()):
-        require_same_classes(layout, frozen, name, config.evaluate[name])
-    listed = RowTable(layout.image_rows, frozen.images.rows).column("source").to_pylist()
-    known = set(listed)
-    source = open_source(config.images.source)
-    found = source.list()
+    if plan.rows_of:
+        return _shared_growth(sources, layout, plan, plan.rows_of)
+    frozen, evaluate = plan.inputs, sources.evaluate
+    for name in sorted(set(evaluate) & set(frozen.evaluate)):
+        require_planned_classes(layout, plan, name, evaluate[name].settings)
+    there = RowTable(layout.image_rows, frozen.images.rows).column("source").to_pylist()
+    known = set(there)
+    found = sources.images.list()
     if known.isdisjoint(image.source for image in found):
         raise CacheError(
-            f"images.source: {source.location}: holds none of the {len(known):,} images of {layout.root}; "
+            f"images.source: {sources.images.location}: holds none of the {len(known):,} images of {layout.root}; "
             "append adds to a folder: is it another one?"
         )
     images = [image for image in found if image.source not in known]
-    sources, lines = _new_lines(config.sentences.source, layout, frozen.sentences.sources)
-    prompts, all_prompts = _new_prompts(config, layout, frozen.sentences)
+    files, lines = _new_lines(sources.sentences, layout, frozen.sentences.sources)
+    prompts, prompts_now = _new_prompts(sources.sentences, layout, frozen.sentences)
     num_sentences = sum(item.stop - item.first for item in lines) + len(prompts)
-    sentences = SentenceList(rows=frozen.sentences.rows + num_sentences, sources=sources, prompts=all_prompts)
-    inputs = frozen.replace(sentences=sentences)
-    if images:
-        inputs = inputs.replace(images=list_document(chain(listed, (image.source for image in images))))
-    new_sets = sorted(config.evaluate.keys() - frozen.evaluate.keys())
-    return Growth(inputs, len(images), num_sentences, images, lines, prompts, new_sets)
+    names = chain(there, (image.source for image in images))
+    return Growth(
+        Inputs(
+            images=list_document(names) if images else frozen.images,
+            sentences=SentenceList(rows=frozen.sentences.rows + num_sentences, sources=files, prompts=prompts_now),
+            evaluate=frozen.evaluate,
+        ),
+        images,
+        lines,
+        prompts,
+        sorted(set(evaluate) - set(frozen.evaluate)),
+        {"images": len(images), "sentences": num_sentences},
+    )
 
 
-def stage_growth(config: Config, layout: Layout, plan: Plan, growth: Growth) -> Inputs:
-    """Write the row tables of the next version into `next/`: the rows of the cache, then the new ones.
+def stage_growth(sources: Sources, layout: Layout, plan: Plan, growth: Growth) -> Inputs:
+    """Write the row tables of the next version beside the cache: the rows that it has, then the new ones.
 
     Returns:
         The `inputs` of its plan.
     """
-    if plan.rows_of is not None:
+    if plan.rows_of:
         return growth.inputs
-    frozen, following = plan.inputs, layout.next
-    if growth.num_images:
-        rows = RowTable(layout.image_rows, frozen.images.rows).records()
-        new = image_rows(open_source(config.images.source), growth.images, config.images.hash)
-        write_rows(following.image_rows, IMAGE_COLUMNS, chain(rows, new), plan.shard_rows)
-    if growth.num_sentences:
-        rows = RowTable(layout.sentence_rows, frozen.sentences.rows).records()
-        write_rows(following.sentence_rows, SENTENCE_COLUMNS, chain(rows, _sentence_rows(growth)), plan.shard_rows)
-    evaluate = {name: freeze_evaluate_set(config, following, name) for name in growth.evaluate}
+    frozen, following, shard_rows = plan.inputs, layout.next, plan.shard_rows
+    if growth.num_rows["images"]:
+        there = RowTable(layout.image_rows, frozen.images.rows).records()
+        new = image_rows(sources.images, growth.images, sources.hash_images)
+        write_rows(following.image_rows, IMAGE_COLUMNS, chain(there, new), shard_rows)
+    if growth.num_rows["sentences"]:
+        there = RowTable(layout.sentence_rows, frozen.sentences.rows).records()
+        write_rows(following.sentence_rows, SENTENCE_COLUMNS, chain(there, _sentence_rows(growth)), shard_rows)
+    evaluate = {name: list_evaluate_set(sources, following, name, shard_rows) for name in growth.evaluate}
     return growth.inputs.replace(evaluate={**frozen.evaluate, **evaluate})
 
 
@@ -132,71 +135,73 @@ def _sentence_rows(growth: Growth) -> Iterator[dict[str, Any]]:
 
 
 def _new_lines(
-    paths: Sequence[Path], layout: Layout, frozen: Sequence[SentenceSource]
+    settings: SentencesSettings, layout: Layout, frozen: list[SentenceSource]
 ) -> tuple[list[SentenceSource], list[Lines]]:
-    """`sources` of the next plan, and the new lines of each file. The files of the cache come first, in their order."""
-    sources, lines = [], []
-    if len(paths) < len(frozen):
+    """`sources` of the next plan, and what is new in each file. The files of the cache come first, in their order."""
+    files, lines = [], []
+    if len(settings.source) < len(frozen):
         raise CacheError(
-            f"sentences.source: {len(paths)} files, {layout.root} was made from {len(frozen)} "
+            f"sentences.source: {len(settings.source)} files, {layout.root} was made from {len(frozen)} "
             f"({', '.join(item.name for item in frozen)}); put them back in front of new ones"
         )
-    for path, held in zip_longest(paths, frozen):
-        num_lines, digest = 0, xxhash.xxh3_128()
-        held = held or SentenceSource(name=path.name, rows=0, digest=digest.hexdigest())
-        at_held = digest.hexdigest() if held.rows == 0 else None
-        for sentence in read_sentences([path]):
-            num_lines += 1
-            digest.update(sentence.text.encode() + b"\n")
-            if num_lines == held.rows:
-                at_held = digest.hexdigest()
-        if (path.name, at_held) != (held.name, held.digest):
+    for i, path in enumerate(settings.source):
+        held = frozen[i] if i < len(frozen) else LineCount(path).document()
+        now = LineCount(path, held.rows).read_all()
+        if (path.name, now.digest_upto) != (held.name, held.digest):
             raise CacheError(
                 f"{path}: does not begin with the {held.rows:,} lines of {held.name} that {layout.root} has; "
                 "append takes new lines at the end of a file, or new files after the others"
             )
-        sources.append(SentenceSource(name=path.name, rows=num_lines, digest=digest.hexdigest()))
-        lines.append(Lines(path, held.rows, num_lines))
-    return sources, lines
+        files.append(now.document())
+        lines.append(Lines(path, held.rows, now.rows))
+    return files, lines
 
 
-def _new_prompts(config: Config, layout: Layout, frozen: SentenceList) -> tuple[list[str], PromptList | None]:
+def _new_prompts(
+    settings: SentencesSettings, layout: Layout, frozen: SentenceList
+) -> tuple[list[str], PromptList | None]:
     """Prompts that no row has yet, and what the next plan says of all prompts."""
-    now = prompt_lines(config.sentences.prompts) if config.sentences.prompts else []
-    document = PromptList.model_validate(prompts_document(now)) if now else None
+    now = prompt_lines(settings.prompts) if settings.prompts else []
+    document = prompts_document(now) if now else None
     if document == frozen.prompts:
         return [], document
     table = RowTable(layout.sentence_rows, frozen.rows)
     rows = zip(table.column("text").to_pylist(), table.column("origin").to_pylist(), strict=True)
-    held = Counter(text for text, origin in rows if origin == PROMPTS)
-    if gone := held - Counter(now):
+    there = Counter(text for text, origin in rows if origin == PROMPTS)
+    if there - Counter(now):
+        gone = next(iter(there - Counter(now)))
         raise CacheError(
-            f"sentences.prompts: no longer makes {next(iter(gone))!r}, which is a row of {layout.root}; "
+            f"sentences.prompts: no longer makes {gone!r}, which is a row of {layout.root}; "
             "append only adds: put the classes and templates back, or choose another cache.dir"
         )
     new = []
     for prompt in now:
-        if held[prompt]:
-            held[prompt] -= 1
+        if there[prompt]:
+            there[prompt] -= 1
         else:
             new.append(prompt)
     return new, document
 
 
-def _shared_growth(config: Config, layout: Layout, plan: Plan, rows_of: str) -> Growth:
+def _shared_growth(sources: Sources, layout: Layout, plan: Plan, rows_of: str) -> Growth:
     """New rows of the cache whose row tables this one shares; that one takes in new sources first."""
-    other, frozen = Layout(layout.root / rows_of), plan.inputs
-    theirs = read_plan(other)
+    other = Layout(layout.root / rows_of)
+    theirs, held = read_plan(other), plan.inputs
     if theirs is None:
         raise CacheError(f"{other.root}: no teacher cache; {layout.root} shares its row tables: put it back")
-    sources = RowTable(layout.image_rows, frozen.images.rows).column("source").to_pylist()
-    if ImageList.model_validate(list_document(sources)) != frozen.images:
-        raise CacheError(f"{layout.image_rows}: its first {frozen.images.rows:,} rows are not those of {layout.root}")
+    num_held = held.images.rows
+    if list_document(RowTable(layout.image_rows, num_held).column("source").to_pylist()) != held.images:
+        raise CacheError(f"{layout.image_rows}: its first {num_held:,} rows are not those of {layout.root}")
     inputs = theirs.inputs
-    names = sorted((config.evaluate.keys() | frozen.evaluate.keys()) & inputs.evaluate.keys())
+    names = sorted((set(sources.evaluate) | set(held.evaluate)) & set(inputs.evaluate))
     return Growth(
         inputs.replace(evaluate={name: inputs.evaluate[name] for name in names}),
-        inputs.images.rows - frozen.images.rows,
-        inputs.sentences.rows - frozen.sentences.rows,
-        evaluate=sorted(set(names) - frozen.evaluate.keys()),
+        [],
+        [],
+        [],
+        sorted(set(names) - set(held.evaluate)),
+        {
+            "images": inputs.images.rows - num_held,
+            "sentences": inputs.sentences.rows - held.sentences.rows,
+        },
     )

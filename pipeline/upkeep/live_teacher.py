@@ -18,8 +18,8 @@ from ...cache.version.plan_file import first_difference
 from ...cache.version.schema import Plan
 from ...stages.images.crops import Crops
 from ...stages.inputs.image_source import ImageSource, row_keys
-from ...stages.inputs.open_source import open_source
 from ..config.load import Config
+from ..stage_one.sources import Sources
 
 if TYPE_CHECKING:
     from ...stages.models.teacher import Teacher
@@ -31,18 +31,13 @@ SAME_ROW = 0.999
 
 def image_source(config: Config, array: str) -> ImageSource | None:
     """The source of an array's images; None if it is not at hand or not in the config, or the array holds sentences."""
-    if array == IMAGES:
-        source = open_source(config.images.source)
-    elif array == SENTENCES or array.split("/")[1] not in config.evaluate:
-        return None
-    else:
-        source = open_source(config.evaluate[array.split("/")[1]].images)
-    return source if source.at_hand() else None
+    source = Sources.of(config).images_of(array)
+    return source if source and source.at_hand() else None
 
 
 def crops_of(plan: Plan, array: str) -> Crops | None:
     """The crops of an array's images; None where it holds the centre alone."""
-    return Crops.read(plan.views.to_dict()) if plan.views and array == IMAGES else None
+    return Crops.read(plan.views) if array == IMAGES else None
 
 
 def require_loaded_teacher(root: Path, plan: Plan, teacher: "Teacher") -> None:

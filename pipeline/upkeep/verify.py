@@ -13,14 +13,16 @@ from ...cache.disk.row_tables import RowTable
 from ...cache.errors import CacheError, InputError
 from ...stages.inputs.open_source import open_source
 from ..config.load import Config
-from ..config.remembered import config_of
+from ..config.remembered import ConfigChoice, config_of
 from ..progress import bar
 
 if TYPE_CHECKING:
     from ..stage_one.source_changes import LineChanges, SourceChanges
 
 
-def verify(folder: Path, config: Path | None = None, *, teacher: bool = False, sources: bool = False) -> dict[str, Any]:
+def verify(
+    folder: Path, config: ConfigChoice | Path | None = None, *, teacher: bool = False, sources: bool = False
+) -> dict[str, Any]:
     """Check a cache.
 
     Args:
@@ -109,7 +111,7 @@ def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str
     if trusted.plan is None:
         raise CacheError(f"{layout.root}: its plan is lost; there is no telling what teacher made it")
     damaged, compared = report.files, {}
-    with teacher_at_hand(config) as teacher:
+    with teacher_at_hand(config.teacher) as teacher:
         require_loaded_teacher(layout.root, trusted.plan, teacher)
         live = LiveTeacher(config, trusted.layout, trusted.plan, teacher)
         for array, entry in trusted.manifest.arrays.items():

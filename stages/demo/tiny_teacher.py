@@ -135,14 +135,13 @@ def _fit(model: CLIP, pairs: _Pairs, used: Tensor, seed: int, recipe: TeacherRec
     others = [value for value in model.parameters() if value.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
-    batches = _Batches(pairs.colours, recipe.batch_size, seed)
     model.train()
     for step in range(recipe.steps):
         for group in optimizer.param_groups:
             group["lr"] = _lr_at(step, recipe)
-        rows = torch.from_numpy(batches.at(step))
+        rows = torch.from_numpy(_rows_of_step(pairs.colours, recipe.batch_size, seed, step))
         draw_of_pass = step * recipe.batch_size // len(pairs.pixels) % len(pairs.tokens)
-        tokens = _compact(pairs.tokens[draw_of_pass, rows], used)
+        tokens = torch.searchsorted(used, pairs.tokens[draw_of_pass, rows])  # positions among the used; padding stays 0
         loss = contrastive_loss(*_embed(model, pairs.pixels[rows], tokens), tokens, model.logit_scale.exp())
         optimizer.zero_grad()
         loss.backward()
@@ -154,26 +153,18 @@ def _fit(model: CLIP, pairs: _Pairs, used: Tensor, seed: int, recipe: TeacherRec
     model.eval()
 
 
-class _Batches:
-    """The pictures of each step.
+def _rows_of_step(colours: np.ndarray, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """(batch_size,) int64 rows of the pictures of one step.
 
     In every other batch half of the first things have one colour and half another: among those, colour tells nothing,
     so the shape must. Without this the small teacher looks at little else than colour for most of its short training.
     """
-
-    def __init__(self, colours: np.ndarray, batch_size: int, seed: int) -> None:
-        self._of_colour = [rows for rows in (np.flatnonzero(colours == i) for i in range(len(COLOURS))) if len(rows)]
-        self._num_rows = len(colours)
-        self._half = batch_size // 2
-        self._seed = seed
-
-    def at(self, step: int) -> np.ndarray:
-        """(batch_size,) int64 rows."""
-        rng = np.random.Generator(np.random.Philox(key=[self._seed, 0], counter=[0, step, 0, 0]))
-        if step % 2:
-            return rng.integers(self._num_rows, size=2 * self._half)
-        colours = rng.choice(len(self._of_colour), 2, replace=False)
-        return np.concatenate([rng.choice(self._of_colour[i], self._half) for i in colours])
+    half = batch_size // 2
+    rng = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, step, 0, 0]))
+    if step % 2:
+        return rng.integers(len(colours), size=2 * half)
+    of_colour = [rows for rows in (np.flatnonzero(colours == i) for i in range(len(COLOURS))) if len(rows)]
+    return np.concatenate([rng.choice(of_colour[i], half) for i in rng.choice(len(of_colour), 2, replace=False)])
 
 
 def _lr_at(step: int, recipe: TeacherRecipe) -> float:
@@ -181,11 +172,6 @@ def _lr_at(step: int, recipe: TeacherRecipe) -> float:
     if step < warmup:
         return recipe.lr * (step + 1) / warmup
     return recipe.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup))))
-
-
-def _compact(tokens: Tensor, used: Tensor) -> Tensor:
-    """Token ids -> their positions among the used ones; padding stays 0."""
-    return torch.searchsorted(used, tokens)
 
 
 def _embed(model: CLIP, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,6 +201,6 @@ def contrastive_loss(images: Tensor, sentences: Tensor, tokens: Tensor, logit_sc
 
 @torch.inference_mode()
 def _pair_accuracy(model: CLIP, pairs: _Pairs, used: Tensor) -> float:
-    images, sentences = _embed(model, pairs.pixels, _compact(pairs.tokens[0], used))
+    images, sentences = _embed(model, pairs.pixels, torch.searchsorted(used, pairs.tokens[0]))
     best = (images @ sentences.T).argmax(dim=1)
     return (best == torch.arange(len(best))).float().mean().item()

@@ -6,14 +6,14 @@ of another size, and nothing of them needs to be stored.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from ...cache.version.schema import Views
 from ..counter_random import key_of, uniforms
 from ..settings.base import RandomCrop
 from ..settings.cache import CropSettings
@@ -110,9 +110,9 @@ class Crops:
     settings: CropSettings
 
     @classmethod
-    def read(cls, document: Mapping[str, Any] | None) -> "Crops | None":
+    def read(cls, views: Views | None) -> "Crops | None":
         """From `views` of plan.json; None where a cache has the centre alone."""
-        return cls(document["count"], CropSettings.model_validate(document["crops"])) if document else None
+        return cls(views.count, CropSettings.model_validate(views.crops)) if views else None
 
     @property
     def key(self) -> int:

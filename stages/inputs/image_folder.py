@@ -3,8 +3,13 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -12,7 +17,18 @@ from ...cache.errors import InputError
 from ..images.decode import ImageError, decode_image
 from .image_source import FoundImage, ImageSource
 
+T = TypeVar("T")
+U = TypeVar("U")
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+_ENDINGS = tuple(suffix.encode() for suffix in SUFFIXES)
+
+LISTING_THREADS = 16
+"""More than there are cores: on a file server each look at a folder or a file is a wait."""
+
+LISTING_BATCH = 256
+"""Files that a thread looks at in one go."""
 
 
 class ImageFolder(ImageSource):
@@ -86,32 +102,77 @@ def read_file(path: Path) -> bytes:
 
 
 def _walk(folder: Path) -> Iterator[FoundImage]:
-    """Depth first, each folder's entries sorted with a `/` behind the names of folders: whole paths come out sorted."""
+    """The images below a folder, in order: several threads list the folders, then look at the files.
+
+    A million names take some 50 MB meanwhile; what is known of a file is not kept here.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; wanted one with images")
-    root = os.fsencode(folder)
-    stack = [(b"", True, frozenset[tuple[int, int]]())]
-    while stack:
-        relative, is_folder, inside_of = stack.pop()
-        path = os.path.join(root, relative)  # noqa: PTH118 - pathlib has no paths of bytes
-        if not is_folder:
-            yield _look_at(path, relative)
-            continue
-        try:
-            status = os.stat(path)  # noqa: PTH116
-            entries = list(os.scandir(path))
-        except OSError as error:
-            raise InputError(f"{os.fsdecode(path)}: the folder cannot be listed: {error.strerror}") from error
+    root = os.path.join(os.fsencode(folder), b"")  # noqa: PTH118 - pathlib has no paths of bytes
+    with ThreadPoolExecutor(LISTING_THREADS, thread_name_prefix="list") as pool:
+        files = _in_order(_list_folders(pool, root))
+        batches = iter(lambda: list(islice(files, LISTING_BATCH)), [])
+        for found in _map(pool, lambda batch: [_look_at(root, name) for name in batch], batches):
+            yield from found
+
+
+def _list_folders(pool: ThreadPoolExecutor, root: bytes) -> dict[bytes, list[bytes]]:
+    """The sorted names in each folder, level by level; those of folders end in `/`, and so whole paths are sorted."""
+    listed: dict[bytes, list[bytes]] = {}
+    level = [(b"", frozenset[tuple[int, int]]())]
+    while level:
+        below = []
+        for (folder, _), (names, inside_of) in zip(level, _map(pool, partial(_list_folder, root), level)):
+            listed[folder] = names
+            below += [(folder + name, inside_of) for name in names if name.endswith(b"/")]
+        level = below
+    return listed
+
+
+def _list_folder(
+    root: bytes, folder: tuple[bytes, frozenset[tuple[int, int]]]
+) -> tuple[list[bytes], frozenset[tuple[int, int]]]:
+    """Names in a folder, and the identities of it and the folders above it; a folder inside itself has no names."""
+    path, inside_of = root + folder[0], folder[1]
+    try:
+        status = os.stat(path)  # noqa: PTH116
         identity = (status.st_dev, status.st_ino)
         if identity in inside_of:
-            continue
-        below = []
-        for entry in entries:
-            if _is_folder(entry):
-                below.append((relative + entry.name + b"/", True, inside_of | {identity}))
-            elif entry.name.lower().endswith(tuple(os.fsencode(suffix) for suffix in SUFFIXES)):
-                below.append((relative + entry.name, False, frozenset()))
-        stack.extend(sorted(below, key=lambda item: item[0], reverse=True))
+            return [], inside_of
+        with os.scandir(path) as entries:
+            names = [
+                entry.name + b"/" * is_folder
+                for entry in entries
+                if (is_folder := _is_folder(entry)) or entry.name.lower().endswith(_ENDINGS)
+            ]
+    except OSError as error:
+        raise InputError(f"{os.fsdecode(path)}: the folder cannot be listed: {error.strerror}") from error
+    return sorted(names), inside_of | {identity}
+
+
+def _in_order(listed: dict[bytes, list[bytes]]) -> Iterator[bytes]:
+    """Paths of files, depth first; a folder's names are dropped as it is entered."""
+    open_folders = [(b"", iter(listed.pop(b"")))]
+    while open_folders:
+        folder, names = open_folders[-1]
+        for name in names:
+            if name.endswith(b"/"):
+                open_folders.append((folder + name, iter(listed.pop(folder + name))))
+                break
+            yield folder + name
+        else:
+            open_folders.pop()
+
+
+def _map(pool: ThreadPoolExecutor, function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """As `pool.map`, but the items are taken as they are needed, a few ahead."""
+    pending: deque[Future[U]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > 4 * LISTING_THREADS:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:
@@ -121,7 +182,7 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
         return False
 
 
-def _look_at(path: bytes, relative: bytes) -> FoundImage:
+def _look_at(root: bytes, relative: bytes) -> FoundImage:
     try:
         source = relative.decode()
         problem = None
@@ -129,7 +190,7 @@ def _look_at(path: bytes, relative: bytes) -> FoundImage:
         source = relative.decode(errors="backslashreplace")
         problem = "file name is not UTF-8"
     try:
-        status = os.stat(path)  # noqa: PTH116
+        status = os.stat(root + relative)  # noqa: PTH116
     except OSError:
         return FoundImage(source, 0, 0, problem or "broken link")
     if not stat.S_ISREG(status.st_mode):

@@ -1,10 +1,12 @@
 """Class names and the templates that make prompts of them."""
 
-import json
+import importlib.util
+import runpy
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from ...cache.disk.durable import read_json
 from ...cache.errors import InputError
 
 SLOT = "{}"
@@ -21,13 +23,9 @@ def read_classes(path: Path) -> dict[str, list[str]]:
             name, a class without a name, a name that is blank.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_repeats)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; wanted JSON, class id -> names") from error
+        document = read_json(path, "JSON, class id -> names", object_pairs_hook=_without_repeats)
     except _RepeatedKeyError as error:
         raise InputError(f"{path}: class id {error.args[0]!r} is there twice; wanted each once") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(document, dict) or not document:
         raise InputError(f'{path}: no classes; wanted a JSON object such as {{"n01443537": ["goldfish"]}}')
     for class_id, names in document.items():
@@ -53,9 +51,11 @@ def read_templates(spec: str, base: Path | None = None) -> list[str]:
         InputError: if the file is missing, is not UTF-8, has no template or has one without `{}`.
     """
     if spec == "openai":
-        from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES  # imports torch: only when asked for
-
-        return [str(template(SLOT)) for template in OPENAI_IMAGENET_TEMPLATES]
+        package = importlib.util.find_spec("open_clip")
+        assert package and package.submodule_search_locations
+        file = Path(package.submodule_search_locations[0], "zero_shot_metadata.py")
+        templates = runpy.run_path(str(file))["OPENAI_IMAGENET_TEMPLATES"]  # importing the package would load torch
+        return [str(template(SLOT)) for template in templates]
     path = Path(spec) if base is None else base / spec
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")

@@ -82,8 +82,8 @@ def mse_share(inputs: LossInputs, factor: float = 1.0) -> Tensor:
 def icl_share(inputs: LossInputs, factor: float | Tensor, threshold: float | None = None) -> Tensor:
     """This process's share of `icl_loss`."""
     inputs.check()
-    teacher, columns = inputs.local_teacher.detach(), inputs.pseudo_others()
-    total = info_nce_rows(inputs.local_student, teacher, columns, inputs.place(), factor, threshold)
+    columns = inputs.pseudo_others()
+    total = info_nce_rows(inputs.local_student, inputs.local_teacher, columns, inputs.place(), factor, threshold)
     return total / len(inputs.global_teacher)
 
 

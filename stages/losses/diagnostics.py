@@ -1,4 +1,4 @@
-"""What a logged step says of its losses besides their values."""
+"""What is logged of a step's losses besides their values."""
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ def effective_candidates(
 ) -> Tensor:
     """How many columns a row's softmax spreads over: exp(entropy), mean over the rows.
 
-    1 says that the target is one-hot, `len(columns)` that it says nothing: either way the loss teaches little.
+    At 1 the target is one-hot, at `len(columns)` uniform: either way the loss teaches little.
 
     Args:
         rows: (B, D) embeddings, any float dtype, any norm.

@@ -130,9 +130,8 @@ def feature_loss(student_images: Tensor, teacher_images: Tensor) -> Tensor:
 def vl_share(inputs: LossInputs, factor: float) -> Tensor:
     """This process's share of `vl_loss`, as docs/losses.md describes shares; so are the others below."""
     inputs.check()
-    teacher, global_teacher = _targets(inputs)
+    teacher, student, global_student = inputs.local_teacher, inputs.local_student, inputs.global_student
     others, global_others = inputs.need("local_others"), inputs.need("global_others")
-    student, global_student = inputs.local_student, inputs.global_student
     num_rows, num_others = len(global_student), len(global_others)
     over_others, over_rows = inputs.log_weights()
     weights = _other_weights(inputs)
@@ -145,22 +144,22 @@ def vl_share(inputs: LossInputs, factor: float) -> Tensor:
             log_weights=over_others,
         )
     kl_of_rows = kl_rows(teacher, student, global_others, global_others, factor, log_weights=over_others)
-    sides = others, others, global_teacher, global_student
+    sides = others, others, inputs.global_teacher, global_student
     kl_of_others = kl_rows(*sides, factor, log_weights=over_rows, row_weights=weights)
     return kl_of_rows / num_rows + (kl_of_others / num_others if weights is None else kl_of_others)
 
 
 def pvl_share(inputs: LossInputs, factor: float) -> Tensor:
     inputs.check()
-    teacher, columns = inputs.local_teacher.detach(), inputs.pseudo_others()
-    return 2 * kl_rows(teacher, inputs.local_student, columns, columns, factor) / len(inputs.global_teacher)
+    columns = inputs.pseudo_others()
+    total = kl_rows(inputs.local_teacher, inputs.local_student, columns, columns, factor)
+    return 2 * total / len(inputs.global_teacher)
 
 
 def udist_share(inputs: LossInputs, factor: float) -> Tensor:
     inputs.check(same_width=False)
-    teacher, global_teacher = _targets(inputs)
-    total = kl_rows(teacher, inputs.local_student, global_teacher, inputs.global_student, factor)
-    return 2 * total / len(global_teacher)
+    total = kl_rows(inputs.local_teacher, inputs.local_student, inputs.global_teacher, inputs.global_student, factor)
+    return 2 * total / len(inputs.global_teacher)
 
 
 def feature_share(inputs: LossInputs, factor: float = 1.0) -> Tensor:
@@ -196,9 +195,3 @@ def _other_weights(inputs: LossInputs) -> Tensor | None:
     dtype = dtype_of(inputs.local_student, inputs.local_sampling.sentences)
     local, everywhere = inputs.local_sampling.sentences.to(dtype), inputs.global_sampling.sentences.to(dtype)
     return (local - everywhere.logsumexp(0)).exp()
-
-
-def _targets(inputs: LossInputs) -> tuple[Tensor, Tensor]:
-    """The teacher's local and global rows, cut off from gradients; one object where they are one."""
-    local = inputs.local_teacher.detach()
-    return local, local if inputs.global_teacher is inputs.local_teacher else inputs.global_teacher.detach()

@@ -106,7 +106,7 @@ class TeacherInputs:
         """Where the local rows begin among the global ones.
 
         Raises:
-            ValueError: if that was not said, or cannot be.
+            ValueError: if `first_row` is missing or out of range.
         """
         spare = len(self.global_teacher) - len(self.local_teacher)
         first = 0 if self.first_row is None and spare == 0 else self.first_row

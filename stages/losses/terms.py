@@ -17,7 +17,7 @@ class Loss:
     """A loss that is on, its functions imported.
 
     Attributes:
-        settings: what the config says of it.
+        settings: its name, weight and options in the config.
         function: called as `function(inputs=LossInputs, factor=number, **options)`, returns this process's share.
         diagnostics: called in the same way with `TeacherInputs`, returns numbers by name; None where it has none.
     """
@@ -74,7 +74,7 @@ def loss_terms(
 def loss_diagnostics(
     inputs: TeacherInputs, losses: Sequence[Loss], logit_scale: float, others: str
 ) -> dict[str, Tensor]:
-    """What the teacher's own softmaxes say of this process's rows, by `LOSS_NAME`: see `Loss.diagnostics`.
+    """Diagnostics of the teacher's softmaxes over this process's rows, as `LOSS_NAME`: see `Loss.diagnostics`.
 
     Args:
         others: what the others are, `sentences` or `images`, in the place of `others` in a name.

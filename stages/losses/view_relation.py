@@ -45,8 +45,9 @@ def view_relation_loss(
 def views_share(inputs: LossInputs, factor: float) -> Tensor:
     """This process's share of `view_relation_loss`: its own rows, the other views of all processes."""
     inputs.check()
-    teacher, columns = inputs.local_teacher.detach(), inputs.need("views")
-    return 2 * kl_rows(teacher, inputs.local_student, columns, columns, factor) / len(inputs.global_teacher)
+    views = inputs.need("views")
+    total = kl_rows(inputs.local_teacher, inputs.local_student, views, views, factor)
+    return 2 * total / len(inputs.global_teacher)
 
 
 def views_diagnostics(inputs: TeacherInputs, factor: float) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
 """open_clip's model configs: its own by name, or a file, either bare or as an `open_clip_config.json`."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import open_clip
 
+from ...cache.disk.durable import read_json
 from ...cache.errors import InputError, did_you_mean
 
 
@@ -31,12 +31,7 @@ def model_config(name: str, keys: Sequence[str], shown: str) -> dict[str, Any]:
 
 def read_model_config(path: Path, keys: Sequence[str], shown: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """`model_cfg` and `preprocess_cfg` of a file; the second is empty where there is none. Arguments as above."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise InputError(f"{shown}: cannot be read: {error.strerror}; wanted an open_clip model config") from error
-    except ValueError as error:
-        raise InputError(f"{shown}: not JSON: {error}; wanted an open_clip model config") from error
+    document = read_json(path, "an open_clip model config", shown, parse_constant=_refuse_constant)
     document = document if isinstance(document, dict) else {}
     return _require_keys(document.get("model_cfg", document), keys, shown), document.get("preprocess_cfg", {})
 

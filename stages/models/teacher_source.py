@@ -71,8 +71,12 @@ def find_teacher(settings: TeacherSettings) -> TeacherSource:
             f"teacher.pretrained: missing; {model} alone is a teacher with random weights: give a tag, hf-hub:… or the "
             "path of a .safetensors file"
         )
+    asked = Asked(f"teacher.model = {model!r}", f"teacher.pretrained = {pretrained!r}", _BY_HAND)
     if pretrained.startswith(HUB):
-        weights, preprocess = _hub_weights(model, model_cfg, pretrained)
+        there = _from_hub(pretrained)
+        if quick_gelu(there.model_cfg) != quick_gelu(model_cfg):
+            raise wrong_activation(pretrained, pretrained, asked)
+        weights, preprocess = there.weights, there.preprocess
     elif pretrained.endswith(WEIGHT_SUFFIXES) or "/" in pretrained:
         weights = Path(pretrained)
         if not weights.is_file():
@@ -83,24 +87,9 @@ def find_teacher(settings: TeacherSettings) -> TeacherSource:
             f"the weights for {model}"
         )
     else:
-        weights, preprocess = _tag_weights(name, pretrained)
+        weights, tag_cfg = tag_weights(name, pretrained, asked)
+        preprocess = _of_images(tag_cfg)
     return TeacherSource(name, model_cfg, weights, tokenizer=name, preprocess=preprocess)
-
-
-def _tag_weights(name: str, tag: str) -> tuple[Path, dict[str, Any]]:
-    weights, tag_cfg = tag_weights(name, tag, _asked(name, tag))
-    return weights, {key: value for key, value in tag_cfg.items() if key in _PREPROCESS_KEYS}
-
-
-def _asked(model: str, pretrained: str) -> Asked:
-    return Asked(f"teacher.model = {model!r}", f"teacher.pretrained = {pretrained!r}", _BY_HAND)
-
-
-def _hub_weights(model: str, model_cfg: dict[str, Any], pretrained: str) -> tuple[Path, dict[str, Any]]:
-    there = _from_hub(pretrained)
-    if quick_gelu(there.model_cfg) != quick_gelu(model_cfg):
-        raise wrong_activation(pretrained, pretrained, _asked(model, pretrained))
-    return there.weights, there.preprocess
 
 
 def _from_hub(model: str) -> TeacherSource:
@@ -127,7 +116,11 @@ def _from_folder(model: str) -> TeacherSource:
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Model and preprocessing of a config file."""
     model_cfg, preprocess = read_model_config(path, _BOTH_TOWERS, str(path))
-    return model_cfg, {key: value for key, value in preprocess.items() if key in _PREPROCESS_KEYS}
+    return model_cfg, _of_images(preprocess)
+
+
+def _of_images(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key in _PREPROCESS_KEYS}
 
 
 def _register(model_cfg: dict[str, Any]) -> str:

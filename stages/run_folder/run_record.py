@@ -130,7 +130,7 @@ def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, 
     Raises:
         InputError: naming every key that differs.
     """
-    before, now = (dict(_flat({key: record.get(key) for key in _FIXED})) for record in (found, wanted))
+    before, now = (dict(flat({key: record.get(key) for key in _FIXED})) for record in (found, wanted))
     before = {
         **_what_older_runs_do_not_say(str(wanted["name"])),
         **{key: value for key, value in before.items() if value is not None},
@@ -152,12 +152,13 @@ def _what_older_runs_do_not_say(student: str) -> dict[str, Any]:
     """Keys that came after a run was begun stand for what it did without them: their defaults."""
     defaults = DistillSettings(loss=first_losses()).model_dump(mode="json", exclude=_FREE_TO_CHANGE)
     since = {"pixels": FILES, "views.policy": OWN, f"student.{student}.text": TEACHER}
-    return {**dict(_flat({"distill": defaults})), **since}
+    return {**dict(flat({"distill": defaults})), **since}
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables, keys joined by dots."""
     for key, value in table.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -1,12 +1,11 @@
-"""A trained student on a labelled set: embedded by it, and held against its teacher and the cached class vectors."""
+"""A labelled set embedded by a trained student; what its teacher said of it comes from the cache."""
 
-import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ...cache.errors import InputError
@@ -16,36 +15,10 @@ from ..inputs.image_source import ImageSource, require_at_hand
 from ..inputs.open_source import open_source
 from .embedded_set import EmbeddedSet
 from .labelled_pictures import LabelledPictures
-from .zero_shot import zero_shot_scores
 
 
-def evaluate_student(
-    student: nn.Module,
-    record: dict[str, Any],
-    cache: FeatureCache,
-    name: str,
-    images_root: str | Path | ImageSource,
-    *,
-    batch_size: int = 256,
-    device: str = "auto",
-    workers: int = 0,
-    student_head: NDArray[np.float32] | None = None,
-) -> dict[str, Any]:
-    """Zero-shot scores of a student and, from the cache, its teacher on one labelled set.
-
-    Other arguments and errors are those of `embed_set`.
-
-    Args:
-        student_head: (classes, D) class vectors of the student's own text tower, unit rows; None: the teacher's.
-
-    Returns:
-        As `zero_shot_scores`; and `weights`, `ema` where they are averages, else `model`.
-    """
-    embedded = embed_set(
-        student, record, cache, name, images_root, batch_size=batch_size, device=device, workers=workers
-    )
-    embedded = dataclasses.replace(embedded, student_head=student_head)
-    return {**zero_shot_scores(embedded), "weights": record.get("weights", "model")}
+class Stopped(Exception):  # noqa: N818 - no error
+    """Embedding a set was asked to stop; nothing of it is kept."""
 
 
 def embed_set(
@@ -89,13 +62,26 @@ def embed_set(
 
 
 def embed_pictures(
-    student: nn.Module, labelled: EvaluateSet, pictures: LabelledPictures, device: torch.device
+    student: nn.Module,
+    labelled: EvaluateSet,
+    pictures: LabelledPictures,
+    device: torch.device,
+    stopped: Callable[[], bool] | None = None,
 ) -> EmbeddedSet:
-    """The same, of pictures that are at hand."""
+    """The same, of pictures that are at hand.
+
+    Args:
+        stopped: asked before each batch, whether to give up.
+
+    Raises:
+        Stopped: if it said so.
+    """
     embeddings = np.full(labelled.images.embeddings.shape, np.nan, dtype=np.float32)
     student = student.to(device).eval()
     with torch.inference_mode():
         for rows, batch in pictures:
+            if stopped is not None and stopped():
+                raise Stopped
             embeddings[rows] = student(pictures.normalise(batch.to(device))).float().cpu().numpy()
     return EmbeddedSet.of(embeddings, labelled)
 

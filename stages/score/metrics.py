@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 Matrix = NDArray[np.floating[Any]]
 Labels = NDArray[np.int64]
+Hits = NDArray[np.bool_]
 
 
 def unit_rows(embeddings: Matrix) -> NDArray[np.float32]:
@@ -19,7 +20,7 @@ def unit_rows(embeddings: Matrix) -> NDArray[np.float32]:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def top_k_hits(logits: Matrix, labels: Labels, k: int) -> NDArray[np.bool_]:
+def top_k_hits(logits: Matrix, labels: Labels, k: int) -> Hits:
     """(N,) whether an image's label is among the k classes of highest logit.
 
     Args:
@@ -32,20 +33,11 @@ def top_k_hits(logits: Matrix, labels: Labels, k: int) -> NDArray[np.bool_]:
     of_label = np.take_along_axis(logits, labels[:, None], axis=1)
     before = np.arange(logits.shape[1]) < labels[:, None]
     rank = ((logits > of_label) | ((logits == of_label) & before)).sum(axis=1)
-    hits: NDArray[np.bool_] = (rank < k) & ~np.isnan(logits).any(axis=1)
+    hits: Hits = (rank < k) & ~np.isnan(logits).any(axis=1)
     return hits
 
 
-def top_k_accuracy(logits: Matrix, labels: Labels, k: int) -> float:
-    """Share of images whose label is among the k classes of highest logit; arguments as in `top_k_hits`.
-
-    >>> top_k_accuracy(np.array([[3.0, 1.0], [2.0, 5.0], [4.0, 0.0]]), np.array([0, 0, 1]), k=1)
-    0.3333333333333333
-    """
-    return float(np.mean(top_k_hits(logits, labels, k)))
-
-
-def per_class_accuracy(hits: NDArray[np.bool_], labels: Labels, num_classes: int) -> NDArray[np.float64]:
+def per_class_accuracy(hits: Hits, labels: Labels, num_classes: int) -> NDArray[np.float64]:
     """(num_classes,) share of each class's images that are hits, its recall; NaN for a class without images.
 
     Args:
@@ -60,7 +52,7 @@ def per_class_accuracy(hits: NDArray[np.bool_], labels: Labels, num_classes: int
     return np.where(counts > 0, right / np.maximum(counts, 1), np.nan)
 
 
-def mean_class_accuracy(hits: NDArray[np.bool_], labels: Labels, num_classes: int) -> float:
+def mean_class_accuracy(hits: Hits, labels: Labels, num_classes: int) -> float:
     """Mean of `per_class_accuracy` over the classes that have images: each class counts the same, however many it has.
 
     >>> mean_class_accuracy(np.array([True, False, True]), np.array([0, 0, 1]), num_classes=3)
@@ -103,6 +95,3 @@ def mean_cosine(first: Matrix, second: Matrix) -> float:
     cosines = (unit_rows(first) * unit_rows(second)).sum(axis=1)
     cosines = cosines[np.isfinite(cosines)]
     return float(cosines.mean()) if len(cosines) else float("nan")
-
-
-Hits = NDArray[np.bool_]

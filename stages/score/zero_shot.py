@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from .bootstrap import LEVEL, RESAMPLES, SEED, bootstrap_means, compared, interval, number, pair
+from .bootstrap import LEVEL, RESAMPLES, SEED, compared, mean_interval, number, pair
 from .embedded_set import EmbeddedSet
 from .metrics import agreement, mean_class_accuracy, mean_cosine, per_class_accuracy, top_k_hits, unit_rows
 from .score_inputs import ScoreInputs
@@ -71,4 +71,4 @@ def _with_teachers_text(embedded: EmbeddedSet) -> dict[str, Any]:
         return {}
     hits = top_k_hits(unit_rows(embedded.student) @ embedded.head.T, embedded.labels, 1)
     key = "student_top1_teacher_text"
-    return {key: float(hits.mean()), f"{key}_interval": pair(interval(bootstrap_means(hits[:, None])[:, 0]))}
+    return {key: float(hits.mean()), f"{key}_interval": pair(mean_interval(hits))}

@@ -1,12 +1,11 @@
 """What a user sets about the cache. No heavy import here: a config is refused before anything else loads."""
 
 import re
-from pathlib import Path
 from typing import Final, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .base import RandomCrop, Settings
+from .base import FilePath, RandomCrop, Settings
 
 KEPT_SIDES = (16, 4096)
 """Least and largest shorter side of kept pixels."""
@@ -39,11 +38,11 @@ class CropSettings(RandomCrop):
 class CacheSettings(Settings):
     """`[cache]`: where the teacher's embeddings go and in which pieces."""
 
-    dir: Path = Field(strict=False)
+    dir: FilePath
     """Folder of the cache; made if it is not there."""
     shard_rows: int = Field(default=8192, ge=1, le=1_048_576)
     """Rows of one chunk file: the unit of writing, resuming, checking and mending."""
-    rows: Path | None = Field(default=None, strict=False)
+    rows: FilePath | None = None
     """Folder of a finished cache of another teacher whose images and sentences this one takes, row by row."""
     pixels: str | None = None
     """`jpeg-N`: also keep each training image small, its shorter side N pixels, for stage two to read instead of the

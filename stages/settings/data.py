@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from .base import FilePath, Fraction, Settings, Weight
+from .base import FilePath, Fraction, Settings, Templates, Weight
 from .plugins import is_function, require_function
 
 
@@ -43,7 +43,7 @@ class PromptSettings(Settings):
 
     classes: FilePath
     """JSON, class id -> list of names."""
-    templates: str = "openai"
+    templates: Templates = "openai"
     """`openai` (open_clip's 80 ImageNet templates) or the path of a text file, one template a line, {} for the name."""
     names: Literal["first", "all"] = "first"
     """Which of a class's names are used."""
@@ -68,7 +68,7 @@ class EvaluateSettings(Settings):
     """A folder with one folder per class id; or a function, as `images.source`, of images named `<class id>/…`."""
     classes: FilePath
     """JSON, class id -> list of names."""
-    templates: str = "openai"
+    templates: Templates = "openai"
     """`openai` or the path of a text file, one template a line, {} for the name."""
     names: Literal["first", "all"] = "first"
     """Which of a class's names make its prompts."""

@@ -26,13 +26,13 @@ class LossTerm:
     Attributes:
         name: in `[distill.loss]`, `[distill.temperature]` and the log.
         function: `package.module:function`, as of a loss from outside.
-        summary: one line, what its weight in the config is said to be of.
+        summary: one line, the description of its key in the config.
         weight: where `[distill.loss]` is left out.
         temperature: default; None for a loss without one.
         wants: what is drawn for it. A loss that wants views is off on the text side: texts have none.
         options: keyword arguments of the function, each a key `NAME_OPTION` of `[distill.loss]`, with type and bounds.
         learnable: whether `NAME_learned` of `[distill.temperature]` makes a run learn its factor.
-        diagnostics: `package.module:function` of what a logged step says of it beside its value, or None.
+        diagnostics: `package.module:function` of what is logged beside its value, or None.
         first_weight: in runs from before the record named any loss.
     """
 
@@ -162,8 +162,8 @@ def _temperature_keys() -> dict[str, Any]:
         if term.temperature is not None:
             keys[term.name] = (Temperature, term.temperature)
         if term.learnable:
-            said = f"Whether `{term.name}` only begins with its temperature and learns it, as CLIP-KD does."
-            keys[f"{term.name}_learned"] = (bool, Field(default=False, description=said))
+            described = f"Whether `{term.name}` only begins with its temperature and learns it, as CLIP-KD does."
+            keys[f"{term.name}_learned"] = (bool, Field(default=False, description=described))
     return keys
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from .base import Device, Settings
+from .base import Device, Settings, StudentInit, StudentModel, StudentText, TeacherModel, TeacherWeights
 from .plugins import is_function
 
 PLAIN_WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
@@ -29,10 +29,10 @@ image_size=…)."""
 class TeacherSettings(Settings):
     """`[teacher]`: the model that is asked once."""
 
-    model: str
+    model: TeacherModel
     """An open_clip architecture, `hf-hub:org/name`, `local-dir:path`, the path of a model config (.json), or
     `package.module:function`: a teacher from outside, called as function(settings=…, device=…)."""
-    pretrained: str | None = None
+    pretrained: TeacherWeights | None = None
     """An open_clip tag, `hf-hub:org/name`, or a .safetensors / .pt file; left out where the model brings weights."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Number format of weights and activations."""
@@ -57,16 +57,16 @@ class TeacherSettings(Settings):
 class StudentSettings(Settings):
     """`[student.NAME]`: one small model."""
 
-    model: str
+    model: StudentModel
     """`timm:NAME`, `open_clip:ARCH` (its image tower) or `package.module:function`, called as function(embed_dim=…,
     image_size=…)."""
     image_size: int = Field(default=224, ge=8)
     """Side of the square input, pixels."""
-    text: str = Field(default=TEACHER, min_length=1)
+    text: StudentText = TEACHER
     """`teacher`: its frozen text tower, which is not run in training. Else a text tower of the student's own, trained
     from the cached sentence embeddings: an open_clip architecture or the path of a model config (.json), of which the
     text tower counts and, of that, everything but the embedding's width."""
-    init: str | None = None
+    init: StudentInit | None = None
     """Weights that the image tower begins with: `run:FOLDER` of another run, `pretrained` (timm's own),
     `open_clip:TAG` of the same architecture, or a .safetensors / .pt file. None: random ones."""
 

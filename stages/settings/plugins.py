@@ -101,7 +101,7 @@ def _top_level_names(module: ModuleSpec) -> set[str] | None:
     try:
         tree = ast.parse(Path(module.origin).read_bytes())
     except (OSError, SyntaxError, ValueError):
-        return None  # importing it says more
+        return None  # importing it gives a better error
     names = set(_bound(tree))
     return None if names & {"*", "__getattr__"} else names
 

@@ -1,7 +1,7 @@
 """A student in training on a labelled set: scored as `dimefm evaluate` would, and left as it was."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +61,25 @@ class DevScores:
         """Raises InputError if the folder of its images is missing."""
         require_images(self._root, self.name)
 
-    def score(self, student: Student, record: dict[str, Any]) -> dict[str, Any]:
+    def score(
+        self, student: Student, record: dict[str, Any], stopped: Callable[[], bool] | None = None
+    ) -> dict[str, Any]:
         """Scores of a student as it is now, with averaged weights where it keeps some.
 
         Args:
             record: its run's.
+            stopped: asked between batches, whether to give up.
 
         Returns:
-            `step`, `set`, `weights` (`ema` or `model`) and what `student_scores` says.
+                    `step`, `set`, `weights` (`ema` or `model`) and what `student_scores` says.
+
+        Raises:
+            Stopped: if `stopped` said so.
         """
         weights, state = student.chosen_weights()
         model, text = self._copy(record)
         model.load_state_dict(state["model"])
-        embedded = embed_pictures(model, self._labelled, self._pictures_for(record), self._device)
+        embedded = embed_pictures(model, self._labelled, self._pictures_for(record), self._device, stopped)
         if text is not None:
             assert self._prompts is not None, "a text tower wants prompts"
             text.tower.load_state_dict(state["text_model"])

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Interrupted(Exception):  # noqa: N818 - no error: nothing is lost
-    """The run was asked to stop and has saved its state. Its text is one line that says at which step."""
+    """The run was asked to stop and has saved its state. Its text is one line with the step."""
 
 
 class StopSignals:

@@ -24,7 +24,7 @@ from .student_run import Note, Run, StudentRun, TrainResult
 from .targets import Targets
 
 Progress = Callable[[int, int, str], None]
-"""Told after every step: images done, images of the whole run, how it goes."""
+"""Called after every step with images done, images of the whole run, and a line of losses and scores."""
 
 
 STEPS_TO_WARM_UP = 3
@@ -120,6 +120,8 @@ def _learn(
     loop = _Loop(training, sizes, schedule, settings, world, dev, progress, advise)
     for one in training:
         one.open_log()
+        if dev is not None:
+            one.score_if_due(dev)
     try:
         with StopSignals(patient=world.size > 1) as stop, loader:
             while behind := [one for one in training if one.wants_more]:
@@ -146,7 +148,7 @@ def _learn(
 
 
 class _Loop:
-    """What a step does, and what is counted over steps."""
+    """One training step after the other, and what is measured over them."""
 
     def __init__(
         self,
@@ -187,26 +189,28 @@ class _Loop:
             if not self._advised and self._num_steps > 2 * STEPS_TO_WARM_UP:
                 self._advised = self._advise(speed)
         if self._dev is not None and settings.is_scored(step, schedule.total_steps):
-            self._score(here, self._dev)
+            # Nobody goes on after the last step, and several processes leave by vote: they score to the end.
+            can_stop = self._world.size == 1 and step < schedule.total_steps
+            self._score(here, self._dev, (lambda: stop.asked) if can_stop else None)
         self.stopped = self._vote.cast(stop.asked)
         if self._progress is not None:
             total = schedule.total_steps * settings.batch_images
-            self._progress(step * settings.batch_images, total, self._how_it_goes())
+            self._progress(step * settings.batch_images, total, self._status())
         for one in here:
             if step % settings.checkpoint_every == 0 or step == one.end_step or self.stopped:
                 one.save()
 
-    def _score(self, here: list[StudentRun], dev: DevScores) -> None:
+    def _score(self, here: list[StudentRun], dev: DevScores, stopped: Callable[[], bool] | None) -> None:
         """Between two steps; the time that it takes is no step's."""
         self._world.wait_for_device()
         began = time.perf_counter()
         for one in here:
-            one.score(dev)
+            one.score(dev, stopped)
         self._world.wait_for_device()
         for meter in {self._meter, self._after_warm_up, self.whole}:
             meter.leave_out(time.perf_counter() - began)
 
-    def _how_it_goes(self) -> str:
+    def _status(self) -> str:
         scores = [(one, one.last_score) for one in self._training if one.last_score is not None]
         shown = ", ".join(self._of(one, f"{100 * of['student_top1']:.1f} %") for one, of in scores)
         scored = f"{scores[0][1]['set']} {shown}" if scores else ""

@@ -33,13 +33,13 @@ class World:
         """Use `open_world`.
 
         Args:
-            votes: a group over the CPU: what it says costs a GPU nothing.
+            votes: a group over the CPU, so that a vote never waits for a GPU.
             patient: another one, whose members wait for each other as long as `PATIENCE`.
         """
         self.device, self.rank, self.size, self._votes, self._patient = device, rank, size, votes, patient
 
     def share_of_cores(self, workers: int) -> int:
-        """Loader workers of this process: as the setting says, or its part of the cores of this machine."""
+        """Loader workers of this process: the setting, or its share of the cores of this machine."""
         on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
         return workers or max(1, usable_cores() // on_this_machine)
 
@@ -53,7 +53,7 @@ class World:
         return rows if self.size == 1 else _all_gather(rows, self.size)
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
-        """The same, and the gradient of a row is the sum of what all processes have to say about it.
+        """As `gather`, and the gradient of a row is the sum of its gradients in all processes.
 
         The loss of the run is the sum of what every process computes from all rows, so a row's gradient has a part in
         each of them.
@@ -155,7 +155,7 @@ def open_world(device: str) -> Iterator[World]:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error only says that another process of the run has ended, which has said why itself."""
+    """Whether an error only says that another process of the run has ended; that one reports the cause."""
     told = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in told)

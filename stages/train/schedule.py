@@ -30,7 +30,7 @@ class Schedule:
         precision: `fp32`, `fp16` or `bf16`.
         logit_scale: number that multiplies cosines.
         resample: filter that makes views.
-        replay: which of the cache's crops are seen; None for crops of the student's own.
+        replay: which of the cache's crops are replayed; None for crops of the student's own.
         mean, std: (3,) float32 on the device, of pixels between 0 and 1.
     """
 
@@ -56,8 +56,8 @@ class Schedule:
         if settings.pairs.per_image and not wants_sentences:
             able = " or ".join(term.name for term in LOSS_TERMS if "others" in term.wants)
             raise InputError(
-                f"distill.pairs.per_image = {settings.pairs.per_image}, but no loss that is on looks at sentences and "
-                f"no text tower is trained; set it to 0 or give distill.loss.{able} a weight"
+                f"distill.pairs.per_image = {settings.pairs.per_image}, but nothing looks at sentences: "
+                f"distill.loss.{able} is off and no text tower is trained; set it to 0 or give {able} a weight"
             )
         self.texts = _texts(self.sentences, settings) if trains_text and self.sentences is not None else None
         wants_bank = settings.bank_images and (wanting(losses, "bank") or (trains_text and wanting(losses, "others")))
@@ -78,7 +78,7 @@ class Schedule:
 
     @property
     def views(self) -> dict[str, object]:
-        """What views the images are seen in, for the run's record."""
+        """Which views of the images are used, for the run's record."""
         return self.replay.document() if self.replay else {"policy": OWN}
 
     def view_makers(self, sizes: Sequence[int]) -> list[ViewMaker]:

@@ -1,4 +1,4 @@
-"""How a student in training fares: what is logged of a step, and whether it is still sound."""
+"""What is logged of a training step, and the first step whose loss was not finite."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 class FirstNotFinite:
-    """Remembers the first step whose loss was not finite, on the device: no step waits to be told."""
+    """Remembers the first step whose loss was not finite, on the device, so that no step waits for a GPU."""
 
     def __init__(self, total_steps: int, world: World) -> None:
         self._none, self._world = total_steps, world

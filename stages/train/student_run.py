@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..run_folder.best_weights import BestWeights
 from ..run_folder.checkpoint import load_checkpoint
 from ..run_folder.metrics_log import MetricsLog
 from ..run_folder.run_record import CHECKPOINT, check_same_training, describe_run, read_run_record, write_run_record
+from ..score.embed_set import Stopped
 from ..settings.distill import DistillSettings
 from ..settings.models import StudentSettings
 from .dev_scores import DevScores
@@ -30,7 +32,7 @@ BAD_STEP = "not_finite.json"
 """In a run's folder: the step whose loss was not a finite number, and its rows; of a text tower its texts' too."""
 
 Note = Callable[[str], None]
-"""Told what the person should know, one line each."""
+"""Called with each line that the user should read."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class TrainResult:
 
 
 class StudentRun:
-    """A run in the making: its student, its files, and how it fares.
+    """A student in training with the files of its run.
 
     Attributes:
         student: what learns.
@@ -119,7 +121,7 @@ class StudentRun:
         self.path, self.loss = run.folder / CHECKPOINT, math.nan
         self._log: MetricsLog | None = None
         self._best: BestWeights | None = None
-        goes_on = _all_see(self.path, world)
+        goes_on = _checkpoint_exists(self.path, world)
         width = cache.images.embeddings.shape[-1]
         self.student = Student(
             run.student, settings, width, world, schedule.precision, schedule.logit_scale, fresh=not goes_on
@@ -184,18 +186,29 @@ class StudentRun:
         """The last line of `scores.jsonl`; None in all processes but the first."""
         return None if self._log is None else self._log.scores
 
-    def score(self, dev: DevScores) -> None:
+    def score(self, dev: DevScores, stopped: Callable[[], bool] | None = None) -> None:
         """Score the student after its last step, and keep its weights if they are the best so far.
 
         All processes take part: the first one scores, the others wait.
+
+        Args:
+            stopped: asked between batches, whether to leave this to the run that goes on (`score_if_due`).
         """
         if not self._is_sound(weights_too=True):
             return
         if self._log is not None and self._best is not None:
-            scores = dev.score(self.student, self._record)
-            is_best = self._best.offer(scores, *self.student.chosen_weights())
-            self._log.write_scores({**scores, "best": is_best})  # after the weights: a line never says too much
+            with suppress(Stopped):
+                scores = dev.score(self.student, self._record, stopped)
+                is_best = self._best.offer(scores, *self.student.chosen_weights())
+                self._log.write_scores({**scores, "best": is_best})  # after the weights: a line never says too much
         self._world.wait_for_first()
+
+    def score_if_due(self, dev: DevScores) -> None:
+        """Score the step that the run goes on from, if it was stopped while that was scored."""
+        step, last = self.student.step, self.last_score
+        due = self._settings.is_scored(step, self._schedule.total_steps) and (last is None or last["step"] < step)
+        if step and self._world.gather_objects(due)[0]:
+            self.score(dev)
 
     def save(self) -> None:
         """Write the checkpoint; all processes take part."""
@@ -258,17 +271,17 @@ def is_finished(folder: Path) -> bool:
     return path.exists() and load_checkpoint(path)["step"] >= read_run_record(folder)["total_steps"]
 
 
-def _all_see(path: Path, world: World) -> bool:
+def _checkpoint_exists(path: Path, world: World) -> bool:
     """Whether a run goes on: what the first process sees counts, and the others must see the same.
 
     Raises:
         InputError: in every process, if one sees another folder.
     """
-    seen = world.gather_objects(path.exists())
-    if len(set(seen)) > 1:
-        odd = next(rank for rank, one in enumerate(seen) if one != seen[0])
+    exists = world.gather_objects(path.exists())
+    if len(set(exists)) > 1:
+        odd = next(rank for rank, one in enumerate(exists) if one != exists[0])
         raise InputError(
             f"{path.parent}: process {odd} does not see what process 0 sees there; distill.output must be the same "
             "folder for all of them"
         )
-    return bool(seen[0])
+    return bool(exists[0])

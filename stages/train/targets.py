@@ -124,10 +124,10 @@ class Targets:
         return self.inputs.with_student(embeddings, self._world.gather_with_gradient(embeddings))
 
     def diagnostics(self, losses: Sequence[Loss], logit_scale: float) -> dict[str, Tensor]:
-        """What the teacher's own softmaxes say of this process's rows, the same for every student: computed once.
+        """Diagnostics of the teacher's softmaxes over this process's rows; the same for every student, computed once.
 
         Returns:
-            What each loss's own diagnostics say: `…_candidates`, how many columns a row spreads over (exp(entropy),
+            Those of each loss: `…_candidates`, how many columns a row spreads over (exp(entropy),
             mean over the rows), `…_masked`, the share of other rows that are no negatives. Where sentences are
             retrieved, `pairs_share` of them were, at the mean `pairs_cosine`, NaN if none was.
         """

@@ -130,7 +130,8 @@ class Tower:
         pieces = batch.chunk(self._pieces)
         if len(pieces) == 1:
             embeddings = self._embed(batch)
-            self._weighted_loss(embeddings, targets).backward()
+            loss = self._weighted_loss(embeddings, targets)
+            loss.backward()
             self.embeddings = embeddings.detach()
             return
         # The losses compare every row with all the others: embed all of them first, ask the losses what each
@@ -144,7 +145,8 @@ class Tower:
             for buffer, value in zip(self.model.buffers(), before):
                 buffer.copy_(value)  # batch norms count each image once
         embeddings = torch.cat(embedded).requires_grad_()
-        self._weighted_loss(embeddings, targets).backward()
+        loss = self._weighted_loss(embeddings, targets)
+        loss.backward()
         assert embeddings.grad is not None
         gradients = embeddings.grad.split([len(piece) for piece in pieces])
         for i, (piece, gradient, state) in enumerate(zip(pieces, gradients, states)):

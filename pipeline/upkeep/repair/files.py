@@ -21,12 +21,13 @@ from ....cache.version.manifest import (
     trusted_copy,
     vouched_digests,
 )
-from ....cache.version.schema import Inputs, Manifest, Plan, refuse_newer
+from ....cache.version.schema import Manifest, Plan, refuse_newer
 from ....cache.version.spares import put_back, spare_manifests
 from ....cache.version.versions import move_file
-from ...config.remembered import config_of
+from ...config.remembered import ConfigChoice, config_of
 from ...stage_one.finish import finish_cache
-from ...stage_one.inputs import freeze_inputs, transductive_sets_or_recorded
+from ...stage_one.inputs import list_inputs, transductive_sets_or_recorded
+from ...stage_one.sources import Sources
 from .context import RepairContext
 
 REMOVED = Path("log", "removed")
@@ -52,7 +53,7 @@ def move_away(layout: Layout, name: str) -> str:
     return f"moved to {target.relative_to(layout.root).as_posix()}"
 
 
-def restore_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]:
+def restore_manifest(layout: Layout, config_path: ConfigChoice | Path | None) -> dict[str, str]:
     """Restore a damaged manifest, or the file with its checksum.
 
     Returns:
@@ -82,7 +83,7 @@ def restore_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]
     return how
 
 
-def _remake_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]:
+def _remake_manifest(layout: Layout, config_path: ConfigChoice | Path | None) -> dict[str, str]:
     """Repeat the end of stage one, over the files that are there."""
     if list(layout.root.glob("plan-*.json")):
         raise CacheError(
@@ -96,7 +97,8 @@ def _remake_manifest(layout: Layout, config_path: Path | None) -> dict[str, str]
     for path in (layout.manifest, layout.manifest_digest):
         if path.exists():
             move_away(layout, path.name)
-    finish_cache(config, layout, plan, transductive_sets_or_recorded(config, layout))
+    transductive = transductive_sets_or_recorded(Sources.of(config), layout)
+    finish_cache(layout, plan, config.pairs, config.cache.pixels, transductive)
     return {layout.manifest.name: "made again from the plan, the journal and the files; earlier masks are not in it"}
 
 
@@ -112,7 +114,7 @@ def list_tables_again(context: RepairContext, names: Collection[str]) -> dict[st
         return {}
     scratch, done = Layout(context.staged.root / "sources"), {}
     try:
-        found = Inputs.model_validate(freeze_inputs(context.config, scratch))
+        found = list_inputs(Sources.of(context.config), scratch, context.config.cache.shard_rows)
     except (InputError, CacheError):
         return {}
     inputs, journal = plan.inputs, Journal(layout)

@@ -5,11 +5,10 @@ indexes or pairs were damaged, they are made again in place, under the names tha
 """
 
 from pathlib import Path
-from typing import Any
 
 from ....cache.audit.verify import journal_key
 from ....cache.disk.arrays import declare_arrays
-from ....cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
+from ....cache.disk.layout import IMAGES, SENTENCES, table_of
 from ....cache.disk.row_tables import LOST, RowTable, read_own_failures, restate_rows, write_own_failures
 from ....cache.version.journal import Journal
 from ....cache.version.manifest import file_entry
@@ -102,7 +101,8 @@ def _pair_again(context: RepairContext, following: Manifest, damage: Damage, out
     old = (f"{pairs.store}/", "index/")
     outcome.mended |= dict.fromkeys(damage.below(*old), "made again for the new version")
     kept = {name: entry for name, entry in following.files.items() if not name.startswith(old)}
-    return following.replace(**retrieved, files=kept | _entries(staged, journal, retrieved))
+    files = kept | dict(files_of(staged, journal, [], [], retrieved))
+    return following.replace(index=retrieved.index, pairs=retrieved.pairs, files=files)
 
 
 def _restore_pairs(
@@ -129,18 +129,12 @@ def _restore_pairs(
             journal.forget(f"{array.removesuffix(piece.content)}scores", chunk)
     version = int(pairs.store.removesuffix(".zarr").partition("-")[2] or 1)
     retrieved = write_pairs(layout, _settings(context), journal, version)
-    files = following.files | _entries(layout, journal, retrieved)
+    files = following.files | dict(files_of(layout, journal, [], [], retrieved))
     for name in sorted(bad):
         same = files.get(name) == manifest.files.get(name)
         outcome.mended[name] = f"made again: {'the same' if same else 'other'} bytes"
-    return following.replace(**retrieved, files=files)
+    return following.replace(index=retrieved.index, pairs=retrieved.pairs, files=files)
 
 
 def _settings(context: RepairContext) -> PairsSettings:
     return PairsSettings.model_validate(context.manifest.pairs_settings)
-
-
-def _entries(layout: Layout, journal: Journal, retrieved: dict[str, Any]) -> dict[str, FileEntry]:
-    """Sizes and checksums of indexes, pairs and metadata."""
-    found = files_of(layout, journal, [], [], retrieved)
-    return {name: FileEntry.model_validate(entry) for name, entry in found}

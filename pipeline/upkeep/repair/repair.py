@@ -17,6 +17,7 @@ from ....cache.disk.layout import Layout
 from ....cache.errors import CacheError
 from ....cache.version.lock import writer_lock
 from ....cache.version.manifest import read_manifest
+from ...config.remembered import ConfigChoice
 from ...progress import say
 from ..verify import read_all
 from .context import Outcome
@@ -24,7 +25,7 @@ from .files import restore_manifest
 from .steps import repair_cache
 
 
-def repair(folder: Path, config: Path | None = None) -> dict[str, Any]:
+def repair(folder: Path, config: ConfigChoice | Path | None = None) -> dict[str, Any]:
     """Repair a cache.
 
     Args:

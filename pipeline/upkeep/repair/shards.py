@@ -26,7 +26,7 @@ from ....cache.version.versions import move_file
 from ....stages.images.decode import ImageError
 from ....stages.inputs.image_source import keys_of
 from ...config.load import Config
-from ...stage_one.inputs import classes_document, evaluate_prompts
+from ...stage_one.inputs import class_prompts_of, classes_document
 from ..live_teacher import SAME_ROW, LiveTeacher, crops_of, image_source
 from .actions import Actions
 from .context import RepairContext, ShardResults
@@ -128,7 +128,7 @@ def _task(
     store, spec = context.staged.teacher_zarr, context.specs[piece.array]
     if piece.content == "head":
         settings = live.config.evaluate[piece.array.split("/")[1]]
-        prompts = tuple(tuple(of_class) for of_class in evaluate_prompts(settings))
+        prompts = tuple(tuple(of_class) for of_class in class_prompts_of(settings))
         return ShardTask("head", store, piece.array, spec, piece.chunk, prompts=prompts)
     table = table_of(context.staged, piece.array)
     again = dict(states.get(piece.array, {}))  # rows that were given up are tried again

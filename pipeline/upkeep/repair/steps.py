@@ -17,9 +17,10 @@ from ....cache.errors import DimefmError
 from ....cache.version.manifest import file_entry, read_manifest
 from ....cache.version.plan_file import read_plan
 from ....cache.version.spares import has_spare, put_back
-from ...config.remembered import config_of
+from ...config.remembered import ConfigChoice, config_of
 from ...progress import say
-from ...stage_one.embed_shards import planned_specs, teacher_at_hand
+from ...stage_one.embed_shards import teacher_at_hand
+from ...stage_one.planned import planned_specs
 from ..live_teacher import LiveTeacher, image_source, require_loaded_teacher
 from .actions import Actions, AtHand, LostRows, plan_actions
 from .context import Damage, Outcome, RepairContext, ShardResults
@@ -29,7 +30,7 @@ from .packs import repair_packs
 from .shards import is_source_at_hand, keep_waiting, repair_shards
 
 
-def repair_cache(layout: Layout, report: Report, outcome: Outcome, config_path: Path | None) -> None:
+def repair_cache(layout: Layout, report: Report, outcome: Outcome, config_path: ConfigChoice | Path | None) -> None:
     """Repair what can be repaired of a cache whose manifest is in order; for the one writer that has its lock.
 
     Args:
@@ -78,7 +79,7 @@ def repair_cache(layout: Layout, report: Report, outcome: Outcome, config_path: 
 
 
 def _load_what_is_needed(
-    context: RepairContext, damage: Damage, config_path: Path | None, stack: ExitStack
+    context: RepairContext, damage: Damage, config_path: ConfigChoice | Path | None, stack: ExitStack
 ) -> RepairContext:
     """Load the config and the teacher as far as the damage asks for them; the stack ends with the teacher."""
     chunks = {name for name in damage.below("teacher.zarr/") if not name.endswith("zarr.json")}
@@ -92,7 +93,7 @@ def _load_what_is_needed(
     try:
         config = config_of(context.layout, config_path)
         if needs_teacher:
-            teacher = stack.enter_context(teacher_at_hand(config))
+            teacher = stack.enter_context(teacher_at_hand(config.teacher))
             require_loaded_teacher(context.layout.root, context.plan, teacher)
             live = LiveTeacher(config, context.staged, context.plan, teacher)
     except DimefmError as error:

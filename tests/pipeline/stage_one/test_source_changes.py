@@ -15,6 +15,7 @@ from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.stage_one.source_changes import compare_images
 from dimefm.pipeline.upkeep.plan import describe_plan
 from dimefm.pipeline.upkeep.verify import verify
+from dimefm.stages.inputs.image_folder import ImageFolder
 
 from ...support.worlds import make_world, picture
 
@@ -37,7 +38,7 @@ def world(finished, tmp_path):
 
 def compare(config):
     layout = Layout(config.parent / "cache")
-    return compare_images(config.parent / "images", RowTable(layout.image_rows))
+    return compare_images(ImageFolder(config.parent / "images"), RowTable(layout.image_rows))
 
 
 def hashed(config):

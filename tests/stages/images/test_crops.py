@@ -16,6 +16,7 @@ from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
 from dimefm.cache.disk.layout import IMAGES, Layout
 from dimefm.cache.disk.mapped import MappedArray
 from dimefm.cache.reader.feature_cache import draws_from_rounded_sizes
+from dimefm.cache.version.schema import Views
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.upkeep.append import append
@@ -272,7 +273,7 @@ def test_pictures_that_another_cache_kept_without_crops_are_known_not_to_say_the
 def test_what_says_which_crops_travels_to_other_machines():
     crops = Crops(K, CropSettings(scale=(0.2, 0.8), seed=9))
     assert pickle.loads(pickle.dumps(crops)) == crops
-    assert Crops.read(json.loads(json.dumps({"count": K, "crops": crops.settings.model_dump(mode="json")}))) == crops
+    assert Crops.read(Views(count=K, crops=crops.settings.model_dump(mode="json"))) == crops
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,18 @@ def test_rows_are_sorted_by_the_bytes_of_whole_paths(tmp_path: Path) -> None:
     assert sources(tmp_path) == sorted(names, key=os.fsencode)
 
 
+def test_many_folders_and_files_listed_by_several_threads_come_in_order(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("dimefm.stages.inputs.image_folder.LISTING_THREADS", 2)
+    monkeypatch.setattr("dimefm.stages.inputs.image_folder.LISTING_BATCH", 3)
+    names = [f"{a}/{b}-{c}/{d}.png" for a in "xy" for b in range(4) for c in "ab" for d in range(5)]
+    names += [f"{i}.png" for i in range(40)]
+    for name in names:
+        write(tmp_path / name, name.encode())
+    found = ImageFolder(tmp_path).list()
+    assert [image.source for image in found] == sorted(names)
+    assert [image.bytes for image in found] == [len(name) for name in sorted(names)]
+
+
 def test_images_are_told_by_their_suffix_in_any_case(tmp_path: Path) -> None:
     for name in ("a.JPG", "b.jpeg", "c.Png", "d.webp", "notes.txt", "e.gif", "png", "f.jpg.part"):
         write(tmp_path / name, b"x")

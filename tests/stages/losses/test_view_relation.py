@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dimefm.cache.version.schema import Views
 from dimefm.stages.images.crops import Crops
 from dimefm.stages.losses.loss_inputs import LossInputs
 from dimefm.stages.losses.view_relation import view_relation_loss, views_share
@@ -60,6 +61,6 @@ def test_without_other_views_or_with_some_of_another_width_it_is_refused():
 
 def test_the_other_views_are_the_replayed_crops_that_an_image_is_not_seen_in():
     views = np.arange(6 * 5, dtype=np.float16).reshape(6, 5, 1)  # row r, view v: 5 r + v; view 0 is the centre
-    replay = Replay(Crops.read({"count": 4, "crops": {}}), count=3, seed=0)
+    replay = Replay(Crops.read(Views(count=4, crops={})), count=3, seed=0)
     draw = Draw(np.array([4, 0]), np.array([0, 0]), views=np.array([2, 3]))
     assert replay.others(draw, views)[:, 0].tolist() == [21, 23, 1, 2]

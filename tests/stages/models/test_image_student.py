@@ -100,7 +100,7 @@ def test_a_function_of_the_users_is_called(own_students):
         ("timm:mobilenet_small", "no such model; did you mean mobilenetv3_small"),
         ("timm:zzz", "no such model$"),
         ("open_clip:ViT-B32", "no such architecture; did you mean ViT-B-32"),
-        ("open_clip:nowhere.json", "cannot be read"),
+        ("open_clip:nowhere.json", "no such file"),
     ],
 )
 def test_what_cannot_be_a_student_is_refused_in_one_line(own_students, spec, message):

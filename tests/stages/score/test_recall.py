@@ -132,7 +132,7 @@ def test_captions_are_read_with_the_rows_of_their_images(tmp_path):
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        (None, "cannot be read"),
+        (None, "no such file"),
         ("{", "not JSON"),
         ("[]", "no captions"),
         ('{"z.jpg": ["text"]}', r"'z\.jpg' is no image of evaluate\.dev \(its first is 'a\.jpg'\)"),

@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import os
 import shutil
+import signal
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import pytest
@@ -21,18 +24,20 @@ from dimefm.stages.run_folder.best_weights import BEFORE, BEST, BestWeights, loa
 from dimefm.stages.run_folder.checkpoint import load_checkpoint
 from dimefm.stages.run_folder.load_student import load_student, load_text_student
 from dimefm.stages.run_folder.metrics_log import MetricsLog
-from dimefm.stages.score.embed_set import evaluate_student
 from dimefm.stages.score.labelled_pictures import LabelledPictures
 from dimefm.stages.settings.distill import DistillSettings, LossSettings
 from dimefm.stages.settings.models import StudentSettings
+from dimefm.stages.train import dev_scores
 from dimefm.stages.train import speed as meter
 from dimefm.stages.train.dev_scores import DevScores
+from dimefm.stages.train.interrupt import Interrupted
 from dimefm.stages.train.loop import train
 from dimefm.stages.train.processes import open_world
 from dimefm.stages.train.student import Student
 from dimefm.stages.train.student_run import Run
 
 from ...support.commands import refused, run_dimefm
+from ...support.scoring import evaluate_student
 from ...support.small_cache import TEACHER, text_config
 from ...support.training import PROMPTS, lines_of, train_one, weights_of
 from ...support.worlds import make_world
@@ -268,6 +273,30 @@ def test_students_that_learn_together_are_scored_as_alone(world):
     assert "dev" not in told[1]
 
 
+@pytest.mark.parametrize(("batch", "step", "scored"), [(2, 3, False), (3, 3, True), (5, 6, False)])
+def test_stopped_while_it_is_scored_a_run_saves_its_state_and_that_step_is_scored_when_it_goes_on(
+    world, monkeypatch, batch, step, scored
+):
+    monkeypatch.setattr(dev_scores, "LabelledPictures", partial(LabelledPictures, batch_size=3))
+    learn(world, "whole")
+    normalise, calls = LabelledPictures.normalise, itertools.count(1)
+
+    def stopping(self, pictures):
+        if next(calls) == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return normalise(self, pictures)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelledPictures, "normalise", stopping)
+        with pytest.raises(Interrupted, match=f"state saved at step {step} of 13"):
+            learn(world)
+    # Three batches a set: the signal comes in the first step's second, its last (nothing is left to stop), the next's.
+    file = world[1] / "run/scores.jsonl"
+    assert (file.exists() and lines(world)[-1]["step"] == step) == scored
+    learn(world)
+    assert_ends_as(world, "whole")
+
+
 def test_a_set_that_is_small_is_decoded_once_to_what_open_clip_gives(world):
     cache, folder = world
     labelled = cache.evaluate["dev"]
@@ -321,10 +350,10 @@ def test_a_set_that_the_config_has_not_is_one_line_before_anything_loads(config,
     path = tmp_path / "run.toml"
     text = config.read_text()
     path.write_text(text.replace("evaluate_every = 1\n", 'evaluate_every = 1\nevaluate_on = "val"\n'))
-    with pytest.raises(InputError, match=r"distill\.evaluate_on = 'val': no such set, there is dev; name one of"):
+    with pytest.raises(InputError, match=r"distill\.evaluate_on: 'val': no such set, there is dev; name one of"):
         load_config(path)
     path.write_text(text.partition("[evaluate.dev]")[0])
-    with pytest.raises(InputError, match=r"distill\.evaluate_on = 'dev': no such set, there is none"):
+    with pytest.raises(InputError, match=r"distill\.evaluate_on: 'dev': no such set, there is none"):
         load_config(path)
     path.write_text(path.read_text().replace("evaluate_every = 1\n", ""))
     assert load_config(path).distill.evaluate_every == 0

@@ -356,7 +356,7 @@ def test_files_that_are_no_plain_weights_are_refused_and_run_nothing(tmp_path):
 
 
 def test_folders_that_are_no_run_or_have_no_checkpoint_are_refused(tmp_path):
-    assert "run.json: cannot be read" in refusal(RESNET, f"run:{tmp_path}")
+    assert "run.json: no such file" in refusal(RESNET, f"run:{tmp_path}")
     make_run(tmp_path, RESNET, 64)
     (tmp_path / "checkpoint.pt").unlink()
     assert "checkpoint.pt: missing; train the student first" in refusal(RESNET, f"run:{tmp_path}")

@@ -96,7 +96,7 @@ def test_a_config_brings_a_score_that_its_runs_did_not_have(config):
 )
 def test_a_score_that_is_not_there_is_refused_with_the_config(config, spec, wanted):
     config.write_text(config.read_text().replace("my_scores:spread", spec))
-    with pytest.raises(InputError, match=rf"evaluate\.dev\.scores: .*{wanted}"):
+    with pytest.raises(InputError, match=rf"evaluate\.dev\.scores\.0: .*{wanted}"):
         load_config(config)
 
 
@@ -143,5 +143,5 @@ def test_scoring_does_not_import_the_training_stack():
 
 
 def test_the_table_and_the_source_of_a_run_are_read_without_torch():
-    loaded = loaded_by("dimefm.pipeline.stage_two.run_source, dimefm.pipeline.stage_two.score_table")
+    loaded = loaded_by("dimefm.pipeline.stage_two.run_source")
     assert not {"torch", "sklearn"} & loaded
