@@ -103,6 +103,14 @@ def test_the_cache_knows_no_model_library():
         assert not [owner for owner in owners(package) if owner.startswith("cache/")]
 
 
+def test_upkeep_uses_the_guards_and_inputs_of_stage_one_and_not_its_command():
+    commands = {("stage_one", "cache_teacher"), ("stage_two", "distill"), ("stage_two", "evaluate")}
+    for path in SOURCES:
+        if name_of(path).startswith("pipeline/upkeep/"):
+            found = {tuple(module[2:4]) for module in inner_imports(path) if module[1] == "pipeline"}
+            assert not found & commands, f"{name_of(path)} imports a command"
+
+
 def test_no_file_outgrows_its_question():
     long = {name_of(path): lines for path in SOURCES if (lines := len(path.read_text().splitlines())) > 320}
     assert not long

@@ -1,5 +1,6 @@
 """The live teacher against what a cache holds: the same rows embedded again, and the cosine of old and new."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -91,7 +92,7 @@ class LiveTeacher:
         reasons = dict(done.failures)
         return done.embeddings, [reasons.get(i) for i in range(len(rows))]
 
-    def compare(self, array: str, num_rows: int, damaged: NDArray[np.int64], seed: int = 0) -> dict[str, Any]:
+    def compare(self, array: str, num_rows: int, damaged: Iterable[int] = (), seed: int = 0) -> dict[str, Any]:
         """Embed a random sample of an array's rows again; a row with several views counts by its least cosine.
 
         Args:
@@ -103,7 +104,7 @@ class LiveTeacher:
         """
         status = RowTable(table_of(self.layout, array), num_rows).column("status").to_pylist()
         good = np.array([row for row, value in enumerate(status) if value == OK], dtype=np.int64)
-        good = good[~np.isin(good // self.plan.shard_rows, damaged)]
+        good = good[~np.isin(good // self.plan.shard_rows, list(damaged))]
         if not good.size or (array != SENTENCES and image_source(self.config, array) is None):
             return {"rows": 0, "cosine": None, "unreadable": [], "differ": []}
         rows = np.sort(np.random.default_rng(seed).choice(good, min(SAMPLE_ROWS, len(good)), replace=False))

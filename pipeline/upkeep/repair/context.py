@@ -116,11 +116,6 @@ class RepairContext:
     without: str = ""
 
     @property
-    def shard_rows(self) -> int:
-        """Rows of a shard."""
-        return self.plan.shard_rows
-
-    @property
     def shares_rows(self) -> bool:
         """Whether the row tables are another cache's, which only that one may write."""
         return self.plan.rows_of is not None

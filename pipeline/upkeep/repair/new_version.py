@@ -80,7 +80,7 @@ def _write_states(context: RepairContext, results: ShardResults) -> dict[str, Fi
     if not context.shares_rows:
         for array, of_array in states.items():
             name = layout.name_of(table_of(layout, array))
-            restate_rows(table_of(staged, array), staged.root / name, of_array, context.shard_rows)
+            restate_rows(table_of(staged, array), staged.root / name, of_array, context.plan.shard_rows)
         waiting += sorted((staged.root / "rows").rglob("*.parquet"))
     elif states:
         own = read_own_failures(layout.own_failures)

@@ -6,8 +6,9 @@ in the journal there, until the repair puts a new version into force; a repair t
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,12 +35,23 @@ if TYPE_CHECKING:
     from ....stages.embed.shard import ShardTask
 
 
+Compare = Callable[[str], dict[str, Any]]
+"""From an array to the comparison of its sound rows with the live teacher."""
+
+
 def repair_shards(context: RepairContext, actions: Actions) -> ShardResults:
     """Bring damaged shards back: reuse what a killed repair has embedded, give up rows, embed the rest again."""
     results = ShardResults(states={array: dict.fromkeys(rows) for array, rows in actions.retry.items()})
-    comparisons = _Comparisons(context, actions)
+
+    @cache
+    def compare(array: str) -> dict[str, Any]:
+        """How near the teacher comes to the sound rows of an array."""
+        assert context.live is not None
+        damaged = (piece.chunk for piece in actions.shards if piece.array == array)
+        return context.live.compare(array, context.specs[array].shape[0], damaged)
+
     for piece, record in actions.reuse.items():
-        _keep(context, results, piece, record, comparisons.origin(piece))
+        _keep(context, results, piece, record, _origin(context, piece, compare))
     for piece, rows in actions.give_up.items():
         _give_up(context, results, piece, rows)
     if actions.embed:
@@ -57,7 +69,7 @@ def repair_shards(context: RepairContext, actions: Actions) -> ShardResults:
                 if done.record.failures:  # a row that the teacher cannot embed and that was not marked
                     _mark(results, piece, done.record)
             else:
-                _settle_changed(context, results, piece, done.record, comparisons)
+                _settle_changed(context, results, piece, done.record, compare)
     _keep_old_reasons(results, actions)
     return results
 
@@ -97,30 +109,14 @@ def is_source_at_hand(config: Config, plan: Plan, array: str) -> bool:
     return bool(classes_document(settings)["prompts"] == plan.inputs.evaluate[name].prompts)
 
 
-class _Comparisons:
-    """How near the teacher comes to the sound rows of an array; embedded once for each array."""
-
-    def __init__(self, context: RepairContext, actions: Actions) -> None:
-        self._context, self._actions = context, actions
-        self._found: dict[str, dict[str, Any]] = {}
-
-    def of(self, array: str) -> dict[str, Any]:
-        live = self._context.live
-        assert live is not None
-        if array not in self._found:
-            damaged = np.array([piece.chunk for piece in self._actions.shards if piece.array == array])
-            self._found[array] = live.compare(array, self._context.specs[array].shape[0], damaged)
-        return self._found[array]
-
-    def origin(self, piece: Piece) -> Origin:
-        """The manifest's note on a shard that was embedded again: by which libraries, and how near it is."""
-        live = self._context.live
-        assert live is not None
-        libraries = live.teacher.identity()["libraries"]
-        if piece.content == "head":
-            return Origin(by="repair", libraries=libraries)
-        compared = self.of(piece.array)
-        return Origin(by="repair", libraries=libraries, cosine=compared["cosine"], compared=compared["rows"])
+def _origin(context: RepairContext, piece: Piece, compare: Compare) -> Origin:
+    """The manifest's note on a shard that was embedded again: by which libraries, and how near sound rows come."""
+    assert context.live is not None
+    libraries = context.live.teacher.identity()["libraries"]
+    if piece.content == "head":
+        return Origin(by="repair", libraries=libraries)
+    compared = compare(piece.array)
+    return Origin(by="repair", libraries=libraries, cosine=compared["cosine"], compared=compared["rows"])
 
 
 def _task(
@@ -141,7 +137,7 @@ def _task(
         again = dict.fromkeys(row for row, reason in enumerate(reasons) if reason and reason.startswith(LOST))
     if again and not table.is_relative_to(context.staged.root):
         target = context.staged.root / context.layout.name_of(table)
-        restate_rows(table, target, again, context.shard_rows)
+        restate_rows(table, target, again, context.plan.shard_rows)
         table = target
     kind: Literal["images", "sentences"] = "sentences" if piece.array == SENTENCES else "images"
     crops = crops_of(context.plan, piece.array)
@@ -150,13 +146,13 @@ def _task(
 
 
 def _settle_changed(
-    context: RepairContext, results: ShardResults, piece: Piece, record: ShardRecord, comparisons: _Comparisons
+    context: RepairContext, results: ShardResults, piece: Piece, record: ShardRecord, compare: Compare
 ) -> None:
     """Keep or leave a shard with other bytes: made on another machine, or from sources that have changed."""
     if piece.content == "head":
-        _keep(context, results, piece, record, comparisons.origin(piece))
+        _keep(context, results, piece, record, _origin(context, piece, compare))
         return
-    compared = comparisons.of(piece.array)
+    compared = compare(piece.array)
     if 2 * len(compared["differ"]) > compared["rows"]:
         results.left[piece.name] = (
             f"computed again, sound rows of {piece.array} have a cosine of {compared['cosine']['mean']:.4f} with what "
@@ -171,7 +167,7 @@ def _settle_changed(
     block[sorted(lost)] = np.nan
     written = write_chunk(store, piece.array, spec, piece.chunk, block)
     record = ShardRecord(piece.array, piece.chunk, piece.num_rows, written, tuple(sorted(lost.items())))
-    _keep(context, results, piece, record, comparisons.origin(piece))
+    _keep(context, results, piece, record, _origin(context, piece, compare))
 
 
 def _changed_sources(context: RepairContext, piece: Piece) -> dict[int, str]:
