@@ -202,14 +202,14 @@ def test_readers_that_come_at_any_moment_find_one_version_whole(config):
 def test_what_the_version_before_last_left_behind_is_removed(config):
     root = config.parent / "cache"
     add_lines(config.parent, "a second version")
-    assert (root / "pairs.zarr").exists() and "pairs.zarr/zarr.json" in grow(config).manifest["superseded"]
+    assert (root / "pairs.zarr").exists() and "pairs.zarr/zarr.json" in grow(config).manifest.superseded
     assert (root / "pairs.zarr").exists()
     add_lines(config.parent, "a third version")
     grow(config)
     assert not (root / "pairs.zarr").exists() and not (root / "index/images.faiss").exists()
     manifest = FeatureCache.open(root).manifest
-    assert set(tree(root)) == {*manifest["files"], *manifest["superseded"], "manifest.json", "manifest.xxh3"}
-    assert manifest["version"] == 3 and manifest["plan_file"] == "plan-3.json"
+    assert set(tree(root)) == {*manifest.files, *manifest.superseded, "manifest.json", "manifest.xxh3"}
+    assert manifest.version == 3 and manifest.plan_file == "plan-3.json"
 
 
 def test_an_evaluation_set_joins_without_anything_else_being_made_again(config):
@@ -297,7 +297,7 @@ def test_a_new_image_that_cannot_be_read_costs_its_own_row(config):
     cache = grow(config)
     assert set(range(33)) - set(cache.images.usable.tolist()) == {31}
     assert cache.images.rows.take([31], "reason") == ["empty file"]
-    assert cache.manifest["arrays"][IMAGES] == {"rows": 33, "failed": 1, "reasons": {"empty file": 1}}
+    assert cache.manifest.arrays[IMAGES].to_dict() == {"rows": 33, "failed": 1, "reasons": {"empty file": 1}}
     assert np.isnan(cache.images.embeddings[[31]]).all()
 
 
@@ -366,7 +366,7 @@ def test_stopped_while_files_are_moved_into_place_the_old_rows_are_served_and_an
     assert report.findings == [] and "decided" in report.notes[0]
     add_mask(Layout(root), "sentences", "some", np.arange(23) < 9)  # of the new version's 23
     after = FeatureCache.open(root)
-    assert len(after.images) == 33 and after.manifest["version"] == 3
+    assert len(after.images) == 33 and after.manifest.version == 3
     assert verify_cache(root).findings == [] and not (root / "next").exists()
 
 
@@ -389,11 +389,11 @@ def test_an_interrupted_append_whose_sources_have_changed_is_refused(interrupted
 def test_other_changes_of_the_cache_may_come_between(interrupted, no_teacher):
     """Another k makes version 2, so the append becomes version 3."""
     edit(interrupted, "k = 3", "k = 2")
-    assert stage_one(interrupted).manifest["version"] == 2
+    assert stage_one(interrupted).manifest.version == 2
     cache = grow(interrupted)
-    assert cache.manifest["version"] == 3 and cache.pairs("image_to_sentence").ids.shape == (33, 2)
+    assert cache.manifest.version == 3 and cache.pairs("image_to_sentence").ids.shape == (33, 2)
     files = set(tree(interrupted.parent / "cache"))
-    assert files == {*cache.manifest["files"], *cache.manifest["superseded"], "manifest.json", "manifest.xxh3"}
+    assert files == {*cache.manifest.files, *cache.manifest.superseded, "manifest.json", "manifest.xxh3"}
 
 
 @pytest.mark.parametrize(
@@ -439,10 +439,10 @@ def test_other_library_versions_may_add_rows_and_the_plan_says_which(config, mon
         dimefm.stages.models.open_clip_teacher.OpenClipTeacher, "identity", lambda self: {**identity(self), **later}
     )
     plan = grow(config).plan
-    assert plan["teacher"] == before.teacher
-    (grown,) = plan["grown"]
-    assert grown["libraries"]["torch"] == "99.0"
-    assert grown["plan"] == before.manifest["plan"] and grown["rows"][SENTENCES] == 22
+    assert plan.teacher.to_dict() == before.teacher
+    (grown,) = plan.grown
+    assert grown.libraries["torch"] == "99.0"
+    assert grown.plan == before.manifest.plan and grown.rows[SENTENCES] == 22
 
 
 def test_a_damaged_last_chunk_is_not_sealed_with_a_new_checksum(config):
@@ -485,8 +485,8 @@ def test_a_second_teacher_shares_the_row_tables_and_copies_none(config, sibling)
     assert second.images.embeddings.shape == first.images.embeddings.shape
     assert not np.array_equal(second.images.embeddings[:], first.images.embeddings[:])
     assert verify_cache(config.parent / "second").findings == []
-    assert second.plan["rows_of"] == "../cache" and second.pairs("image_to_sentence").ids.shape == (30, 3)
-    assert "rows/images.parquet" not in second.manifest["files"]
+    assert second.plan.rows_of == "../cache" and second.pairs("image_to_sentence").ids.shape == (30, 3)
+    assert "rows/images.parquet" not in second.manifest.files
     before = tree(config.parent / "second")
     stage_one(sibling)
     assert tree(config.parent / "second") == before
@@ -517,7 +517,7 @@ def test_another_view_of_the_same_images_is_a_sibling_too(config, tiny_teacher):
     picture(COLOURS["c_red"], 1).resize((96, 32)).save(config.parent / "images/9.png")
     grow(config)
     first, second = FeatureCache.open(config.parent / "cache"), stage_one(views)
-    assert second.plan["rows_of"] == "../cache" and (config.parent / "views/rows").is_symlink()
+    assert second.plan.rows_of == "../cache" and (config.parent / "views/rows").is_symlink()
     assert np.array_equal(second.images.embeddings[:30], first.images.embeddings[:30])  # square pictures
     assert not np.array_equal(second.images.embeddings[[30]], first.images.embeddings[[30]])
     assert np.array_equal(second.sentences.embeddings[:], first.sentences.embeddings[:])
@@ -531,7 +531,7 @@ def test_rows_that_fail_for_the_second_teacher_alone_are_kept_apart(config, sibl
     cache = stage_one(sibling)
     (row,) = set(range(30)) - set(cache.images.usable.tolist())
     assert read_own_failures(config.parent / "second/failed.parquet") == {IMAGES: {row: "empty file"}}
-    assert cache.manifest["arrays"][IMAGES]["reasons"] == {"empty file": 1}
+    assert cache.manifest.arrays[IMAGES].reasons == {"empty file": 1}
     assert (config.parent / "cache/rows/images.parquet").read_bytes() == before
     assert len(FeatureCache.open(config.parent / "cache").images.usable) == 30
 

@@ -177,8 +177,8 @@ def test_on_another_machine_the_manifest_says_where_a_shard_came_from_and_how_ne
     found = repair(root)
     assert found["mended"][CHUNK].startswith("computed again: other bytes, cosine at least ")
     assert found["version"] == 2 and found["lost"] == {}
-    origin = read_manifest(Layout(root))["origins"][IMAGES]["2"]
-    assert origin["by"] == "repair" and origin["cosine"]["least"] > 0.999 and origin["libraries"]["torch"]
+    origin = read_manifest(Layout(root)).origins[IMAGES]["2"]
+    assert origin.by == "repair" and origin.cosine["least"] > 0.999 and origin.libraries["torch"]
     now = FeatureCache.open(root).images.embeddings[:].astype(np.float32)
     cosine = (whole * now).sum(1) / np.linalg.norm(whole, axis=1) / np.linalg.norm(now, axis=1)
     assert cosine.min() > 0.999 and np.array_equal(np.flatnonzero((now != whole).any(1)), [8, 9, 10, 11])
@@ -423,8 +423,8 @@ def test_a_repair_that_was_decided_is_finished_by_whoever_writes_next(root, monk
     shutil.copytree(root / "mend", stale)
     add_mask(Layout(root), "images", "all", np.ones(30, dtype=bool))
     after = FeatureCache.open(root)
-    assert after.manifest["version"] == 3 and len(after.images.usable) == 26
-    assert after.manifest["files"].keys() >= {"masks/images/all.parquet"} and not (root / "mend").exists()
+    assert after.manifest.version == 3 and len(after.images.usable) == 26
+    assert after.manifest.files.keys() >= {"masks/images/all.parquet"} and not (root / "mend").exists()
     # One that was decided for a version that is no longer in force must not take what came since.
     shutil.copytree(stale, root / "mend")
     add_mask(Layout(root), "images", "none", np.zeros(30, dtype=bool))

@@ -60,12 +60,12 @@ def rewrite(root, *names):
     """Put files as they are now into the manifest: what a wrong program would have left, checksums and all."""
     layout = Layout(root)
     manifest = read_manifest(layout)
-    files = manifest["files"] | {name: file_entry(root / name) for name in names}
+    files = manifest.files | {name: file_entry(root / name) for name in names}
     journal = (root / "log/shards.jsonl").read_text()
     for name in names:
-        journal = journal.replace(manifest["files"][name]["digest"], files[name]["digest"])
+        journal = journal.replace(manifest.files[name].digest, files[name].digest)
     (root / "log/shards.jsonl").write_text(journal)
-    write_manifest(layout, manifest | {"files": files})
+    write_manifest(layout, manifest.replace(files=files))
 
 
 def rewrite_rows(root, shard, change, array=IMAGES):
@@ -252,7 +252,7 @@ def test_an_index_over_other_rows_is_found(root):
 
 def test_a_journal_that_disagrees_is_found_before_the_next_version_believes_it(root):
     journal = root / "log/shards.jsonl"
-    wanted = read_manifest(Layout(root))["files"]["teacher.zarr/images/embedding/c/1/0"]["digest"]
+    wanted = read_manifest(Layout(root)).files["teacher.zarr/images/embedding/c/1/0"].digest
     journal.write_text(journal.read_text().replace(wanted, wanted[::-1]))
     assert (only(root)["kind"], only(root)["where"]) == ("journal", "log/shards.jsonl")
 
@@ -351,7 +351,7 @@ def test_rows_are_looked_at_across_the_blocks_that_a_file_is_read_in(tmp_path):
 def test_every_file_of_the_manifest_is_a_piece_and_chunks_know_their_rows(root):
     manifest = read_manifest(Layout(root))
     by_name = {piece.name: piece for piece in pieces(manifest, 4)}
-    assert set(by_name) == set(manifest["files"])
+    assert set(by_name) == set(manifest.files)
     last = by_name["teacher.zarr/images/embedding/c/7/0"]
     assert (last.array, last.chunk, last.first, last.num_rows, last.row_bytes) == (IMAGES, 7, 28, 2, 64)
     assert by_name["pairs.zarr/image_to_sentence/ids/c/7/0"].runs == ((28, 29),)
@@ -372,5 +372,5 @@ def test_a_checksum_file_without_a_checksum_of_its_own_still_vouches(root):
     """As the first caches had it."""
     path = root / "manifest.xxh3"
     path.write_text(path.read_text().splitlines()[-2] + "\n")
-    assert FeatureCache.open(root).manifest["version"] == 1
+    assert FeatureCache.open(root).manifest.version == 1
     assert [finding["where"] for finding in verify(root)["findings"]] == ["manifest.xxh3"]
