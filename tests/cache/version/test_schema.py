@@ -34,7 +34,8 @@ def test_a_plan_of_two_appends_and_one_of_shared_rows_with_crops():
     first, second = read("plan_grown").grown
     assert first.rows[IMAGES] < second.rows[IMAGES] and first.plan != second.plan and second.libraries["torch"]
     plan = read("plan_views")
-    assert plan.rows_of == "../cache" and plan.views.count == 1 and plan.views.crops["flip"] is False and plan.views.decoder["pillow"]
+    assert plan.rows_of == "../cache" and plan.views.count == 1
+    assert plan.views.crops["flip"] is False and plan.views.decoder["pillow"]
 
 
 def test_a_manifest_of_the_first_version_has_what_came_later_as_defaults():
