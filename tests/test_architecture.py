@@ -14,7 +14,7 @@ ROOT = Path(dimefm.__file__).parent
 FLOORS = {
     "cache": ["errors", "disk", "version", "reader", "audit"],
     "stages": [
-        *("devices", "counter_random", "settings", "images", "inputs", "models"),
+        *("devices", "counter_random", "profiling", "settings", "images", "inputs", "models"),
         *("embed", "retrieve", "sample", "losses", "load", "run_folder", "score", "train", "demo"),
         *("feature_losses", "view_losses"),
     ],
@@ -101,6 +101,14 @@ def test_one_file_knows_zarr_and_one_knows_faiss():
 def test_the_cache_knows_no_model_library():
     for package in ("torch", "open_clip", "timm", "torchvision"):
         assert not [owner for owner in owners(package) if owner.startswith("cache/")]
+
+
+def test_upkeep_uses_the_guards_and_inputs_of_stage_one_and_not_its_command():
+    commands = {("stage_one", "cache_teacher"), ("stage_two", "distill"), ("stage_two", "evaluate")}
+    for path in SOURCES:
+        if name_of(path).startswith("pipeline/upkeep/"):
+            found = {tuple(module[2:4]) for module in inner_imports(path) if module[1] == "pipeline"}
+            assert not found & commands, f"{name_of(path)} imports a command"
 
 
 def test_no_file_outgrows_its_question():

@@ -11,25 +11,25 @@ from ...cache.errors import InputError
 from ...cache.reader.pixel_packs import kept_setting
 from ...cache.version.journal import Journal
 from ...cache.version.manifest import read_manifest
+from ...cache.version.schema import Plan
 from ...stages.embed.pack_pixels import pack_shard
-from ...stages.inputs.open_source import open_source
-from ..config.load import Config
+from ...stages.inputs.image_source import ImageSource
 from ..progress import bar, say
-from .embed_shards import planned_specs, require_free
+from .free_space import require_free
 from .kept_packs import image_sizes, pack_bytes, pack_task, packed_images
+from .planned import planned_specs
 
 
-def add_pixels(config: Config, layout: Layout, plan: dict[str, object]) -> None:
+def add_pixels(layout: Layout, plan: Plan, setting: str, source: ImageSource, workers: int) -> None:
     """Write every pack that is asked for and not there yet; a cache that has pixels is left alone.
 
     Raises:
         InputError: if the images are not at hand, one of them is no longer what was embedded, or the disk is too small.
     """
-    setting = config.cache.pixels
-    if setting is None or kept_setting(read_manifest(layout)):
+    if kept_setting(read_manifest(layout)):
         return
-    spec, journal, source = planned_specs(plan)[IMAGES], Journal(layout), open_source(config.images.source)
-    num_rows, array = spec.shape[0], layout.packs(setting)
+    spec, journal, array = planned_specs(plan)[IMAGES], Journal(layout), layout.packs(setting)
+    num_rows = spec.shape[0]
     missing = [shard for shard in range(spec.num_chunks) if not journal.has(array, shard, spec.rows_of(shard))]
     if not missing:
         return
@@ -40,13 +40,13 @@ def add_pixels(config: Config, layout: Layout, plan: dict[str, object]) -> None:
     sizes = image_sizes(layout, num_rows)
     in_missing = [sizes[shard * spec.chunk_rows : (shard + 1) * spec.chunk_rows] for shard in missing]
     require_free(layout, sum(pack_bytes(setting, part) for part in in_missing), estimated=True)
-    done = num_rows - sum(len(part) for part in in_missing)
-    start, began_with = time.perf_counter(), done
+    num_missing = sum(len(part) for part in in_missing)
+    start, done = time.perf_counter(), num_rows - num_missing
     with bar("pixels", num_rows, "images", done) as shown:
         for shard in missing:
             images = packed_images(source, layout, layout.image_rows, num_rows, shard)
-            record = pack_shard(pack_task(layout, setting, shard, plan), source, images, config.teacher.workers)
+            record = pack_shard(pack_task(layout, setting, shard, plan), source, images, workers)
             journal.add(record, {})
             done += record.num_rows
             shown.update(done)
-    say(f"kept the pixels of {done - began_with:,} images in {time.perf_counter() - start:,.1f} s")
+    say(f"kept the pixels of {num_missing:,} images in {time.perf_counter() - start:,.1f} s")

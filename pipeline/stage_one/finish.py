@@ -1,9 +1,8 @@
-"""The end of stage one and of growth: row tables with their failures, indexes, pseudo-pairs, last the manifest."""
+"""The end of stage one and of an append: row tables with their failures, indexes, pseudo-pairs, last the manifest."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,127 +14,90 @@ from ...cache.disk.row_tables import RowTable, good_rows, mark_failures, read_ow
 from ...cache.version.journal import Journal
 from ...cache.version.manifest import file_entry, read_manifest
 from ...cache.version.plan_file import plan_in_force
+from ...cache.version.schema import ArrayCounts, FileEntry, Manifest, Plan
 from ...cache.version.versions import put_in_force
-from ..config.load import Config
+from ...stages.settings.cache import PairsSettings
 from ..progress import say
-from .embed_shards import counted_reasons, planned_specs
+from .embed_shards import counted_reasons, failures_of
 from .kept_packs import pack_files, pixels_document, setting_in_force
-from .pseudo_pairs import pairs_document, write_pairs
+from .planned import planned_specs
+from .pseudo_pairs import Retrieval, pairs_document, write_pairs
 
-Manifest = dict[str, Any]
 
+def finish_cache(layout: Layout, plan: Plan, pairs: PairsSettings, pixels: str | None, transductive: list[str]) -> None:
+    """Turn a folder whose shards are all counted into a finished cache, or a version in the making into the cache's.
 
-def finish_cache(config: Config, layout: Layout, plan: dict[str, Any], transductive: list[str]) -> None:
-    """Turn a folder whose shards are all counted into a finished cache, or a version in the making into the cache's."""
-    journal = Journal(layout)
-    before = read_manifest(layout.base)
-    version = before["version"] + 1 if before else 1
+    Args:
+        pixels: what is asked for as `cache.pixels`.
+        transductive: labelled sets whose class names are among the training prompts.
+    """
+    journal, before = Journal(layout), read_manifest(layout.base)
+    version = before.version + 1 if before else 1
     plan_file = plan_in_force(layout)
     if layout.under:
         plan_file = layout.plan_of(version)
         write_bytes(plan_file, layout.plan.read_bytes())
     tables = {IMAGES: layout.image_rows, SENTENCES: layout.sentence_rows}
-    tables |= {evaluate_images(name): layout.evaluate_rows(name) for name in plan["inputs"]["evaluate"]}
+    tables |= {evaluate_images(name): layout.evaluate_rows(name) for name in plan.inputs.evaluate}
     arrays = _settle_failures(layout, plan, journal, tables)
     for array, counted in arrays.items():
-        if counted["failed"]:
-            say(f"{array}: {counted['failed']:,} rows have no embedding: {counted_reasons(counted['reasons'])}")
-    counts = {array: arrays[array]["rows"] for array in (IMAGES, SENTENCES)}
-    retrieved: dict[str, Any] = {"pairs": None, "index": {}}
-    if before and before["pairs_settings"] == pairs_document(config.pairs) and _counts(before) == counts:
-        retrieved = {"pairs": before["pairs"], "index": before["index"]}
-    elif config.pairs.k:
-        retrieved = write_pairs(layout, config.pairs, journal, version)
-    heads = [evaluate_head(name) for name in plan["inputs"]["evaluate"]]
-    own_tables = [layout.own_failures] if "rows_of" in plan else list(tables.values())
-    pixels = setting_in_force(config, layout, plan, journal)
-    num_shards = -(-counts[IMAGES] // plan["shard_rows"])
-    packs = dict(pack_files(layout, journal, pixels, num_shards)) if pixels else {}
-    put_in_force(
-        layout,
-        {
-            **(before or {}),
-            "version": version,
-            "plan": digest(plan_file.read_bytes()),
-            "plan_file": plan_file.name,
-            "arrays": arrays,
-            "pairs_settings": pairs_document(config.pairs),
-            "text_tower": layout.text_tower.name if layout.find(layout.text_tower).exists() else None,
-            "pixels": pixels and pixels_document(layout, pixels, plan["shard_rows"]),
-            "transductive": transductive,
-            "files": {
-                **_inherited(before),
-                **packs,
-                **dict(files_of(layout, journal, [*tables, *heads], [plan_file, *own_tables], retrieved)),
-            },
-            **retrieved,
-        },
-    )
+        if counted.failed:
+            say(f"{array}: {counted.failed:,} rows have no embedding: {counted_reasons(counted.reasons)}")
+    retrieval = Retrieval()
+    if before and before.pairs_settings == pairs_document(pairs) and _num_rows(before.arrays) == _num_rows(arrays):
+        retrieval = Retrieval(before.index, before.pairs)
+    elif pairs.k:
+        retrieval = write_pairs(layout, pairs, journal, version)
+    documents = [plan_file, *([layout.own_failures] if plan.rows_of else tables.values())]
+    heads = [evaluate_head(name) for name in plan.inputs.evaluate]
+    files = {
+        **_inherited(before),
+        **dict(files_of(layout, journal, [*tables, *heads], documents, retrieval)),
+    }
+    setting, kept = setting_in_force(layout, plan, journal, pixels), None
+    if setting:
+        num_shards = planned_specs(plan)[IMAGES].num_chunks
+        files |= dict(pack_files(layout, journal, setting, num_shards))
+        kept = pixels_document(layout, setting, plan.shard_rows)
+    changes = {
+        "version": version,
+        "plan": digest(plan_file.read_bytes()),
+        "plan_file": plan_file.name,
+        "arrays": arrays,
+        "pairs_settings": pairs_document(pairs),
+        "pairs": retrieval.pairs,
+        "index": retrieval.index,
+        "text_tower": layout.text_tower.name if layout.find(layout.text_tower).exists() else None,
+        "pixels": kept,
+        "transductive": transductive,
+        "files": files,
+    }
+    put_in_force(layout, before.replace(**changes) if before else Manifest.model_validate(changes))
 
 
 def _settle_failures(
-    layout: Layout, plan: dict[str, Any], journal: Journal, tables: dict[str, Path]
-) -> dict[str, dict[str, Any]]:
-    """Write failed rows where they belong; returns `arrays` of the manifest: rows, failed ones, and why they failed."""
-    specs = planned_specs(plan)
+    layout: Layout, plan: Plan, journal: Journal, tables: Mapping[str, Path]
+) -> dict[str, ArrayCounts]:
+    """Write failed rows where they belong; returns for each array its rows, failed ones, and why they failed."""
+    specs, is_shared = planned_specs(plan), plan.rows_of is not None
     own = read_own_failures(layout.find(layout.own_failures))
     arrays = {}
     for array, path in tables.items():
-        failures = {
-            record.shard * plan["shard_rows"] + row: reason
-            for record in journal.of(array)
-            for row, reason in record.failures
-        }
-        if "rows_of" in plan:  # another cache's table: what failed here may be sound there
+        failures: dict[int, str] = {}
+        for record in journal.of(array):
+            failures |= failures_of(record, plan.shard_rows)
+        if is_shared:  # another cache's table: what failed here may be sound there
             own[array] = own.get(array, {}) | failures
         elif layout.find(path) == path:  # a table that an append has not touched has its failures in it already
-            mark_failures(path, failures, plan["shard_rows"])
+            mark_failures(path, failures, plan.shard_rows)
         table = RowTable(layout.find(path), specs[array].shape[0])
-        arrays[array] = count_failures(table, own.get(array, {}), "rows_of" in plan)
-    if "rows_of" in plan:
+        arrays[array] = count_failures(table, own.get(array, {}), is_shared)
+    if is_shared:
         write_own_failures(layout.own_failures, own)
     return arrays
 
 
-def _counts(manifest: Manifest) -> dict[str, int]:
-    return {array: manifest["arrays"][array]["rows"] for array in (IMAGES, SENTENCES)}
-
-
-def _inherited(before: Manifest | None) -> dict[str, Any]:
-    """Files that go on from version to version, whatever the change: plans and masks."""
-    files = before["files"] if before else {}
-    return {name: entry for name, entry in files.items() if name.startswith(("plan", "masks/"))}
-
-
-def files_of(
-    layout: Layout, journal: Journal, arrays: list[str], documents: list[Path], retrieved: dict[str, Any]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, size and checksum) of every file of the cache; chunks as the journal has them, nothing read twice."""
-    tower = layout.find(layout.text_tower)
-    others = [*documents, *sorted(path for path in tower.rglob("*") if path.is_file())]
-    stores = [(layout.teacher_zarr, "", arrays)]
-    if retrieved["pairs"]:
-        store, counted = layout.root / retrieved["pairs"]["store"], retrieved["pairs"]["counted"]
-        names = [f"{direction}/{part}" for direction in DIRECTIONS for part in ("ids", "scores")]
-        stores.append((layout.find(store), counted, names))
-        for info in retrieved["index"].values():
-            others += [layout.root / info["file"], (layout.root / info["file"]).with_suffix(".json")]
-    for store, counted, names in stores:
-        others += sorted(store.rglob("zarr.json"))
-        for name in names:
-            spec = read_spec(store, name)
-            known = {record.shard: record.digest for record in journal.of(counted + name)}
-            for shard in range(spec.num_chunks):
-                path = chunk_path(store, name, shard, len(spec.shape))
-                if shard in known:
-                    yield layout.name_of(path), {"bytes": spec.chunk_bytes, "digest": known[shard]}
-                else:
-                    yield layout.name_of(path), file_entry(layout.find(path))
-    for path in others:
-        yield layout.name_of(path), file_entry(layout.find(path))
-
-
-def count_failures(table: RowTable, own_failures: dict[int, str], shared: bool) -> dict[str, Any]:
+def count_failures(table: RowTable, own_failures: Mapping[int, str], shared: bool) -> ArrayCounts:
     """What `arrays` of the manifest says of one: rows, failed ones, and how many for which reason.
 
     Args:
@@ -145,5 +107,42 @@ def count_failures(table: RowTable, own_failures: dict[int, str], shared: bool) 
     columns = table.columns("status", "reason")
     bad = np.flatnonzero(~good_rows(columns, shared))
     failed = dict(zip(bad.tolist(), columns["reason"].take(pa.array(bad)).to_pylist(), strict=True))
-    reasons = Counter((failed | own_failures).values())
-    return {"rows": table.num_rows, "failed": reasons.total(), "reasons": dict(sorted(reasons.items()))}
+    reasons = Counter((failed | dict(own_failures)).values())
+    return ArrayCounts(rows=table.num_rows, failed=reasons.total(), reasons=dict(sorted(reasons.items())))
+
+
+def _num_rows(arrays: Mapping[str, ArrayCounts]) -> tuple[int, int]:
+    return arrays[IMAGES].rows, arrays[SENTENCES].rows
+
+
+def _inherited(before: Manifest | None) -> dict[str, FileEntry]:
+    """Files that go on from version to version, whatever the change: plans and masks."""
+    files = before.files if before else {}
+    return {name: entry for name, entry in files.items() if name.startswith(("plan", "masks/"))}
+
+
+def files_of(
+    layout: Layout, journal: Journal, arrays: list[str], documents: Sequence[Path], retrieval: Retrieval
+) -> Iterator[tuple[str, FileEntry]]:
+    """(name, size and checksum) of every file of the cache; chunks as the journal has them, nothing read twice."""
+    tower = layout.find(layout.text_tower)
+    others = [*documents, *sorted(path for path in tower.rglob("*") if path.is_file())]
+    stores = [(layout.teacher_zarr, "", arrays)]
+    if retrieval.pairs:
+        names = [f"{direction}/{part}" for direction in DIRECTIONS for part in ("ids", "scores")]
+        stores.append((layout.find(layout.root / retrieval.pairs.store), retrieval.pairs.counted, names))
+        for info in retrieval.index.values():
+            others += [layout.root / info.file, (layout.root / info.file).with_suffix(".json")]
+    for store, counted, names in stores:
+        others += sorted(store.rglob("zarr.json"))
+        for name in names:
+            spec = read_spec(store, name)
+            known = {record.shard: record.digest for record in journal.of(counted + name)}
+            for shard in range(spec.num_chunks):
+                path = chunk_path(store, name, shard, len(spec.shape))
+                if shard in known:
+                    yield layout.name_of(path), FileEntry(bytes=spec.chunk_bytes, digest=known[shard])
+                else:
+                    yield layout.name_of(path), file_entry(layout.find(path))
+    for path in others:
+        yield layout.name_of(path), file_entry(layout.find(path))

@@ -1,5 +1,6 @@
-"""Whether a cache is this run's: refused before the teacher is loaded, by one key's name."""
+"""Whether a cache is this run's: all that is refused before the teacher is loaded, in one pass."""
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...cache.disk.durable import PARTIAL
@@ -7,18 +8,60 @@ from ...cache.disk.layout import Layout
 from ...cache.errors import CacheError
 from ...cache.reader.pixel_packs import kept_setting
 from ...cache.version.manifest import read_manifest
-from ...cache.version.plan_file import identity, require_same
+from ...cache.version.plan_file import identity, read_plan, require_same
+from ...cache.version.schema import Plan, Views
 from ...stages.models.teacher_identity import configured_identity
-from ..config.load import Config
-from .cached_views import require_same_views
-from .inputs import compare_inputs
-from .kept_packs import require_same_pixels
+from ...stages.settings.cache import CENTER, CacheSettings, PairsSettings
+from ...stages.settings.models import TeacherSettings
+from .planned import asked_views, rows_of
 from .pseudo_pairs import pairs_document
-from .shared_rows import shared_rows
+from .source_changes import compare_inputs
+from .sources import Sources
+
+MISSING = "nothing"
 
 
-def is_finished(config: Config, layout: Layout) -> bool:
-    """Whether the manifest is there, its pairs are those that the config asks for, and it has pixels if those are.
+@dataclass(frozen=True)
+class CheckedRun:
+    """What a run found of its cache, and may go on with.
+
+    Attributes:
+        plan: None where stage one has not begun.
+        is_embedded: the cache has a manifest: nothing is left to embed.
+        notes: lines to show about sources that have changed since they were listed.
+    """
+
+    plan: Plan | None
+    is_embedded: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def check_run(
+    layout: Layout, teacher: TeacherSettings, cache: CacheSettings, sources: Sources, *, report: bool = False
+) -> CheckedRun:
+    """Refuse a cache of other settings or other inputs; the teacher is not loaded for it.
+
+    Args:
+        report: say what has become of lines of sentences, rather than refuse a run that has other ones.
+
+    Raises:
+        CacheError: naming the key that differs.
+    """
+    plan, is_embedded = read_plan(layout), read_manifest(layout) is not None
+    if plan is None:
+        return CheckedRun(None)
+    require_same_settings(layout, plan, teacher, cache)
+    notes = compare_inputs(sources, layout, plan, report=report)
+    removed = sorted(set(plan.inputs.evaluate) - set(sources.evaluate))
+    if removed and not is_embedded and not report:
+        raise CacheError(
+            f"{layout.root}: begun with evaluate.{removed[0]}, which the config no longer has; put it back"
+        )
+    return CheckedRun(plan, is_embedded, notes)
+
+
+def is_finished(layout: Layout, pairs: PairsSettings, pixels: str | None) -> bool:
+    """Whether the manifest is there, its pairs are those that are asked for, and it has pixels if those are.
 
     Raises:
         CacheError: if plan.json is not the one that the manifest was written for.
@@ -26,28 +69,50 @@ def is_finished(config: Config, layout: Layout) -> bool:
     manifest = read_manifest(layout)
     if manifest is None:
         return False
-    if not layout.plan.exists() or manifest.get("plan") != identity(layout):
+    if not layout.plan.exists() or manifest.plan != identity(layout):
         raise CacheError(f"{layout.root}: plan.json is not the one that manifest.json was written for; restore it")
-    has_pixels = config.cache.pixels is None or kept_setting(manifest) is not None
-    return bool(manifest.get("pairs_settings") == pairs_document(config.pairs)) and has_pixels
+    has_pixels = pixels is None or kept_setting(manifest) is not None
+    return manifest.pairs_settings == pairs_document(pairs) and has_pixels
 
 
-def require_same_run(config: Config, layout: Layout, plan: dict[str, Any], *, report: bool = False) -> list[str]:
-    """Refuse another run's cache by what is known without loading the teacher; returns notes on the inputs."""
-    require_same_teacher(config, layout, plan)
-    return compare_inputs(config, layout, plan, report=report)
+def require_same_settings(layout: Layout, plan: Plan, teacher: TeacherSettings, cache: CacheSettings) -> None:
+    """Refuse a cache of another teacher, division, row tables, views or kept pixels."""
+    wanted = configured_identity(teacher)
+    identified = plan.teacher.to_dict()
+    there = {key: identified.get(key) for key in wanted}
+    asked_views_, views = asked_views(cache), plan.views
+    for found, asked in (
+        ({"teacher": there}, {"teacher": wanted}),
+        ({"cache.shard_rows": plan.shard_rows}, {"cache.shard_rows": cache.shard_rows}),
+        ({"cache.rows": plan.rows_of}, {"cache.rows": rows_of(layout, cache)}),
+        ({"cache.views": _count(views)}, {"cache.views": _count(asked_views_)}),
+        ({"cache": {"crops": _crops(views)}}, {"cache": {"crops": _crops(asked_views_)}}),
+    ):
+        require_same(layout.root, found, asked)
+    _require_same_pixels(layout, plan, cache.pixels)
 
 
-def require_same_teacher(config: Config, layout: Layout, plan: dict[str, Any]) -> None:
-    """Refuse a cache of another teacher, division, row tables, views or kept pixels, without loading the teacher."""
-    wanted = configured_identity(config.teacher)
-    found = {key: plan["teacher"].get(key) for key in wanted}
-    require_same(layout.root, {"teacher": found}, {"teacher": wanted})
-    require_same(layout.root, {"cache.shard_rows": plan["shard_rows"]}, {"cache.shard_rows": config.cache.shard_rows})
-    rows_of = shared_rows(config, layout).get("rows_of")
-    require_same(layout.root, {"cache.rows": plan.get("rows_of")}, {"cache.rows": rows_of})
-    require_same_views(config, layout, plan)
-    require_same_pixels(config, layout, plan)
+def _count(views: Views | None) -> int | str:
+    return views.count if views else CENTER
+
+
+def _crops(views: Views | None) -> dict[str, Any]:
+    return views.crops if views else {}
+
+
+def _require_same_pixels(layout: Layout, plan: Plan, asked: str | None) -> None:
+    """Refuse a cache whose pixels are kept otherwise. A config without the key leaves a finished cache as it is."""
+    manifest = read_manifest(layout)
+    there = kept_setting(manifest) if manifest else plan.pixels
+    if there == asked or (manifest and (there is None or asked is None)):
+        return
+    advice = "choose another cache.dir, or ask for the same"
+    if manifest is None:
+        advice = "ask for the same until it is finished (a finished cache can still be given pixels), or delete it"
+    raise CacheError(
+        f"{layout.root}: made with cache.pixels = {there or MISSING}, but this run asks for {asked or MISSING}; "
+        f"{advice}"
+    )
 
 
 def require_own_folder(layout: Layout) -> None:

@@ -1,191 +1,83 @@
-"""What goes into a cache: listed once into row tables, then compared with what a later run is given."""
+"""What goes into a cache: images, sentences and labelled sets, listed once into row tables."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from ...cache.disk.durable import digest
 from ...cache.disk.layout import Layout
-from ...cache.disk.row_tables import FAILED, IMAGE_COLUMNS, LABELLED_COLUMNS, OK, SENTENCE_COLUMNS, RowTable, write_rows
-from ...cache.errors import CacheError, InputError
+from ...cache.disk.row_tables import FAILED, IMAGE_COLUMNS, LABELLED_COLUMNS, OK, SENTENCE_COLUMNS, write_rows
+from ...cache.errors import InputError
 from ...cache.version.manifest import read_manifest
-from ...cache.version.plan_file import require_same
-from ...stages.inputs.image_source import ImageSource, label_images
-from ...stages.inputs.open_source import open_source
+from ...cache.version.schema import ImageList, Inputs, LabelledList, PromptList, SentenceList, SentenceSource
+from ...stages.inputs.image_source import FoundImage, ImageSource, LabelledImage, image_digests, keys_of, label_images
 from ...stages.inputs.prompts import class_prompts, read_classes, read_templates
 from ...stages.inputs.sentences import Sentence, read_sentences
-from ...stages.settings.data import EvaluateSettings, PromptSettings
-from ..config.load import Config
-from .source_changes import compare_images, compare_sentences, image_rows, labelled_rows
+from ...stages.settings.data import EvaluateSettings, PromptSettings, SentencesSettings
+from .sources import Sources
 
 PROMPTS = "prompts"
 
 
-def freeze_inputs(config: Config, layout: Layout) -> dict[str, Any]:
-    """List images, sentences and evaluation sets into the row tables.
-
-    Returns:
-        The `inputs` of plan.json: counts and digests of every list.
+def list_inputs(sources: Sources, layout: Layout, shard_rows: int) -> Inputs:
+    """List images, sentences and labelled sets into the row tables.
 
     Raises:
         InputError: if a source is missing or empty.
     """
-    shard_rows = config.cache.shard_rows
-    source = open_source(config.images.source)
-    images = source.list()
-    write_rows(layout.image_rows, IMAGE_COLUMNS, image_rows(source, images, config.images.hash), shard_rows)
-    sentences = _SentenceRows(config)
-    num_sentences = write_rows(layout.sentence_rows, SENTENCE_COLUMNS, sentences.rows(), shard_rows)
-    if sentences.num_good == 0:
-        names = ", ".join(str(path) for path in config.sentences.source)
-        raise InputError(f"sentences.source: {names}: no usable sentence in {num_sentences} lines")
-    return {
-        "images": list_document(image.source for image in images),
-        "sentences": {"rows": num_sentences, "sources": sentences.sources, "prompts": sentences.prompts},
-        "evaluate": {name: freeze_evaluate_set(config, layout, name) for name in config.evaluate},
-    }
+    images = sources.images.list()
+    rows = image_rows(sources.images, images, sources.hash_images)
+    write_rows(layout.image_rows, IMAGE_COLUMNS, rows, shard_rows)
+    return Inputs(
+        images=list_document(image.source for image in images),
+        sentences=_list_sentences(sources.sentences, layout, shard_rows),
+        evaluate={name: list_evaluate_set(sources, layout, name, shard_rows) for name in sources.evaluate},
+    )
 
 
-def freeze_evaluate_set(config: Config, layout: Layout, name: str) -> dict[str, Any]:
-    """List one evaluation set into its row table; returns what plan.json says of it.
+def list_evaluate_set(sources: Sources, layout: Layout, name: str, shard_rows: int) -> LabelledList:
+    """List one labelled set into its row table.
 
     Raises:
         InputError: if its images or its classes are missing or do not fit.
     """
-    settings = config.evaluate[name]
-    source = open_source(settings.images)
-    found = label_images(source, read_classes(settings.classes))
-    rows = labelled_rows(source, found, config.images.hash)
-    write_rows(layout.evaluate_rows(name), LABELLED_COLUMNS, rows, config.cache.shard_rows)
-    return {**classes_document(settings), **list_document(image.source for image in found)}
+    images, settings = sources.evaluate[name].images, sources.evaluate[name].settings
+    found = label_images(images, read_classes(settings.classes))
+    rows = labelled_rows(images, found, sources.hash_images)
+    write_rows(layout.evaluate_rows(name), LABELLED_COLUMNS, rows, shard_rows)
+    counted = list_document(image.source for image in found)
+    return LabelledList(**classes_document(settings), rows=counted.rows, digest=counted.digest)
 
 
-def compare_inputs(config: Config, layout: Layout, plan: dict[str, Any], *, report: bool = False) -> list[str]:
-    """Hold what a run is given against the lists that were frozen.
+def image_rows(source: ImageSource, images: Sequence[FoundImage], hashed: bool) -> Iterator[dict[str, Any]]:
+    """Rows of an image table, without their numbers.
 
     Args:
-        report: say what has become of lines of sentences, rather than refuse a run that has other ones.
-
-    Returns:
-        Lines to show: what has appeared or gone since, and sources that are not at hand.
-
-    Raises:
-        CacheError: naming the key, if the run asks for other sentences, prompts, classes or evaluation sets.
+        hashed: whether each image's checksum joins its row.
     """
-    frozen = plan["inputs"]
-    notes: list[str] = []
-    rows = RowTable(layout.find(layout.image_rows), frozen["images"]["rows"])
-    _compare_images(open_source(config.images.source), rows, "images.source", notes, report)
-    try:
-        _compare_sentences(config, layout, plan, notes, report)
-    except InputError as error:
-        notes.append(f"sentences.source: not compared: {error}")
-    for name, settings in config.evaluate.items():
-        if name not in frozen["evaluate"]:
-            raise CacheError(
-                f"{layout.root}: evaluate.{name} is not in this cache; choose another cache.dir or leave it out"
-            )
-        try:
-            require_same_classes(layout, frozen, name, settings)
-        except InputError as error:
-            notes.append(f"evaluate.{name}: not compared: {error}")
-        rows = RowTable(layout.find(layout.evaluate_rows(name)), frozen["evaluate"][name]["rows"])
-        _compare_images(open_source(settings.images), rows, f"evaluate.{name}.images", notes, report)
-    return notes
+    digests: Iterator[str | None] | None = None
+    if hashed:
+        good = [image for image in images if not image.problem]  # reading a pipe would wait for ever
+        keys = keys_of(source, {name: [getattr(image, name) for image in good] for name in source.columns})
+        digests = image_digests(source, keys)
+    for image in images:
+        row: dict[str, Any] = {"source": image.source, "bytes": image.bytes, "modified_ns": image.modified_ns}
+        row["digest"] = next(digests) if digests and not image.problem else None
+        yield row | _status(image.problem)
 
 
-def require_same_classes(layout: Layout, frozen: dict[str, Any], name: str, settings: EvaluateSettings) -> None:
-    """Refuse other classes or prompts of an evaluation set than the cache was made with.
-
-    Raises:
-        CacheError: naming the key that differs.
-        InputError: if the classes or templates are not at hand.
-    """
-    document = classes_document(settings)
-    there = {key: frozen["evaluate"][name][key] for key in document}
-    require_same(layout.root, {"evaluate": {name: there}}, {"evaluate": {name: document}})
-
-
-def transductive_sets(config: Config) -> list[str]:
-    """Evaluation sets with a class name that the training prompts used too."""
-    prompts = config.sentences.prompts
-    if not prompts:
-        return []
-    trained = {name for names in read_classes(prompts.classes).values() for name in _used(names, prompts)}
-    return [
-        name
-        for name, settings in sorted(config.evaluate.items())
-        if any(trained.intersection(_used(names, settings)) for names in read_classes(settings.classes).values())
-    ]
-
-
-def evaluate_prompts(settings: EvaluateSettings) -> list[list[str]]:
-    """Prompts of each class of a set, in the order of the sorted class ids."""
-    templates = read_templates(settings.templates)
-    return [prompts for _, prompts in class_prompts(read_classes(settings.classes), templates, settings.names)]
-
-
-def _used(names: list[str], settings: PromptSettings | EvaluateSettings) -> list[str]:
-    return names if settings.names == "all" else names[:1]
-
-
-def list_document(sources: Iterable[str]) -> dict[str, Any]:
-    """What plan.json says of a list of images: how many, and a digest of their names in the order of their rows."""
-    num_rows, names = 0, xxhash.xxh3_128()
-    for source in sources:
-        num_rows += 1
-        names.update(source.encode() + b"\0")
-    return {"rows": num_rows, "digest": names.hexdigest()}
-
-
-def classes_document(settings: EvaluateSettings) -> dict[str, Any]:
-    """What plan.json says of the classes of a set: ids, names, and a digest of their prompts."""
-    classes = read_classes(settings.classes)
-    prompts = evaluate_prompts(settings)
-    return {
-        "class_ids": sorted(classes),
-        "class_names": [_used(classes[class_id], settings) for class_id in sorted(classes)],
-        "prompts": digest(*(prompt.encode() + b"\0" for of_class in prompts for prompt in of_class)),
-    }
-
-
-def prompt_lines(settings: PromptSettings) -> list[str]:
-    """Class names through templates, as they join the sentences."""
-    templates = read_templates(settings.templates)
-    prompts = class_prompts(read_classes(settings.classes), templates, settings.names)
-    return [prompt for _, of_class in prompts for prompt in of_class]
-
-
-class _SentenceRows:
-    """Rows of the sentence table, and digests of what they came from, in one pass."""
-
-    def __init__(self, config: Config) -> None:
-        self._settings = config.sentences
-        self.sources: list[dict[str, Any]] = []
-        self.prompts: dict[str, Any] | None = None
-        self.num_good = 0
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        for path in self._settings.source:
-            lines, seen = 0, xxhash.xxh3_128()
-            for sentence in read_sentences([path]):
-                lines += 1
-                seen.update(sentence.text.encode() + b"\n")
-                self.num_good += sentence.problem is None
-                yield sentence_row(sentence)
-            self.sources.append({"name": path.name, "rows": lines, "digest": seen.hexdigest()})
-        if self._settings.prompts:
-            prompts = prompt_lines(self._settings.prompts)
-            self.prompts = prompts_document(prompts)
-            self.num_good += len(prompts)
-            yield from map(prompt_row, prompts)
+def labelled_rows(source: ImageSource, images: Sequence[LabelledImage], hashed: bool) -> Iterator[dict[str, Any]]:
+    """The same of a labelled set: with each image's class."""
+    for image, row in zip(images, image_rows(source, images, hashed), strict=True):
+        yield {**row, "class_id": image.class_id}
 
 
 def sentence_row(sentence: Sentence) -> dict[str, Any]:
     """A line's row in the sentence table, without its number."""
-    status = {"status": FAILED, "reason": sentence.problem} if sentence.problem else {"status": OK}
-    return {"text": sentence.text, "origin": sentence.origin, **status}
+    return {"text": sentence.text, "origin": sentence.origin, **_status(sentence.problem)}
 
 
 def prompt_row(prompt: str) -> dict[str, Any]:
@@ -193,57 +85,134 @@ def prompt_row(prompt: str) -> dict[str, Any]:
     return {"text": prompt, "origin": PROMPTS, "status": OK}
 
 
-def prompts_document(prompts: list[str]) -> dict[str, Any]:
-    return {"rows": len(prompts), "digest": digest(*(prompt.encode() + b"\n" for prompt in prompts))}
+def _status(problem: str | None) -> dict[str, str]:
+    return {"status": FAILED, "reason": problem} if problem else {"status": OK}
 
 
-def _compare_sentences(config: Config, layout: Layout, plan: dict[str, Any], notes: list[str], report: bool) -> None:
-    frozen, paths = plan["inputs"]["sentences"], config.sentences.source
-    names = {"sentences": {"source": [there["name"] for there in frozen["sources"]]}}
-    require_same(layout.root, names, {"sentences": {"source": [path.name for path in paths]}})
-    same, grown = True, []
-    for path, there in zip(paths, frozen["sources"], strict=True):
-        lines, seen = 0, xxhash.xxh3_128()
-        at_frozen_length = seen.hexdigest()
-        for sentence in read_sentences([path]):
-            lines += 1
-            seen.update(sentence.text.encode() + b"\n")
-            if lines == there["rows"]:
-                at_frozen_length = seen.hexdigest()
-        same &= lines >= there["rows"] and at_frozen_length == there["digest"]
-        if lines > there["rows"]:
-            grown.append(f"{path}: {lines - there['rows']:,} lines have appeared since; this cache does not hold them")
-    if not same:
-        table = RowTable(layout.find(layout.sentence_rows), frozen["rows"])
-        grown = [f"sentences.source: {note}" for note in compare_sentences(paths, plan, table).notes]
-    if not same and not report:
-        raise CacheError(
-            f"{layout.root}: made from other lines: {'; '.join(grown)}; put them back, choose another "
-            "cache.dir or delete that one"
-        )
-    notes += grown
-    prompts = prompts_document(prompt_lines(config.sentences.prompts)) if config.sentences.prompts else None
-    require_same(layout.root, {"sentences": {"prompts": frozen["prompts"]}}, {"sentences": {"prompts": prompts}})
+def list_document(sources: Iterable[str]) -> ImageList:
+    """What plan.json says of a list of images: how many, and a digest of their names in the order of their rows."""
+    num_rows, names = 0, xxhash.xxh3_128()
+    for source in sources:
+        num_rows += 1
+        names.update(source.encode() + b"\0")
+    return ImageList(rows=num_rows, digest=names.hexdigest())
 
 
-def _compare_images(source: ImageSource, table: RowTable, key: str, notes: list[str], report: bool) -> None:
-    if not source.at_hand():
-        notes.append(f"{key}: {source.location} is not at hand")
-        return
+@dataclass
+class LineCount:
+    """Lines of a file that have been read so far, and their digest.
+
+    Attributes:
+        upto: a number of lines.
+        digest_upto: the digest of the first `upto` lines; None where there are fewer.
+        num_good: lines that can be embedded.
+    """
+
+    path: Path
+    upto: int = 0
+    rows: int = 0
+    num_good: int = 0
+    digest_upto: str | None = None
+
+    def __post_init__(self) -> None:
+        self._state = xxhash.xxh3_128()
+        self._note()
+
+    def read(self) -> Iterator[Sentence]:
+        """Every line of the file, counted as it passes."""
+        for sentence in read_sentences([self.path]):
+            self.rows += 1
+            self.num_good += sentence.problem is None
+            self._state.update(sentence.text.encode() + b"\n")
+            self._note()
+            yield sentence
+
+    def read_all(self) -> "LineCount":
+        """Read the file to its end."""
+        for _ in self.read():
+            pass
+        return self
+
+    def document(self) -> SentenceSource:
+        """What plan.json says of the file."""
+        return SentenceSource(name=self.path.name, rows=self.rows, digest=self._state.hexdigest())
+
+    def _note(self) -> None:
+        if self.rows == self.upto:
+            self.digest_upto = self._state.hexdigest()
+
+
+def _list_sentences(settings: SentencesSettings, layout: Layout, shard_rows: int) -> SentenceList:
+    files = [LineCount(path) for path in settings.source]
+    prompts = prompt_lines(settings.prompts) if settings.prompts else []
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for file in files:
+            yield from map(sentence_row, file.read())
+        yield from map(prompt_row, prompts)
+
+    num_rows = write_rows(layout.sentence_rows, SENTENCE_COLUMNS, rows(), shard_rows)
+    if not prompts and not any(file.num_good for file in files):
+        names = ", ".join(str(path) for path in settings.source)
+        raise InputError(f"sentences.source: {names}: no usable sentence in {num_rows} lines")
+    documents = [file.document() for file in files]
+    return SentenceList(
+        rows=num_rows, sources=documents, prompts=prompts_document(prompts) if settings.prompts else None
+    )
+
+
+def prompt_lines(settings: PromptSettings) -> list[str]:
+    """Class names through templates, as they join the sentences."""
+    return [prompt for of_class in class_prompts_of(settings) for prompt in of_class]
+
+
+def prompts_document(prompts: Collection[str]) -> PromptList:
+    """What plan.json says of the prompts among the sentences."""
+    return PromptList(rows=len(prompts), digest=digest(*(prompt.encode() + b"\n" for prompt in prompts)))
+
+
+def class_prompts_of(settings: PromptSettings | EvaluateSettings) -> list[list[str]]:
+    """Prompts of each class, in the order of the sorted class ids."""
+    templates = read_templates(settings.templates)
+    return [prompts for _, prompts in class_prompts(read_classes(settings.classes), templates, settings.names)]
+
+
+def classes_document(settings: EvaluateSettings) -> dict[str, Any]:
+    """What plan.json says of the classes of a set: ids, names, and a digest of their prompts."""
+    names = _class_names(settings)
+    prompts = [prompt for of_class in class_prompts_of(settings) for prompt in of_class]
+    return {
+        "class_ids": list(names),
+        "class_names": list(names.values()),
+        "prompts": digest(*(prompt.encode() + b"\0" for prompt in prompts)),
+    }
+
+
+def transductive_sets(sources: Sources) -> list[str]:
+    """Labelled sets with a class name that the training prompts used too."""
+    prompts = sources.sentences.prompts
+    if not prompts:
+        return []
+    trained = {name for names in _class_names(prompts).values() for name in names}
+    return [
+        name
+        for name, labelled in sorted(sources.evaluate.items())
+        if any(trained.intersection(names) for names in _class_names(labelled.settings).values())
+    ]
+
+
+def transductive_sets_or_recorded(sources: Sources, layout: Layout) -> list[str]:
+    """As `transductive_sets`; what the manifest says where the class files are no longer at hand."""
     try:
-        notes.extend(compare_images(source, table).notes(key))
-    except InputError as error:  # it cannot be listed, or has no image
-        if not report:
-            raise
-        notes.append(f"{key}: not compared: {error}")
-
-
-def transductive_sets_or_recorded(config: Config, layout: Layout) -> list[str]:
-    """Evaluation sets that the prompts touch; as recorded before, where the class files are no longer at hand."""
-    try:
-        return transductive_sets(config)
+        return transductive_sets(sources)
     except InputError:
         manifest = read_manifest(layout)
         if manifest is None:
             raise
-        return list(manifest["transductive"])
+        return manifest.transductive
+
+
+def _class_names(settings: PromptSettings | EvaluateSettings) -> dict[str, list[str]]:
+    """The names of each class that make its prompts, by sorted class id."""
+    used = None if settings.names == "all" else 1
+    return {class_id: names[:used] for class_id, names in read_classes(settings.classes).items()}

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,21 @@ from ...cache.disk.index import Index, index_bytes
 from ...cache.disk.layout import DIRECTIONS, SIDES, Layout, table_of
 from ...cache.reader.feature_cache import EmbeddingSet
 from ...cache.version.journal import Journal, ShardRecord
+from ...cache.version.schema import IndexInfo, PairStore
 from ...stages.retrieve.pairs import build_side, retrieve
 from ...stages.settings.cache import PairsSettings
 from ..progress import bar, say
 
 NEIGHBOUR_BYTES = 8 + 4
 """An int64 id and a float32 score."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Indexes and pairs, as the manifest has them; nothing where retrieval is off."""
+
+    index: dict[str, IndexInfo] = field(default_factory=dict)
+    pairs: PairStore | None = None
 
 
 def retrieval_bytes(sides: Sequence[tuple[int, ...]], settings: PairsSettings) -> int:
@@ -26,22 +36,26 @@ def retrieval_bytes(sides: Sequence[tuple[int, ...]], settings: PairsSettings) -
     return sum(index_bytes(rows, width, settings.index) + rows * settings.k * NEIGHBOUR_BYTES for rows, width in sides)
 
 
-def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal, version: int) -> dict[str, Any]:
+def pairs_document(settings: PairsSettings) -> dict[str, Any] | None:
+    """The settings that decide what the pairs are; None when retrieval is off."""
+    return settings.model_dump(mode="json") if settings.k else None
+
+
+def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal, version: int) -> Retrieval:
     """Build what is missing of the indexes and pairs of one version of the cache.
 
     Args:
         layout: the cache, or a version of it in the making.
-
-    Returns:
-        `index` and `pairs` of the manifest.
     """
-    sides = {side: EmbeddingSet.open(layout, array, table_of(layout, array)) for side, array in SIDES.items()}
-    store = layout.pairs_zarr(version)
-    indexes = {
-        name: _build_or_load(layout.index(name, version), name, sides[name], sides[other], settings)
-        for name, other in DIRECTIONS.values()
-    }
-    specs = {}
+    sides = {name: EmbeddingSet.open(layout, array, table_of(layout, array)) for name, array in SIDES.items()}
+    images, sentences = sides["images"], sides["sentences"]
+    queries = {"images": sentences, "sentences": images}
+    indexes, infos = {}, {}
+    for name, targets in sides.items():
+        path = layout.index(name, version)
+        indexes[name], info = _build_or_load(path, name, targets, queries[name], settings)
+        infos[name] = IndexInfo(file=f"index/{path.name}", **info)
+    store, specs = layout.pairs_zarr(version), {}
     for direction, (name, _) in DIRECTIONS.items():
         rows, chunk = sides[name].embeddings.spec.shape[0], sides[name].embeddings.spec.chunk_rows
         specs[f"{direction}/ids"] = ArraySpec((rows, settings.k), "int64", chunk)
@@ -50,11 +64,9 @@ def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal, versi
     # Chunks of other settings may lie there under the same names: the settings are part of what the journal counts.
     counted = f"{store.name}[{digest(to_json(settings.model_dump(mode='json')))[:8]}]/"
     for direction, (name, other) in DIRECTIONS.items():
-        _retrieve_all(store, journal, counted, direction, specs, sides[name], sides[other], indexes[other][0])
-    return {
-        "index": {name: {"file": f"index/{layout.index(name, version).name}", **indexes[name][1]} for name in indexes},
-        "pairs": {"store": store.name, "k": settings.k, "counted": counted},
-    }
+        writer = _PairsWriter(store, journal, counted, direction, specs)
+        writer.write_missing(sides[name], sides[other], indexes[other])
+    return Retrieval(infos, PairStore(store=store.name, k=settings.k, counted=counted))
 
 
 def _build_or_load(
@@ -78,35 +90,38 @@ def _build_or_load(
     return index, info
 
 
-def _retrieve_all(
-    store: Path,
-    journal: Journal,
-    counted: str,
-    direction: str,
-    specs: dict[str, ArraySpec],
-    queries: EmbeddingSet,
-    targets: EmbeddingSet,
-    index: Index,
-) -> None:
-    ids_name, scores_name = f"{direction}/ids", f"{direction}/scores"
-    spec = specs[ids_name]
-    shards = range(spec.num_chunks)
-    missing = [shard for shard in shards if not journal.has(counted + scores_name, shard, spec.rows_of(shard))]
-    done = spec.shape[0] - sum(spec.rows_of(shard) for shard in missing)
-    if not missing:
-        return
-    with bar(direction.replace("_", " "), spec.shape[0], "rows", done) as shown:
-        for shard in missing:
-            start = shard * spec.chunk_rows
-            stop = start + spec.rows_of(shard)
-            ids, scores = retrieve(queries.embeddings, targets.embeddings, index, spec.shape[1], start, stop)
-            for name, block in ((ids_name, ids), (scores_name, scores)):  # scores last: they count the shard
-                written = write_chunk(store, name, specs[name], shard, block)
-                journal.add(ShardRecord(counted + name, shard, len(block), written), {})
-            done += stop - start
-            shown.update(done)
+@dataclass(frozen=True)
+class _PairsWriter:
+    """The pairs of one direction, on disk.
 
+    Attributes:
+        counted: what the journal calls the store.
+        specs: of all arrays of the store.
+    """
 
-def pairs_document(settings: PairsSettings) -> dict[str, Any] | None:
-    """The settings that decide what the pairs are; None when retrieval is off."""
-    return settings.model_dump(mode="json") if settings.k else None
+    store: Path
+    journal: Journal
+    counted: str
+    direction: str
+    specs: dict[str, ArraySpec]
+
+    def write_missing(self, queries: EmbeddingSet, targets: EmbeddingSet, index: Index) -> None:
+        """Retrieve for every shard of queries that the journal does not count."""
+        ids_name, scores_name = f"{self.direction}/ids", f"{self.direction}/scores"
+        spec, counted = self.specs[ids_name], self.counted + scores_name
+        missing = [
+            shard for shard in range(spec.num_chunks) if not self.journal.has(counted, shard, spec.rows_of(shard))
+        ]
+        if not missing:
+            return
+        done = spec.shape[0] - sum(map(spec.rows_of, missing))
+        with bar(self.direction.replace("_", " "), spec.shape[0], "rows", done) as shown:
+            for shard in missing:
+                start = shard * spec.chunk_rows
+                stop = start + spec.rows_of(shard)
+                ids, scores = retrieve(queries.embeddings, targets.embeddings, index, spec.shape[1], start, stop)
+                for name, block in ((ids_name, ids), (scores_name, scores)):  # scores last: they count the shard
+                    written = write_chunk(self.store, name, self.specs[name], shard, block)
+                    self.journal.add(ShardRecord(self.counted + name, shard, len(block), written), {})
+                done += stop - start
+                shown.update(done)

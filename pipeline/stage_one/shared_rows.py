@@ -1,52 +1,45 @@
 """A second teacher over the same rows: a cache that shares another one's row tables (`cache.rows`) and copies none."""
 
 import os
-from typing import Any
+from collections.abc import Collection
 
 from ...cache.disk.durable import sync_folder
 from ...cache.disk.layout import Layout
 from ...cache.errors import CacheError, InputError
 from ...cache.version.manifest import read_manifest
 from ...cache.version.plan_file import read_plan
-from ..config.load import Config
+from ...cache.version.schema import Inputs
 
 
-def shared_rows(config: Config, layout: Layout) -> dict[str, str]:
-    """What plan.json says of whose row tables these are: `rows_of`, a path from the cache's folder; or nothing."""
-    if config.cache.rows is None:
-        return {}
-    return {"rows_of": os.path.relpath(config.cache.rows, layout.root)}
-
-
-def share_inputs(config: Config, layout: Layout) -> dict[str, Any]:
+def share_inputs(layout: Layout, other: Layout, shard_rows: int, sets: Collection[str]) -> Inputs:
     """Link another cache's row tables into a new one.
 
+    Args:
+        sets: names of the labelled sets that are wanted.
+
     Returns:
-        The `inputs` of plan.json, as that cache has them.
+        The inputs of that cache, without labelled sets that are not wanted.
 
     Raises:
-        InputError: if the other cache is unfinished or divided otherwise, or lacks one of the evaluation sets.
+        InputError: if the other cache is unfinished or divided otherwise, or lacks one of the labelled sets.
         CacheError: if the new cache has row tables already.
     """
-    assert config.cache.rows is not None
-    other = Layout(config.cache.rows)
     plan = read_plan(other)
     if plan is None or read_manifest(other) is None:
         raise InputError(f"cache.rows: {other.root}: not a finished cache; run `dimefm cache-teacher` on its config")
-    if plan["shard_rows"] != config.cache.shard_rows:
+    if plan.shard_rows != shard_rows:
         raise InputError(
-            f"cache.rows: {other.root} has cache.shard_rows = {plan['shard_rows']}, this config "
-            f"{config.cache.shard_rows}; wanted the same"
+            f"cache.rows: {other.root} has cache.shard_rows = {plan.shard_rows}, this config {shard_rows}; "
+            "wanted the same"
         )
-    lacking = sorted(set(config.evaluate) - set(plan["inputs"]["evaluate"]))
+    lacking = sorted(set(sets) - set(plan.inputs.evaluate))
     if lacking:
         raise InputError(
             f"evaluate.{lacking[0]}: {other.root}, whose rows this cache shares, does not have it; "
             "let that one `dimefm cache append` it first"
         )
     _link(layout, other)
-    evaluate = {name: plan["inputs"]["evaluate"][name] for name in config.evaluate}
-    return {**plan["inputs"], "evaluate": evaluate}
+    return plan.inputs.replace(evaluate={name: plan.inputs.evaluate[name] for name in sets})
 
 
 def _link(layout: Layout, other: Layout) -> None:

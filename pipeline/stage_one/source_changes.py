@@ -1,7 +1,7 @@
-"""What has become of images and sentences since a cache listed them: changed, gone, new."""
+"""What has become of images, sentences and classes since a cache listed them: changed, gone, new."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -13,12 +13,98 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ...cache.audit.findings import runs_of, show_runs
-from ...cache.disk.row_tables import FAILED, OK, RowTable
-from ...cache.errors import CacheError
-from ...stages.inputs.image_source import FoundImage, ImageSource, LabelledImage, image_digests, keys_of, row_keys
+from ...cache.disk.layout import IMAGES, SENTENCES, Layout, evaluate_images, table_of
+from ...cache.disk.row_tables import RowTable
+from ...cache.errors import CacheError, InputError
+from ...cache.version.plan_file import require_same
+from ...cache.version.schema import Plan
+from ...stages.inputs.image_source import FoundImage, ImageSource, image_digests, row_keys
 from ...stages.inputs.sentences import read_sentences
+from ...stages.settings.data import EvaluateSettings, SentencesSettings
+from .inputs import LineCount, classes_document, prompt_lines, prompts_document
+from .sources import Sources
 
 NAMES_SHOWN = 3
+
+
+def compare_inputs(sources: Sources, layout: Layout, plan: Plan, *, report: bool = False) -> list[str]:
+    """Hold what a run is given against the lists of its plan.
+
+    Args:
+        report: say what has become of lines of sentences, rather than refuse a run that has other ones.
+
+    Returns:
+        Lines to show: what has appeared or gone since, and sources that are not at hand.
+
+    Raises:
+        CacheError: naming the key, if the run asks for other sentences, prompts, classes or labelled sets.
+    """
+    frozen = plan.inputs
+    rows = RowTable(table_of(layout, IMAGES), frozen.images.rows)
+    notes = _image_notes(sources.images, rows, "images.source", report)
+    try:
+        notes += _sentence_notes(sources.sentences, layout, plan, report)
+    except InputError as error:
+        notes.append(f"sentences.source: not compared: {error}")
+    for name, labelled in sources.evaluate.items():
+        if name not in frozen.evaluate:
+            raise CacheError(
+                f"{layout.root}: evaluate.{name} is not in this cache; choose another cache.dir or leave it out"
+            )
+        try:
+            require_planned_classes(layout, plan, name, labelled.settings)
+        except InputError as error:
+            notes.append(f"evaluate.{name}: not compared: {error}")
+        rows = RowTable(table_of(layout, evaluate_images(name)), frozen.evaluate[name].rows)
+        notes += _image_notes(labelled.images, rows, f"evaluate.{name}.images", report)
+    return notes
+
+
+def require_planned_classes(layout: Layout, plan: Plan, name: str, settings: EvaluateSettings) -> None:
+    """Refuse other classes or prompts of a labelled set than the cache was made with.
+
+    Raises:
+        CacheError: naming the key that differs.
+        InputError: if the classes or templates are not at hand.
+    """
+    asked, there = classes_document(settings), plan.inputs.evaluate[name].to_dict()
+    found = {key: there.get(key) for key in asked}
+    require_same(layout.root, {"evaluate": {name: found}}, {"evaluate": {name: asked}})
+
+
+def _image_notes(source: ImageSource, table: RowTable, key: str, report: bool) -> list[str]:
+    if not source.at_hand():
+        return [f"{key}: {source.location} is not at hand"]
+    try:
+        return compare_images(source, table).notes(key)
+    except InputError as error:  # it cannot be listed, or has no image
+        if not report:
+            raise
+        return [f"{key}: not compared: {error}"]
+
+
+def _sentence_notes(settings: SentencesSettings, layout: Layout, plan: Plan, report: bool) -> list[str]:
+    frozen, paths = plan.inputs.sentences, settings.source
+    names = {"sentences": {"source": [there.name for there in frozen.sources]}}
+    require_same(layout.root, names, {"sentences": {"source": [path.name for path in paths]}})
+    is_same, notes = True, []
+    for path, there in zip(paths, frozen.sources, strict=True):
+        now = LineCount(path, there.rows).read_all()
+        is_same &= now.digest_upto == there.digest
+        if now.rows > there.rows:
+            notes.append(f"{path}: {now.rows - there.rows:,} lines have appeared since; this cache does not hold them")
+    if not is_same:
+        table = RowTable(table_of(layout, SENTENCES), frozen.rows)
+        notes = [f"sentences.source: {note}" for note in compare_sentences(paths, plan, table).notes]
+    if not is_same and not report:
+        raise CacheError(
+            f"{layout.root}: made from other lines: {'; '.join(notes)}; put them back, choose another "
+            "cache.dir or delete that one"
+        )
+    asked = prompts_document(prompt_lines(settings.prompts)).to_dict() if settings.prompts else None
+    there_prompts = frozen.prompts.to_dict() if frozen.prompts else None
+    require_same(layout.root, {"sentences": {"prompts": there_prompts}}, {"sentences": {"prompts": asked}})
+    return notes
 
 
 @dataclass(frozen=True)
@@ -90,7 +176,7 @@ def compare_images(source: ImageSource, table: RowTable) -> SourceChanges:
     new = now["source"].filter(pc.invert(pc.is_in(now["source"], there["source"]))).to_pylist()
     changes = SourceChanges(table.num_rows, named(changed), named(suspect & ~has_digest), named(is_gone), new)
     suspects = named(suspect & has_digest)
-    keys = row_keys(source, table)(np.array(list(suspects), dtype=np.int64)) if suspects else []
+    keys = row_keys(source, table)(np.fromiter(suspects, np.int64)) if suspects else ()
     for (row, name), digest in zip(suspects.items(), image_digests(source, keys)):
         if digest != there["digest"][row].as_py():
             changes.changed[row] = name
@@ -128,22 +214,22 @@ class LineChanges:
         return {"changed": len(self.changed), "gone": len(self.gone), "new": self.num_new}
 
 
-def compare_sentences(paths: Sequence[Path], plan: Mapping[str, Any] | None, table: RowTable) -> LineChanges:
+def compare_sentences(paths: Sequence[Path], plan: Plan | None, table: RowTable) -> LineChanges:
     """Hold files of sentences against the rows that were made from them, one shard of the table in memory at a time.
 
     Args:
         plan: of the cache; None where it is lost. Only files that share a name need it.
     """
     found, named = LineChanges(), Counter(path.name for path in paths)
-    sources = plan["inputs"]["sentences"]["sources"] if plan and "grown" not in plan else []
+    sources = plan.inputs.sentences.sources if plan and not plan.grown else []
     for i, path in enumerate(paths):
         first, stop = 0, table.num_rows
         if named[path.name] > 1:
             if i >= len(sources):
                 found.notes.append(f"{path}: not compared: rows of several files are called {path.name}")
                 continue
-            first = sum(source["rows"] for source in sources[:i])
-            stop = first + sources[i]["rows"]
+            first = sum(source.rows for source in sources[:i])
+            stop = first + sources[i].rows
         held = (row for row in _lines_of(table, path.name) if first <= row[0] < stop)
         changed, gone, num_new = [], [], 0
         lines = (sentence.text for sentence in read_sentences([path])) if path.is_file() else iter(())
@@ -172,30 +258,6 @@ def _lines_of(table: RowTable, origin: str) -> Iterator[tuple[int, str]]:
         for row, text, name in zip(columns["row"], columns["text"], columns["origin"], strict=True):
             if name == origin:
                 yield row, text
-
-
-def image_rows(source: ImageSource, images: Sequence[FoundImage], hashed: bool) -> Iterator[dict[str, Any]]:
-    """Rows of an image table, without their numbers.
-
-    Args:
-        hashed: whether each file's checksum joins its row.
-    """
-    digests: Iterator[str | None] | None = None
-    if hashed:
-        good = [image for image in images if not image.problem]  # reading a pipe would wait for ever
-        keys = keys_of(source, {name: [getattr(image, name) for image in good] for name in source.columns})
-        digests = image_digests(source, keys)
-    for image in images:
-        row: dict[str, Any] = {"source": image.source, "bytes": image.bytes, "modified_ns": image.modified_ns}
-        row["digest"] = next(digests) if digests and not image.problem else None
-        row |= {"status": FAILED, "reason": image.problem} if image.problem else {"status": OK}
-        yield row
-
-
-def labelled_rows(source: ImageSource, images: Sequence[LabelledImage], hashed: bool) -> Iterator[dict[str, Any]]:
-    """The same of an evaluation set: with each image's class."""
-    for image, row in zip(images, image_rows(source, images, hashed), strict=True):
-        yield {**row, "class_id": image.class_id}
 
 
 def _first(names: Collection[str]) -> str:

@@ -1,12 +1,11 @@
 """`dimefm cache append`: new images, sentences and evaluation sets join a finished cache; nothing is embedded twice.
 
-All of it happens in `next/` until it is complete (cache/version/versions.py), so the version in force stays whole and
-readers of it go on. An append that was killed goes on with the list that it began with.
+The next version is made in `next/` (cache/version/versions.py), so the version in force stays whole and its readers are
+not disturbed. An append that was killed goes on with the list of new rows that it began with.
 """
 
 import time
 from pathlib import Path
-from typing import Any
 
 from ...cache.disk.arrays import declare_arrays
 from ...cache.disk.layout import Layout
@@ -15,16 +14,20 @@ from ...cache.reader.pixel_packs import kept_setting
 from ...cache.version.lock import writer_lock
 from ...cache.version.manifest import read_manifest
 from ...cache.version.plan_file import identity, read_plan, require_same, write_plan
-from ...cache.version.schema import Plan
+from ...cache.version.schema import GrowthStep, Plan
 from ...cache.version.versions import discard_change
 from ...stages.images.crops import decoder
 from ..config.load import Config
 from ..config.remembered import ConfigChoice, config_of, note_config
 from ..progress import say
-from ..stage_one.embed_shards import embed_shards, missing_shards, planned_specs, require_disk, teacher_at_hand
+from ..stage_one.embed_shards import embed_shards, missing_shards, teacher_at_hand
 from ..stage_one.finish import finish_cache
-from ..stage_one.guards import require_same_teacher
-from ..stage_one.inputs import compare_inputs, transductive_sets
+from ..stage_one.free_space import require_disk
+from ..stage_one.guards import require_same_settings
+from ..stage_one.inputs import transductive_sets
+from ..stage_one.planned import planned_specs
+from ..stage_one.source_changes import compare_inputs
+from ..stage_one.sources import Sources
 from .growth import Growth, find_growth, stage_growth
 
 
@@ -57,35 +60,36 @@ def append(config: Config, layout: Layout, scheduler: str | None = None) -> bool
         start = time.perf_counter()
         plan = read_plan(layout)
         assert plan is not None
-        require_same_teacher(config, layout, plan)
+        require_same_settings(layout, plan, config.teacher, config.cache)
+        sources = Sources.of(config)
         if config.cache.pixels and not kept_setting(read_manifest(layout)):
             say(f"cache.pixels: {layout.root} has none yet; `dimefm cache-teacher` adds them, append does not")
         note_config(config, layout)
         following = layout.next
         staged, growth = _begun(layout), None
         if staged is None:
-            growth = find_growth(config, layout, plan)
+            growth = find_growth(sources, layout, plan)
             if not growth:
                 say(f"{layout.root}: nothing to append")
                 return False
             say(growth.line())
         else:
             say("going on with an append that was interrupted; what has come since is for the next one")
-            for note in compare_inputs(config, following, staged):
+            for note in compare_inputs(sources, following, staged):
                 say(note)
-        if staged is None or missing_shards(config, following, staged):
-            staged = _embed(config, layout, plan, staged, growth, scheduler)
-        finish_cache(config, following, staged, _transductive(config, layout))
+        if staged is None or missing_shards(following, staged, sources):
+            staged = _embed(config, layout, sources, plan, staged, growth, scheduler)
+        finish_cache(following, staged, config.pairs, config.cache.pixels, _transductive(sources, layout))
         say(f"{layout.root}: appended in {time.perf_counter() - start:,.0f} s")
     return True
 
 
-def _begun(layout: Layout) -> dict[str, Any] | None:
+def _begun(layout: Layout) -> Plan | None:
     """The plan of an append to this very version that was interrupted; what is left of another one is removed."""
     following = layout.next
     staged = Plan.read(following.plan) if following.plan.exists() else None
     pixels = kept_setting(read_manifest(layout))  # they may have been added since
-    if staged is None or staged["grown"][-1]["plan"] != identity(layout) or staged.get("pixels") != pixels:
+    if staged is None or staged.grown[-1].plan != identity(layout) or staged.pixels != pixels:
         discard_change(layout)
         return None
     return staged
@@ -94,42 +98,46 @@ def _begun(layout: Layout) -> dict[str, Any] | None:
 def _embed(
     config: Config,
     layout: Layout,
-    plan: dict[str, Any],
-    staged: dict[str, Any] | None,
+    sources: Sources,
+    plan: Plan,
+    staged: Plan | None,
     growth: Growth | None,
     scheduler: str | None,
-) -> dict[str, Any]:
+) -> Plan:
     """Load the teacher, list the new rows unless that is done, and embed every shard that is missing."""
-    with teacher_at_hand(config) as teacher:
+    with teacher_at_hand(config.teacher) as teacher:
         found = teacher.identity()
         libraries = found.pop("libraries")
         # Of other library versions the last bits may differ, nothing more: the plan says whose rows are whose.
-        require_same(layout.root, {"teacher": {key: plan["teacher"][key] for key in found}}, {"teacher": found})
+        require_same(layout.root, {"teacher": {key: plan.teacher.to_dict()[key] for key in found}}, {"teacher": found})
         if staged is None:
             assert growth is not None
             before = {name: spec.shape[0] for name, spec in planned_specs(plan).items()}
-            grown = {"plan": identity(layout), "rows": before, "libraries": libraries}
-            grown |= {"decoder": decoder()} if "views" in plan else {}
-            staged = {
-                **plan,
-                "inputs": stage_growth(config, layout, plan, growth),
-                **({"pixels": pixels} if (pixels := kept_setting(read_manifest(layout))) else {}),
-                "grown": [*plan.get("grown", []), grown],
-            }
-            require_disk(config, layout.next, staged)
+            step = GrowthStep(plan=identity(layout), rows=before, libraries=libraries)
+            step = step.replace(decoder=decoder()) if plan.views else step
+            pixels = kept_setting(read_manifest(layout))
+            staged = plan.replace(
+                inputs=stage_growth(sources, layout, plan, growth),
+                grown=[*plan.grown, step],
+                **({"pixels": pixels} if pixels else {}),
+            )
+            tasks = missing_shards(layout.next, staged, sources)
+            require_disk(layout.next, staged, tasks, config.pairs)
             write_plan(layout.next, staged)
-        began_with = {"teacher": {"libraries": staged["grown"][-1]["libraries"]}}
+        else:
+            tasks = missing_shards(layout.next, staged, sources)
+        began_with = {"teacher": {"libraries": staged.grown[-1].libraries}}
         require_same(layout.next.root, began_with, {"teacher": {"libraries": libraries}})
         declare_arrays(layout.next.teacher_zarr, planned_specs(staged))
-        embed_shards(config, layout.next, staged, missing_shards(config, layout.next, staged), scheduler)
+        embed_shards(layout.next, staged, tasks, sources, config.teacher, scheduler, profile=config.cache.profile)
     return staged
 
 
-def _transductive(config: Config, layout: Layout) -> list[str]:
+def _transductive(sources: Sources, layout: Layout) -> list[str]:
     """Evaluation sets that any training prompt touches, those of earlier versions among them."""
     manifest = read_manifest(layout)
-    recorded = set(manifest["transductive"]) if manifest else set()
+    recorded = set(manifest.transductive) if manifest else set()
     try:
-        return sorted(recorded | set(transductive_sets(config)))
+        return sorted(recorded | set(transductive_sets(sources)))
     except InputError:  # class files are no longer at hand
         return sorted(recorded)

@@ -7,27 +7,27 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from ...cache.disk.layout import Layout
 from ...cache.disk.row_tables import IMAGE_COLUMNS, SENTENCE_COLUMNS, RowTable, write_rows
 from ...cache.errors import CacheError
 from ...cache.version.plan_file import read_plan
+from ...cache.version.schema import Inputs, Plan, PromptList, SentenceList, SentenceSource
 from ...stages.inputs.image_source import FoundImage
-from ...stages.inputs.open_source import open_source
 from ...stages.inputs.sentences import read_sentences
-from ..config.load import Config
+from ...stages.settings.data import SentencesSettings
 from ..stage_one.inputs import (
     PROMPTS,
-    freeze_evaluate_set,
+    LineCount,
+    image_rows,
     list_document,
+    list_evaluate_set,
     prompt_lines,
     prompt_row,
     prompts_document,
-    require_same_classes,
     sentence_row,
 )
-from ..stage_one.source_changes import image_rows
+from ..stage_one.source_changes import require_planned_classes
+from ..stage_one.sources import Sources
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Growth:
         num_rows: how many images and sentences are new.
     """
 
-    inputs: dict[str, Any]
+    inputs: Inputs
     images: list[FoundImage]
     lines: list[Lines]
     prompts: list[str]
@@ -68,7 +68,7 @@ class Growth:
         return f"new: {self.num_rows['images']:,} images, {self.num_rows['sentences']:,} sentences{sets}"
 
 
-def find_growth(config: Config, layout: Layout, plan: dict[str, Any]) -> Growth:
+def find_growth(sources: Sources, layout: Layout, plan: Plan) -> Growth:
     """Hold the sources against the plan in force. Reads the sources, writes nothing.
 
     Raises:
@@ -76,60 +76,56 @@ def find_growth(config: Config, layout: Layout, plan: dict[str, Any]) -> Growth:
             prompts that are gone, other classes of an evaluation set.
         InputError: if a source is missing.
     """
-    if "rows_of" in plan:
-        return _shared_growth(config, layout, plan)
-    frozen = plan["inputs"]
-    for name in sorted(set(config.evaluate) & set(frozen["evaluate"])):
-        require_same_classes(layout, frozen, name, config.evaluate[name])
-    there = RowTable(layout.image_rows, frozen["images"]["rows"]).column("source").to_pylist()
+    if plan.rows_of:
+        return _shared_growth(sources, layout, plan, plan.rows_of)
+    frozen, evaluate = plan.inputs, sources.evaluate
+    for name in sorted(set(evaluate) & set(frozen.evaluate)):
+        require_planned_classes(layout, plan, name, evaluate[name].settings)
+    there = RowTable(layout.image_rows, frozen.images.rows).column("source").to_pylist()
     known = set(there)
-    source = open_source(config.images.source)
-    found = source.list()
+    found = sources.images.list()
     if known.isdisjoint(image.source for image in found):
         raise CacheError(
-            f"images.source: {source.location}: holds none of the {len(known):,} images of {layout.root}; "
+            f"images.source: {sources.images.location}: holds none of the {len(known):,} images of {layout.root}; "
             "append adds to a folder: is it another one?"
         )
     images = [image for image in found if image.source not in known]
-    sources, lines = _new_lines(config, layout, frozen["sentences"]["sources"])
-    prompts, prompts_now = _new_prompts(config, layout, frozen["sentences"])
+    files, lines = _new_lines(sources.sentences, layout, frozen.sentences.sources)
+    prompts, prompts_now = _new_prompts(sources.sentences, layout, frozen.sentences)
     num_sentences = sum(item.stop - item.first for item in lines) + len(prompts)
+    names = chain(there, (image.source for image in images))
     return Growth(
-        {
-            "images": list_document(chain(there, (image.source for image in images))) if images else frozen["images"],
-            "sentences": {
-                "rows": frozen["sentences"]["rows"] + num_sentences,
-                "sources": sources,
-                "prompts": prompts_now,
-            },
-            "evaluate": frozen["evaluate"],
-        },
+        Inputs(
+            images=list_document(names) if images else frozen.images,
+            sentences=SentenceList(rows=frozen.sentences.rows + num_sentences, sources=files, prompts=prompts_now),
+            evaluate=frozen.evaluate,
+        ),
         images,
         lines,
         prompts,
-        sorted(set(config.evaluate) - set(frozen["evaluate"])),
+        sorted(set(evaluate) - set(frozen.evaluate)),
         {"images": len(images), "sentences": num_sentences},
     )
 
 
-def stage_growth(config: Config, layout: Layout, plan: dict[str, Any], growth: Growth) -> dict[str, Any]:
+def stage_growth(sources: Sources, layout: Layout, plan: Plan, growth: Growth) -> Inputs:
     """Write the row tables of the next version beside the cache: the rows that it has, then the new ones.
 
     Returns:
         The `inputs` of its plan.
     """
-    if "rows_of" in plan:
+    if plan.rows_of:
         return growth.inputs
-    frozen, following, shard_rows = plan["inputs"], layout.next, plan["shard_rows"]
+    frozen, following, shard_rows = plan.inputs, layout.next, plan.shard_rows
     if growth.num_rows["images"]:
-        there = RowTable(layout.image_rows, frozen["images"]["rows"]).records()
-        new = image_rows(open_source(config.images.source), growth.images, config.images.hash)
+        there = RowTable(layout.image_rows, frozen.images.rows).records()
+        new = image_rows(sources.images, growth.images, sources.hash_images)
         write_rows(following.image_rows, IMAGE_COLUMNS, chain(there, new), shard_rows)
     if growth.num_rows["sentences"]:
-        there = RowTable(layout.sentence_rows, frozen["sentences"]["rows"]).records()
+        there = RowTable(layout.sentence_rows, frozen.sentences.rows).records()
         write_rows(following.sentence_rows, SENTENCE_COLUMNS, chain(there, _sentence_rows(growth)), shard_rows)
-    evaluate = {name: freeze_evaluate_set(config, following, name) for name in growth.evaluate}
-    return {**growth.inputs, "evaluate": {**frozen["evaluate"], **evaluate}}
+    evaluate = {name: list_evaluate_set(sources, following, name, shard_rows) for name in growth.evaluate}
+    return growth.inputs.replace(evaluate={**frozen.evaluate, **evaluate})
 
 
 def _sentence_rows(growth: Growth) -> Iterator[dict[str, Any]]:
@@ -139,43 +135,37 @@ def _sentence_rows(growth: Growth) -> Iterator[dict[str, Any]]:
 
 
 def _new_lines(
-    config: Config, layout: Layout, frozen: list[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], list[Lines]]:
+    settings: SentencesSettings, layout: Layout, frozen: list[SentenceSource]
+) -> tuple[list[SentenceSource], list[Lines]]:
     """`sources` of the next plan, and what is new in each file. The files of the cache come first, in their order."""
-    sources, lines = [], []
-    paths = config.sentences.source
-    if len(paths) < len(frozen):
+    files, lines = [], []
+    if len(settings.source) < len(frozen):
         raise CacheError(
-            f"sentences.source: {len(paths)} files, {layout.root} was made from {len(frozen)} "
-            f"({', '.join(item['name'] for item in frozen)}); put them back in front of new ones"
+            f"sentences.source: {len(settings.source)} files, {layout.root} was made from {len(frozen)} "
+            f"({', '.join(item.name for item in frozen)}); put them back in front of new ones"
         )
-    for i, path in enumerate(paths):
-        nothing: dict[str, Any] = {"name": path.name, "rows": 0, "digest": xxhash.xxh3_128().hexdigest()}
-        held = frozen[i] if i < len(frozen) else nothing
-        num_lines, seen = 0, xxhash.xxh3_128()
-        at_held = seen.hexdigest() if held["rows"] == 0 else None
-        for sentence in read_sentences([path]):
-            num_lines += 1
-            seen.update(sentence.text.encode() + b"\n")
-            if num_lines == held["rows"]:
-                at_held = seen.hexdigest()
-        if (path.name, at_held) != (held["name"], held["digest"]):
+    for i, path in enumerate(settings.source):
+        held = frozen[i] if i < len(frozen) else LineCount(path).document()
+        now = LineCount(path, held.rows).read_all()
+        if (path.name, now.digest_upto) != (held.name, held.digest):
             raise CacheError(
-                f"{path}: does not begin with the {held['rows']:,} lines of {held['name']} that {layout.root} has; "
+                f"{path}: does not begin with the {held.rows:,} lines of {held.name} that {layout.root} has; "
                 "append takes new lines at the end of a file, or new files after the others"
             )
-        sources.append({"name": path.name, "rows": num_lines, "digest": seen.hexdigest()})
-        lines.append(Lines(path, held["rows"], num_lines))
-    return sources, lines
+        files.append(now.document())
+        lines.append(Lines(path, held.rows, now.rows))
+    return files, lines
 
 
-def _new_prompts(config: Config, layout: Layout, frozen: dict[str, Any]) -> tuple[list[str], dict[str, Any] | None]:
+def _new_prompts(
+    settings: SentencesSettings, layout: Layout, frozen: SentenceList
+) -> tuple[list[str], PromptList | None]:
     """Prompts that no row has yet, and what the next plan says of all prompts."""
-    now = prompt_lines(config.sentences.prompts) if config.sentences.prompts else []
+    now = prompt_lines(settings.prompts) if settings.prompts else []
     document = prompts_document(now) if now else None
-    if document == frozen["prompts"]:
+    if document == frozen.prompts:
         return [], document
-    table = RowTable(layout.sentence_rows, frozen["rows"])
+    table = RowTable(layout.sentence_rows, frozen.rows)
     rows = zip(table.column("text").to_pylist(), table.column("origin").to_pylist(), strict=True)
     there = Counter(text for text, origin in rows if origin == PROMPTS)
     if there - Counter(now):
@@ -193,23 +183,25 @@ def _new_prompts(config: Config, layout: Layout, frozen: dict[str, Any]) -> tupl
     return new, document
 
 
-def _shared_growth(config: Config, layout: Layout, plan: dict[str, Any]) -> Growth:
+def _shared_growth(sources: Sources, layout: Layout, plan: Plan, rows_of: str) -> Growth:
     """New rows of the cache whose row tables this one shares; that one takes in new sources first."""
-    other = Layout(layout.root / plan["rows_of"])
-    theirs = read_plan(other)
+    other = Layout(layout.root / rows_of)
+    theirs, held = read_plan(other), plan.inputs
     if theirs is None:
         raise CacheError(f"{other.root}: no teacher cache; {layout.root} shares its row tables: put it back")
-    held = plan["inputs"]["images"]
-    if list_document(RowTable(layout.image_rows, held["rows"]).column("source").to_pylist()) != held:
-        raise CacheError(f"{layout.image_rows}: its first {held['rows']:,} rows are not those of {layout.root}")
-    inputs = theirs["inputs"]
-    names = sorted((set(config.evaluate) | set(plan["inputs"]["evaluate"])) & set(inputs["evaluate"]))
-    num_rows = {side: inputs[side]["rows"] - plan["inputs"][side]["rows"] for side in ("images", "sentences")}
+    num_held = held.images.rows
+    if list_document(RowTable(layout.image_rows, num_held).column("source").to_pylist()) != held.images:
+        raise CacheError(f"{layout.image_rows}: its first {num_held:,} rows are not those of {layout.root}")
+    inputs = theirs.inputs
+    names = sorted((set(sources.evaluate) | set(held.evaluate)) & set(inputs.evaluate))
     return Growth(
-        {**inputs, "evaluate": {name: inputs["evaluate"][name] for name in names}},
+        inputs.replace(evaluate={name: inputs.evaluate[name] for name in names}),
         [],
         [],
         [],
-        sorted(set(names) - set(plan["inputs"]["evaluate"])),
-        num_rows,
+        sorted(set(names) - set(held.evaluate)),
+        {
+            "images": inputs.images.rows - num_held,
+            "sentences": inputs.sentences.rows - held.sentences.rows,
+        },
     )

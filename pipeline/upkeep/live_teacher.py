@@ -1,5 +1,6 @@
 """The live teacher against what a cache holds: the same rows embedded again, and the cosine of old and new."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -15,9 +16,10 @@ from ...cache.disk.row_tables import OK, RowTable
 from ...cache.errors import InputError
 from ...cache.version.plan_file import first_difference
 from ...cache.version.schema import Plan
+from ...stages.images.crops import Crops
 from ...stages.inputs.image_source import ImageSource, row_keys
-from ...stages.inputs.open_source import open_source
 from ..config.load import Config
+from ..stage_one.sources import Sources
 
 if TYPE_CHECKING:
     from ...stages.models.teacher import Teacher
@@ -29,13 +31,13 @@ SAME_ROW = 0.999
 
 def image_source(config: Config, array: str) -> ImageSource | None:
     """The source of an array's images; None if it is not at hand or not in the config, or the array holds sentences."""
-    if array == IMAGES:
-        source = open_source(config.images.source)
-    elif array == SENTENCES or array.split("/")[1] not in config.evaluate:
-        return None
-    else:
-        source = open_source(config.evaluate[array.split("/")[1]].images)
-    return source if source.at_hand() else None
+    source = Sources.of(config).images_of(array)
+    return source if source and source.at_hand() else None
+
+
+def crops_of(plan: Plan, array: str) -> Crops | None:
+    """The crops of an array's images; None where it holds the centre alone."""
+    return Crops.read(plan.views) if array == IMAGES else None
 
 
 def require_loaded_teacher(root: Path, plan: Plan, teacher: "Teacher") -> None:
@@ -44,8 +46,8 @@ def require_loaded_teacher(root: Path, plan: Plan, teacher: "Teacher") -> None:
     Raises:
         InputError: naming what differs.
     """
-    made_with = plan.teacher.to_dict()
     live = {key: value for key, value in teacher.identity().items() if key != "libraries"}
+    made_with = plan.teacher.to_dict()
     difference = first_difference({key: made_with.get(key) for key in live}, live, "teacher")
     if difference:
         key, there, here = difference
@@ -74,7 +76,6 @@ class LiveTeacher:
         """
         from ...stages.embed.image_rows import RowCrops, embed_image_shard
         from ...stages.embed.sentence_rows import embed_sentence_shard
-        from ...stages.images.crops import Crops
 
         table, settings = RowTable(table_of(self.layout, array)), self.config.teacher
         if array == SENTENCES:
@@ -83,7 +84,7 @@ class LiveTeacher:
             source = image_source(self.config, array)
             assert source is not None
             keys = row_keys(source, table)(rows)
-            crops = Crops.read(self.plan.views) if array == IMAGES else None
+            crops = crops_of(self.plan, array)
             row_crops = RowCrops(crops, rows) if crops else None
             done = embed_image_shard(
                 self.teacher, source, keys, settings.batch_size, settings.workers, Lock(), None, row_crops
@@ -91,7 +92,7 @@ class LiveTeacher:
         reasons = dict(done.failures)
         return done.embeddings, [reasons.get(i) for i in range(len(rows))]
 
-    def compare(self, array: str, num_rows: int, damaged: NDArray[np.int64], seed: int = 0) -> dict[str, Any]:
+    def compare(self, array: str, num_rows: int, damaged: Iterable[int] = (), seed: int = 0) -> dict[str, Any]:
         """Embed a random sample of an array's rows again; a row with several views counts by its least cosine.
 
         Args:
@@ -103,7 +104,7 @@ class LiveTeacher:
         """
         status = RowTable(table_of(self.layout, array), num_rows).column("status").to_pylist()
         good = np.array([row for row, value in enumerate(status) if value == OK], dtype=np.int64)
-        good = good[~np.isin(good // self.plan.shard_rows, damaged)]
+        good = good[~np.isin(good // self.plan.shard_rows, list(damaged))]
         if not good.size or (array != SENTENCES and image_source(self.config, array) is None):
             return {"rows": 0, "cosine": None, "unreadable": [], "differ": []}
         rows = np.sort(np.random.default_rng(seed).choice(good, min(SAMPLE_ROWS, len(good)), replace=False))

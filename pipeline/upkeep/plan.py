@@ -4,6 +4,7 @@ import shutil
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...cache.disk.arrays import ArraySpec
 from ...cache.disk.durable import read_lines
@@ -12,22 +13,23 @@ from ...cache.disk.layout import IMAGES, SENTENCES, Layout
 from ...cache.reader.pixel_packs import kept_setting
 from ...cache.version.journal import Journal
 from ...cache.version.manifest import read_manifest
-from ...cache.version.plan_file import read_plan
+from ...cache.version.schema import ImageList, Inputs, LabelledList, SentenceList
 from ...stages.inputs.image_source import label_images
-from ...stages.inputs.open_source import open_source
 from ...stages.inputs.prompts import read_classes
 from ...stages.inputs.sentences import read_sentences
 from ...stages.models.teacher_identity import configured_embed_dim
 from ..config.load import Config
-from ..stage_one.embed_shards import array_specs, existing_parent
-from ..stage_one.guards import is_finished, require_own_folder, require_same_run
+from ..stage_one.free_space import existing_parent
+from ..stage_one.guards import check_run, is_finished, require_own_folder
 from ..stage_one.inputs import prompt_lines
 from ..stage_one.kept_packs import image_sizes, pack_bytes
+from ..stage_one.planned import array_specs, views_of
 from ..stage_one.pseudo_pairs import retrieval_bytes
+from ..stage_one.sources import Sources
 
 
 def describe_plan(config: Config) -> dict[str, Any]:
-    """What stage one has done, what is left, and what it takes.
+    """What stage one has done and has still to do.
 
     Returns:
         `cache`, `state` (not started, unfinished, finished), `arrays` (rows, views, shards done and in all, bytes),
@@ -40,21 +42,24 @@ def describe_plan(config: Config) -> dict[str, Any]:
     """
     layout = Layout(config.cache.dir)
     require_own_folder(layout)
-    plan = read_plan(layout)
-    notes = require_same_run(config, layout, plan, report=True) if plan else []
-    width = plan["teacher"]["embed_dim"] if plan else configured_embed_dim(config.teacher)
-    inputs = plan["inputs"] if plan else _count_inputs(config)
+    sources = Sources.of(config)
+    checked = check_run(layout, config.teacher, config.cache, sources, report=True)
+    plan = checked.plan
+    width = plan.teacher.embed_dim if plan else configured_embed_dim(config.teacher)
+    inputs, sizes = (plan.inputs, None) if plan else _count_inputs(sources)
     specs = array_specs(inputs, width or 1, config.cache.shard_rows, config.cache.num_crops)
     journal = Journal(layout)
     arrays = {name: _array_state(name, spec, journal) for name, spec in specs.items()}
     rows_left = sum(item["rows_left"] for item in arrays.values())
+    # A row with K crops takes as long as 1 + K rows of other arrays.
+    embeddings_left = sum(item["rows_left"] * item["views"] for item in arrays.values())
     rows = {side: specs[side].shape[0] for side in (IMAGES, SENTENCES)}
     largest_build = max(build_bytes(n, width, config.pairs.index) for n in rows.values()) if width else 0
     retrieval = retrieval_bytes([(num_rows, width) for num_rows in rows.values()], config.pairs) if width else 0
-    pixels = _pixels_state(config, layout, specs[IMAGES], inputs, journal)
+    pixels = _pixels_state(config, layout, specs[IMAGES], sizes, journal)
     num_bytes = sum(spec.num_bytes for spec in specs.values()) + (pixels["estimated_bytes"] if pixels else 0)
     rate = _rows_per_s(layout, specs)
-    finished = plan is not None and is_finished(config, layout)
+    finished = plan is not None and is_finished(layout, config.pairs, config.cache.pixels)
     return {
         "cache": str(layout.root),
         "state": "finished" if finished else "unfinished" if plan else "not started",
@@ -67,13 +72,13 @@ def describe_plan(config: Config) -> dict[str, Any]:
         "memory_bytes": largest_build if width and config.pairs.k else None,
         "rows_left": rows_left,
         "rows_per_s": rate,
-        "seconds_left": rows_left / rate if rate else None,
-        "notes": notes,
+        "seconds_left": embeddings_left / (rate * views_of(specs[IMAGES])) if rate else None,
+        "notes": checked.notes,
     }
 
 
 def plan_lines(found: dict[str, Any]) -> list[str]:
-    """The document of `describe_plan` as lines of text."""
+    """The same for a person to read."""
     lines, kept = [f"{found['cache']}: {found['state']}"], found["pixels"]
     for name, item in found["arrays"].items():
         size = f", {_size(item['bytes'])}" if item["bytes"] is not None else ""
@@ -100,17 +105,19 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
     return lines + found["notes"]
 
 
-def _count_inputs(config: Config) -> dict[str, Any]:
-    sentences = sum(1 for _ in read_sentences(config.sentences.source))
-    if config.sentences.prompts:
-        sentences += len(prompt_lines(config.sentences.prompts))
+def _count_inputs(sources: Sources) -> tuple[Inputs, NDArray[np.int64]]:
+    """The inputs as far as rows are concerned, and (N,) bytes of each image, where there is no row table yet."""
+    num_sentences = sum(1 for _ in read_sentences(sources.sentences.source))
+    if sources.sentences.prompts:
+        num_sentences += len(prompt_lines(sources.sentences.prompts))
     evaluate = {}
-    for name, settings in config.evaluate.items():
-        class_ids = sorted(read_classes(settings.classes))
-        evaluate[name] = {"rows": len(label_images(open_source(settings.images), class_ids)), "class_ids": class_ids}
-    found = open_source(config.images.source).list()
-    images = {"rows": len(found), "sizes": np.fromiter((image.bytes for image in found), np.int64, len(found))}
-    return {"images": images, "sentences": {"rows": sentences}, "evaluate": evaluate}
+    for name, labelled in sources.evaluate.items():
+        class_ids = list(read_classes(labelled.settings.classes))
+        num_rows = len(label_images(labelled.images, class_ids))
+        evaluate[name] = LabelledList(class_ids=class_ids, class_names=[], rows=num_rows)
+    found = sources.images.list()
+    inputs = Inputs(images=ImageList(rows=len(found)), sentences=SentenceList(rows=num_sentences), evaluate=evaluate)
+    return inputs, np.fromiter((image.bytes for image in found), np.int64, len(found))
 
 
 def _array_state(name: str, spec: ArraySpec, journal: Journal) -> dict[str, Any]:
@@ -121,19 +128,18 @@ def _array_state(name: str, spec: ArraySpec, journal: Journal) -> dict[str, Any]
         "rows_left": left,
         "shards": spec.num_chunks,
         "shards_done": spec.num_chunks - len(missing),
-        "views": spec.shape[1] if len(spec.shape) == 3 else 1,
+        "views": views_of(spec),
         "bytes": spec.num_bytes,
     }
 
 
 def _pixels_state(
-    config: Config, layout: Layout, spec: ArraySpec, inputs: dict[str, Any], journal: Journal
+    config: Config, layout: Layout, spec: ArraySpec, sizes: NDArray[np.int64] | None, journal: Journal
 ) -> dict[str, Any] | None:
     setting = config.cache.pixels or kept_setting(read_manifest(layout))
     if setting is None:
         return None
     shards = range(spec.num_chunks)
-    sizes = inputs["images"].get("sizes")  # where there is no row table yet
     return {
         "setting": setting,
         "rows": spec.shape[0],
@@ -144,7 +150,7 @@ def _pixels_state(
 
 
 def _rows_per_s(layout: Layout, specs: dict[str, ArraySpec]) -> float | None:
-    """Rows per second of one device, over the image shards done so far: they take most of the time."""
+    """Rows for each second of a device, over the image shards done so far; they are what takes long."""
     rows, seconds = 0, 0.0
     for line in read_lines(layout.timings):
         if line["array"] == IMAGES:

@@ -2,14 +2,13 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ....cache.audit.findings import BYTES, Finding, Report, Runs
 from ....cache.audit.inventory import Piece
 from ....cache.disk.arrays import ArraySpec
 from ....cache.disk.layout import Layout
 from ....cache.version.journal import ShardRecord
-from ....cache.version.schema import Manifest, Plan
+from ....cache.version.schema import Manifest, Origin, Plan
 from ...config.load import Config
 from ..live_teacher import LiveTeacher
 
@@ -87,7 +86,7 @@ class ShardResults:
     """
 
     same: list[str] = field(default_factory=list)
-    changed: list[tuple[Piece, ShardRecord, dict[str, Any]]] = field(default_factory=list)
+    changed: list[tuple[Piece, ShardRecord, Origin]] = field(default_factory=list)
     states: dict[str, dict[int, str | None]] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
@@ -115,11 +114,6 @@ class RepairContext:
     config: Config | None = None
     live: LiveTeacher | None = None
     without: str = ""
-
-    @property
-    def shard_rows(self) -> int:
-        """Rows of a shard."""
-        return self.plan.shard_rows
 
     @property
     def shares_rows(self) -> bool:

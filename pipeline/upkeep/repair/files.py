@@ -26,7 +26,8 @@ from ....cache.version.spares import put_back, spare_manifests
 from ....cache.version.versions import move_file
 from ...config.remembered import ConfigChoice, config_of
 from ...stage_one.finish import finish_cache
-from ...stage_one.inputs import freeze_inputs, transductive_sets_or_recorded
+from ...stage_one.inputs import list_inputs, transductive_sets_or_recorded
+from ...stage_one.sources import Sources
 from .context import RepairContext
 
 REMOVED = Path("log", "removed")
@@ -96,7 +97,8 @@ def _remake_manifest(layout: Layout, config_path: ConfigChoice | Path | None) ->
     for path in (layout.manifest, layout.manifest_digest):
         if path.exists():
             move_away(layout, path.name)
-    finish_cache(config, layout, plan, transductive_sets_or_recorded(config, layout))
+    transductive = transductive_sets_or_recorded(Sources.of(config), layout)
+    finish_cache(layout, plan, config.pairs, config.cache.pixels, transductive)
     return {layout.manifest.name: "made again from the plan, the journal and the files; earlier masks are not in it"}
 
 
@@ -112,24 +114,24 @@ def list_tables_again(context: RepairContext, names: Collection[str]) -> dict[st
         return {}
     scratch, done = Layout(context.staged.root / "sources"), {}
     try:
-        found = freeze_inputs(context.config, scratch)
+        found = list_inputs(Sources.of(context.config), scratch, context.config.cache.shard_rows)
     except (InputError, CacheError):
         return {}
     inputs, journal = plan.inputs, Journal(layout)
-    same = {IMAGES: found["images"] == inputs.images, SENTENCES: found["sentences"] == inputs.sentences}
+    same = {IMAGES: found.images == inputs.images, SENTENCES: found.sentences == inputs.sentences}
     for name, item in inputs.evaluate.items():
-        same[evaluate_images(name)] = found["evaluate"].get(name) == item
+        same[evaluate_images(name)] = found.evaluate.get(name) == item
     for array in (array for array, is_same in same.items() if is_same):
         name = layout.name_of(table_of(layout, array))
         if name not in names:
             continue
         made = scratch.root / name
         failures = {
-            record.shard * context.shard_rows + row: reason
+            record.shard * context.plan.shard_rows + row: reason
             for record in journal.of(array)
             for row, reason in record.failures
         }
-        mark_failures(made, failures, context.shard_rows)
+        mark_failures(made, failures, context.plan.shard_rows)
         is_equal = file_entry(made) == context.manifest.files.get(name)
         move_file(made, (layout if is_equal else context.staged).root / name)
         what = "the same bytes" if is_equal else "the same rows, other sizes or times"
@@ -169,28 +171,20 @@ def settle_journal(layout: Layout, manifest: Manifest, pieces: list[Piece], spec
         Whether it did not.
     """
     journal = Journal(layout)
-    records = {(record.array, record.shard): record for record in journal}
-    changed = False
-    for piece in pieces:
-        if piece.chunk < 0:
-            continue
-        key = journal_key(piece, manifest)
-        record = records.get(key)
-        if record is not None and record.digest == piece.digest:
-            continue
+    digests = {(record.array, record.shard): record.digest for record in journal}
+    chunks = {journal_key(piece, manifest): piece for piece in pieces if piece.chunk >= 0}
+    wrong = {key: piece for key, piece in chunks.items() if digests.get(key) != piece.digest}
+    for key, piece in wrong.items():
+        num_rows = piece.num_rows
         failures: tuple[tuple[int, str], ...] = ()
-        if piece.content == "embeddings" and piece.array in manifest.arrays:
-            failures = _failures(layout, piece)
-        num_rows = piece.num_rows if piece.content != "head" else specs[piece.array].shape[0]
+        if piece.content == "head":
+            num_rows = specs[piece.array].shape[0]
+        elif piece.content == "embeddings" and piece.array in manifest.arrays:
+            rows = RowTable(table_of(layout, piece.array)).shard(piece.chunk, ["status", "reason"])
+            states = list(zip(rows["status"], rows["reason"], strict=True))[:num_rows]
+            failures = tuple((row, str(reason)) for row, (status, reason) in enumerate(states) if status == FAILED)
         journal.add(ShardRecord(*key, num_rows, piece.digest, failures), {})
-        changed = True
-    return changed
-
-
-def _failures(layout: Layout, piece: Piece) -> tuple[tuple[int, str], ...]:
-    rows = RowTable(table_of(layout, piece.array)).shard(piece.chunk, ["status", "reason"])
-    both = list(zip(rows["status"], rows["reason"], strict=True))[: piece.num_rows]
-    return tuple((row, str(reason)) for row, (status, reason) in enumerate(both) if status == FAILED)
+    return bool(wrong)
 
 
 def lost_rows(layout: Layout, manifest: Manifest) -> dict[str, dict[int, str]]:
@@ -200,7 +194,7 @@ def lost_rows(layout: Layout, manifest: Manifest) -> dict[str, dict[int, str]]:
         failed = {array: dict(rows) for array, rows in read_own_failures(layout.own_failures).items()}
     for array, entry in manifest.arrays.items() if not layout.shares_rows else ():
         with suppress(CacheError, OSError, ValueError):
-            columns = RowTable(table_of(layout, array), entry["rows"]).columns("status", "reason")
+            columns = RowTable(table_of(layout, array), entry.rows).columns("status", "reason")
             bad = np.flatnonzero(~good_rows(columns, shared=False))
             reasons = columns["reason"].take(pa.array(bad)).to_pylist()
             failed[array] = dict(zip(bad.tolist(), map(str, reasons), strict=True))

@@ -10,6 +10,7 @@ from ....cache.disk.row_tables import LOST
 from ....cache.errors import InputError
 from ....cache.reader.pixel_packs import kept_setting
 from ....cache.version.journal import Journal
+from ....cache.version.schema import Origin
 from ....cache.version.versions import move_file
 from ....stages.embed.pack_pixels import pack_shard
 from ...stage_one.kept_packs import pack_task, packed_images
@@ -45,5 +46,5 @@ def repair_packs(context: RepairContext, packs: Iterable[Piece], results: ShardR
             results.same.append(piece.name)
         else:
             Journal(context.staged).add(record, {})
-            origin = {"by": "repair", "libraries": {"pillow": version("pillow")}}
+            origin = Origin(by="repair", libraries={"pillow": version("pillow")})
             results.changed.append((replace(piece, num_bytes=task.path.stat().st_size), record, origin))

@@ -6,8 +6,9 @@ in the journal there, until the repair puts a new version into force; a repair t
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,17 +18,16 @@ from ....cache.audit.findings import Runs
 from ....cache.audit.inventory import Piece
 from ....cache.disk.arrays import read_chunk, write_chunk
 from ....cache.disk.durable import digest, make_folder, to_json_line, write_bytes
-from ....cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
+from ....cache.disk.layout import SENTENCES, Layout, table_of
 from ....cache.disk.row_tables import LOST, OK, RowTable, good_rows, restate_rows
 from ....cache.version.journal import Journal, ShardRecord, read_records
-from ....cache.version.schema import Plan
+from ....cache.version.schema import Origin, Plan
 from ....cache.version.versions import move_file
-from ....stages.images.crops import Crops
 from ....stages.images.decode import ImageError
 from ....stages.inputs.image_source import keys_of
 from ...config.load import Config
-from ...stage_one.inputs import classes_document, evaluate_prompts
-from ..live_teacher import SAME_ROW, LiveTeacher, image_source
+from ...stage_one.inputs import class_prompts_of, classes_document
+from ..live_teacher import SAME_ROW, LiveTeacher, crops_of, image_source
 from .actions import Actions
 from .context import RepairContext, ShardResults
 
@@ -35,12 +35,23 @@ if TYPE_CHECKING:
     from ....stages.embed.shard import ShardTask
 
 
+Compare = Callable[[str], dict[str, Any]]
+"""From an array to the comparison of its sound rows with the live teacher."""
+
+
 def repair_shards(context: RepairContext, actions: Actions) -> ShardResults:
     """Bring damaged shards back: reuse what a killed repair has embedded, give up rows, embed the rest again."""
     results = ShardResults(states={array: dict.fromkeys(rows) for array, rows in actions.retry.items()})
-    comparisons = _Comparisons(context, actions)
+
+    @cache
+    def compare(array: str) -> dict[str, Any]:
+        """How near the teacher comes to the sound rows of an array."""
+        assert context.live is not None
+        damaged = (piece.chunk for piece in actions.shards if piece.array == array)
+        return context.live.compare(array, context.specs[array].shape[0], damaged)
+
     for piece, record in actions.reuse.items():
-        _keep(context, results, piece, record, comparisons.origin(piece))
+        _keep(context, results, piece, record, _origin(context, piece, compare))
     for piece, rows in actions.give_up.items():
         _give_up(context, results, piece, rows)
     if actions.embed:
@@ -58,7 +69,7 @@ def repair_shards(context: RepairContext, actions: Actions) -> ShardResults:
                 if done.record.failures:  # a row that the teacher cannot embed and that was not marked
                     _mark(results, piece, done.record)
             else:
-                _settle_changed(context, results, piece, done.record, comparisons)
+                _settle_changed(context, results, piece, done.record, compare)
     _keep_old_reasons(results, actions)
     return results
 
@@ -98,30 +109,14 @@ def is_source_at_hand(config: Config, plan: Plan, array: str) -> bool:
     return bool(classes_document(settings)["prompts"] == plan.inputs.evaluate[name].prompts)
 
 
-class _Comparisons:
-    """How near the teacher comes to the sound rows of an array; embedded once for each array."""
-
-    def __init__(self, context: RepairContext, actions: Actions) -> None:
-        self._context, self._actions = context, actions
-        self._found: dict[str, dict[str, Any]] = {}
-
-    def of(self, array: str) -> dict[str, Any]:
-        live = self._context.live
-        assert live is not None
-        if array not in self._found:
-            damaged = np.array([piece.chunk for piece in self._actions.shards if piece.array == array])
-            self._found[array] = live.compare(array, self._context.specs[array].shape[0], damaged)
-        return self._found[array]
-
-    def origin(self, piece: Piece) -> dict[str, Any]:
-        """The manifest's note on a shard that was embedded again: by which libraries, and how near it is."""
-        live = self._context.live
-        assert live is not None
-        origin: dict[str, Any] = {"by": "repair", "libraries": live.teacher.identity()["libraries"]}
-        if piece.content == "head":
-            return origin
-        compared = self.of(piece.array)
-        return {**origin, "cosine": compared["cosine"], "compared": compared["rows"]}
+def _origin(context: RepairContext, piece: Piece, compare: Compare) -> Origin:
+    """The manifest's note on a shard that was embedded again: by which libraries, and how near sound rows come."""
+    assert context.live is not None
+    libraries = context.live.teacher.identity()["libraries"]
+    if piece.content == "head":
+        return Origin(by="repair", libraries=libraries)
+    compared = compare(piece.array)
+    return Origin(by="repair", libraries=libraries, cosine=compared["cosine"], compared=compared["rows"])
 
 
 def _task(
@@ -133,7 +128,7 @@ def _task(
     store, spec = context.staged.teacher_zarr, context.specs[piece.array]
     if piece.content == "head":
         settings = live.config.evaluate[piece.array.split("/")[1]]
-        prompts = tuple(tuple(of_class) for of_class in evaluate_prompts(settings))
+        prompts = tuple(tuple(of_class) for of_class in class_prompts_of(settings))
         return ShardTask("head", store, piece.array, spec, piece.chunk, prompts=prompts)
     table = table_of(context.staged, piece.array)
     again = dict(states.get(piece.array, {}))  # rows that were given up are tried again
@@ -142,22 +137,22 @@ def _task(
         again = dict.fromkeys(row for row, reason in enumerate(reasons) if reason and reason.startswith(LOST))
     if again and not table.is_relative_to(context.staged.root):
         target = context.staged.root / context.layout.name_of(table)
-        restate_rows(table, target, again, context.shard_rows)
+        restate_rows(table, target, again, context.plan.shard_rows)
         table = target
     kind: Literal["images", "sentences"] = "sentences" if piece.array == SENTENCES else "images"
-    crops = Crops.read(context.plan.views) if piece.array == IMAGES else None
+    crops = crops_of(context.plan, piece.array)
     source = image_source(live.config, piece.array)
     return ShardTask(kind, store, piece.array, spec, piece.chunk, table=table, source=source, crops=crops)
 
 
 def _settle_changed(
-    context: RepairContext, results: ShardResults, piece: Piece, record: ShardRecord, comparisons: _Comparisons
+    context: RepairContext, results: ShardResults, piece: Piece, record: ShardRecord, compare: Compare
 ) -> None:
     """Keep or leave a shard with other bytes: made on another machine, or from sources that have changed."""
     if piece.content == "head":
-        _keep(context, results, piece, record, comparisons.origin(piece))
+        _keep(context, results, piece, record, _origin(context, piece, compare))
         return
-    compared = comparisons.of(piece.array)
+    compared = compare(piece.array)
     if 2 * len(compared["differ"]) > compared["rows"]:
         results.left[piece.name] = (
             f"computed again, sound rows of {piece.array} have a cosine of {compared['cosine']['mean']:.4f} with what "
@@ -172,7 +167,7 @@ def _settle_changed(
     block[sorted(lost)] = np.nan
     written = write_chunk(store, piece.array, spec, piece.chunk, block)
     record = ShardRecord(piece.array, piece.chunk, piece.num_rows, written, tuple(sorted(lost.items())))
-    _keep(context, results, piece, record, comparisons.origin(piece))
+    _keep(context, results, piece, record, _origin(context, piece, compare))
 
 
 def _changed_sources(context: RepairContext, piece: Piece) -> dict[int, str]:
@@ -219,12 +214,10 @@ def _give_up(context: RepairContext, results: ShardResults, piece: Piece, rows: 
     reason = f"{LOST}damaged, and {context.without or 'its source is not at hand'}"
     failures = tuple((row - piece.first, reason) for row in gone if good[row])
     record = ShardRecord(piece.array, piece.chunk, piece.num_rows, written, failures)
-    _keep(context, results, piece, record, {"by": "repair"})
+    _keep(context, results, piece, record, Origin(by="repair"))
 
 
-def _keep(
-    context: RepairContext, results: ShardResults, piece: Piece, record: ShardRecord, origin: dict[str, Any]
-) -> None:
+def _keep(context: RepairContext, results: ShardResults, piece: Piece, record: ShardRecord, origin: Origin) -> None:
     """Count a shard that waits in `mend/`."""
     if record.digest == piece.digest:  # rows that were lost are lost still
         (context.staged.root / piece.name).unlink(missing_ok=True)

@@ -19,7 +19,8 @@ from ....cache.version.plan_file import read_plan
 from ....cache.version.spares import has_spare, put_back
 from ...config.remembered import ConfigChoice, config_of
 from ...progress import say
-from ...stage_one.embed_shards import planned_specs, teacher_at_hand
+from ...stage_one.embed_shards import teacher_at_hand
+from ...stage_one.planned import planned_specs
 from ..live_teacher import LiveTeacher, image_source, require_loaded_teacher
 from .actions import Actions, AtHand, LostRows, plan_actions
 from .context import Damage, Outcome, RepairContext, ShardResults
@@ -92,7 +93,7 @@ def _load_what_is_needed(
     try:
         config = config_of(context.layout, config_path)
         if needs_teacher:
-            teacher = stack.enter_context(teacher_at_hand(config))
+            teacher = stack.enter_context(teacher_at_hand(config.teacher))
             require_loaded_teacher(context.layout.root, context.plan, teacher)
             live = LiveTeacher(config, context.staged, context.plan, teacher)
     except DimefmError as error:
