@@ -237,8 +237,9 @@ def trusted_with(plan):
     from dataclasses import replace
 
     from dimefm.cache.audit.verify import read_trusted
+    from dimefm.cache.version.schema import Plan
 
-    return lambda layout, report: replace(read_trusted(layout, report), plan=plan)
+    return lambda layout, report: replace(read_trusted(layout, report), plan=Plan.model_validate(plan))
 
 
 def test_a_second_policy_is_a_sibling_over_the_same_rows(copy, finished):
