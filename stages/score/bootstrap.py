@@ -115,18 +115,14 @@ def compared(student: Hits, teacher: Hits, key: str) -> dict[str, Any]:
         ratios = means[:, 0] / means[:, 1]
     return {
         f"student_{key}": float(student.mean()),
-        f"student_{key}_interval": pair(interval(means[:, 0])),
+        f"student_{key}_interval": list(interval(means[:, 0])),
         f"teacher_{key}": float(teacher.mean()),
-        f"teacher_{key}_interval": pair(interval(means[:, 1])),
+        f"teacher_{key}_interval": list(interval(means[:, 1])),
         "retention": number(retention(float(student.mean()), float(teacher.mean()))),
-        "retention_interval": pair(interval(ratios)),
+        "retention_interval": list(interval(ratios)) if np.isfinite(ratios).all() else None,
     }
 
 
 def number(value: float) -> float | None:
     """JSON has no NaN."""
     return None if math.isnan(value) else value
-
-
-def pair(bounds: Interval) -> list[float] | None:
-    return None if math.isnan(bounds[0]) else list(bounds)

@@ -1,7 +1,6 @@
-"""Captions of a labelled set's images, embedded by the text tower in the cache; no teacher is loaded."""
+"""Captions of a labelled set's images, from a JSON file."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,29 +8,17 @@ from numpy.typing import NDArray
 
 from ...cache.disk.durable import read_json
 from ...cache.errors import InputError
-from ..devices import resolve_device
-from ..models.frozen_text_tower import load_text_tower
 
 
-@dataclass(frozen=True)
-class Captions:
-    """Captions of some images.
-
-    Attributes:
-        texts: M of them, those of an image one after the other.
-        image_of: (M,) int64 row of the image that each belongs to.
-    """
-
-    texts: list[str]
-    image_of: NDArray[np.int64]
-
-
-def read_captions(path: Path, sources: Sequence[str], name: str) -> Captions:
+def read_captions(path: Path, sources: Sequence[str], name: str) -> tuple[list[str], NDArray[np.int64]]:
     """Read a JSON object, image -> its captions.
 
     Args:
         sources: paths of the set's images below its folder, in the order of their rows.
         name: of the set, for errors.
+
+    Returns:
+        M captions, those of an image one after the other; and (M,) the row of the image that each belongs to.
 
     Raises:
         InputError: if the file is missing or holds anything else, or names an image that the set has not.
@@ -52,17 +39,4 @@ def read_captions(path: Path, sources: Sequence[str], name: str) -> Captions:
                 raise InputError(f"{path}: {source!r}: the caption {caption!r} is no text")
             texts.append(caption)
             image_of.append(rows[source])
-    return Captions(texts, np.array(image_of, dtype=np.int64))
-
-
-def embed_captions(text_tower: Path, captions: Captions, device: str = "auto") -> NDArray[np.float32]:
-    """(M, D) embeddings by a cached text tower, before normalisation.
-
-    Args:
-        text_tower: folder of the tower, `FeatureCache.text_tower`.
-
-    Raises:
-        CacheError: if the tower is missing or damaged.
-        InputError: if its tokenizer needs a package that is not installed.
-    """
-    return load_text_tower(text_tower, resolve_device(device)).encode_sentences(captions.texts)
+    return texts, np.array(image_of, dtype=np.int64)
