@@ -52,15 +52,6 @@ def per_class_accuracy(hits: Hits, labels: Labels, num_classes: int) -> NDArray[
     return np.where(counts > 0, right / np.maximum(counts, 1), np.nan)
 
 
-def retention(student: float, teacher: float) -> float:
-    """What is left of the teacher's score in the student's, their ratio; NaN where the teacher's is 0.
-
-    >>> retention(0.25, 0.5)
-    0.5
-    """
-    return student / teacher if teacher > 0 else float("nan")
-
-
 def agreement(first: Matrix, second: Matrix) -> float:
     """Share of images for which two models choose the same class, right or wrong; NaN where there is no image.
 

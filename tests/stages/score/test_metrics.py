@@ -8,12 +8,11 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from dimefm.stages.score import bootstrap, metrics
-from dimefm.stages.score.bootstrap import bootstrap_means, interval, mean_interval, paired_interval
+from dimefm.stages.score.bootstrap import bootstrap_means, compared, interval, mean_interval, paired_interval
 from dimefm.stages.score.metrics import (
     agreement,
     mean_cosine,
     per_class_accuracy,
-    retention,
     top_k_hits,
     unit_rows,
 )
@@ -94,7 +93,10 @@ def test_unit_rows_are_of_length_1_and_zeros_stay():
 
 
 def test_nothing_is_retained_of_a_teacher_that_is_never_right():
-    assert retention(0.3, 0.4) == pytest.approx(0.75) and np.isnan(retention(0.3, 0.0))
+    four, three = np.arange(5) < 4, np.arange(5) < 3
+    assert compared(three, four, "top1")["retention"] == pytest.approx(0.75)
+    scores = compared(three, np.zeros(5, dtype=bool), "top1")
+    assert scores["retention"] is scores["retention_interval"] is None
 
 
 def test_intervals_are_scipys_on_the_same_draws():
