@@ -108,7 +108,7 @@ def paired_interval(
         return interval(statistic(means[:, 0], means[:, 1]), level)
 
 
-def compared(student: Hits, teacher: Hits, key: str) -> dict[str, Any]:
+def compared(key: str, student: Hits, teacher: Hits) -> dict[str, Any]:
     """Accuracy of both and their ratio, the retention, each with its interval, from the same draws; None for x / 0."""
     means = bootstrap_means(np.stack([student, teacher], axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -242,6 +242,6 @@ def probe_scores(scored: EmbeddedSet, fitted_on: EmbeddedSet, name: str, fit_nam
         "fitted_on": fit_name,
         "fit_images": len(labels),
         "near_duplicates": sum(int((block.max(axis=1) >= NEAR_DUPLICATE).sum()) for block in blocks),
-        "knn": {**compared(*knn, "top1"), **made_knn},
-        "linear": {**compared(*linear, "top1"), **made},
+        "knn": {**compared("top1", *knn), **made_knn},
+        "linear": {**compared("top1", *linear), **made},
     }

@@ -1,15 +1,17 @@
 """Whether captions find their images and images their captions: recall at k, where pairs are known."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...cache.disk.durable import read_json
+from ...cache.errors import InputError
 from ..devices import resolve_device
 from ..models.frozen_text_tower import load_text_tower
 from .bootstrap import bootstrap_means, interval
-from .captions import read_captions
 from .embedded_set import EmbeddedSet
 from .metrics import Matrix, unit_rows
 from .score_inputs import ScoreInputs
@@ -44,6 +46,38 @@ def require_captions(inputs: ScoreInputs) -> tuple[list[str], Rows]:
     key = ("captions", path, inputs.name, tuple(sources))
     captions: tuple[list[str], Rows] = inputs.memo.once(key, lambda: read_captions(path, sources, inputs.name))
     return captions
+
+
+def read_captions(path: Path, sources: Sequence[str], name: str) -> tuple[list[str], Rows]:
+    """Read a JSON object, image -> its captions.
+
+    Args:
+        sources: paths of the set's images below its folder, in the order of their rows.
+        name: of the set, for errors.
+
+    Returns:
+        M captions, those of an image one after the other; and (M,) the row of the image that each belongs to.
+
+    Raises:
+        InputError: if the file is missing or holds anything else, or names an image that the set has not.
+    """
+    wanted = 'a JSON object such as {"birds/1.jpg": ["a small bird on a branch"]}'
+    document = read_json(path, wanted)
+    if not isinstance(document, dict) or not document:
+        raise InputError(f"{path}: no captions; wanted {wanted}")
+    rows = {source: row for row, source in enumerate(sources)}
+    texts, image_of = [], []
+    for source, captions in document.items():
+        if source not in rows:
+            raise InputError(f"{path}: {source!r} is no image of evaluate.{name} (its first is {sources[0]!r})")
+        if not isinstance(captions, list) or not captions:
+            raise InputError(f"{path}: {source!r}: found {captions!r}; wanted a list of captions, at least one")
+        for caption in captions:
+            if not isinstance(caption, str) or not caption.strip():
+                raise InputError(f"{path}: {source!r}: the caption {caption!r} is no text")
+            texts.append(caption)
+            image_of.append(rows[source])
+    return texts, np.array(image_of, dtype=np.int64)
 
 
 def best_own_ranks(queries: Matrix, candidates: Matrix, pairs: Rows) -> Rows:

@@ -34,10 +34,10 @@ def zero_shot_scores(embedded: EmbeddedSet) -> dict[str, Any]:
     return {
         "n": len(labels),
         "unreadable": int((~embedded.readable).sum()),
-        **compared(*first, "top1"),
+        **compared("top1", *first),
         # The mean over the classes that have images: each counts the same, however many it has.
         **{f"{side}_class_mean": float(np.nanmean(accuracy)) for side, accuracy in by_class.items()},
-        **{key: value for key, value in compared(*fifth, "top5").items() if not key.startswith("retention")},
+        **{key: value for key, value in compared("top5", *fifth).items() if not key.startswith("retention")},
         **_with_teachers_text(embedded),
         "agreement": number(agreement(student, teacher)),
         "cosine": number(mean_cosine(embedded.student, embedded.teacher)),

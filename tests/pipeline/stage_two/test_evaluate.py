@@ -18,9 +18,8 @@ from dimefm.pipeline.stage_two.score_table import score_table
 from dimefm.stages.models.frozen_text_tower import load_text_tower
 from dimefm.stages.models.load_teacher import load_teacher
 from dimefm.stages.score.bootstrap import paired_interval
-from dimefm.stages.score.captions import read_captions
 from dimefm.stages.score.predictions import hits
-from dimefm.stages.score.recall import best_own_ranks
+from dimefm.stages.score.recall import best_own_ranks, read_captions
 
 from ...support.commands import refused, run_dimefm
 from ...support.worlds import COLOURS, make_world, picture

@@ -94,8 +94,8 @@ def test_unit_rows_are_of_length_1_and_zeros_stay():
 
 def test_nothing_is_retained_of_a_teacher_that_is_never_right():
     four, three = np.arange(5) < 4, np.arange(5) < 3
-    assert compared(three, four, "top1")["retention"] == pytest.approx(0.75)
-    scores = compared(three, np.zeros(5, dtype=bool), "top1")
+    assert compared("top1", three, four)["retention"] == pytest.approx(0.75)
+    scores = compared("top1", three, np.zeros(5, dtype=bool))
     assert scores["retention"] is scores["retention_interval"] is None
 
 

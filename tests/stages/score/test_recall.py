@@ -10,9 +10,8 @@ from sklearn.metrics import top_k_accuracy_score
 
 from dimefm.cache import InputError
 from dimefm.stages.score import recall
-from dimefm.stages.score.captions import read_captions
 from dimefm.stages.score.embedded_set import EmbeddedSet
-from dimefm.stages.score.recall import best_own_ranks, recall_scores
+from dimefm.stages.score.recall import best_own_ranks, read_captions, recall_scores
 
 DIM = 6
 
