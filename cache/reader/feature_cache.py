@@ -267,8 +267,10 @@ class FeatureCache:
 
 def _open_pairs(layout: Layout, manifest: Manifest) -> dict[str, Pairs]:
     """Pairs of both directions, mapped now: a later version of the cache removes their files in the end."""
-    found = {}
-    for direction in DIRECTIONS if manifest.pairs else ():
+    found: dict[str, Pairs] = {}
+    if manifest.pairs is None:
+        return found
+    for direction in DIRECTIONS:
         with suppress(CacheError):  # raised when they are asked for
             found[direction] = Pairs.open(layout.root / manifest.pairs.store, direction)
     return found
