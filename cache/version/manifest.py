@@ -5,9 +5,8 @@ first and holds the lines of the old manifest and of the new one: whichever is t
 last line is the checksum of the lines before it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ..disk.durable import digest, file_digest, write_bytes
 from ..disk.layout import Layout
@@ -21,9 +20,8 @@ def file_entry(path: Path) -> FileEntry:
     return FileEntry(bytes=path.stat().st_size, digest=file_digest(path))
 
 
-def write_manifest(layout: Layout, manifest: Manifest | Mapping[str, Any]) -> None:
+def write_manifest(layout: Layout, manifest: Manifest) -> None:
     """Put a version of the cache into force."""
-    manifest = Manifest.of(manifest)
     data = manifest.to_bytes()
     known = [digest(layout.manifest.read_bytes())] if layout.manifest.exists() else []
     kept = not layout.under  # a version in the making becomes the cache's own with another call of this

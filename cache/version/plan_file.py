@@ -30,9 +30,9 @@ def read_plan(layout: Layout) -> Plan | None:
     return Plan.read(path) if path.exists() else None
 
 
-def write_plan(layout: Layout, plan: Plan | Mapping[str, Any]) -> None:
+def write_plan(layout: Layout, plan: Plan) -> None:
     """Freeze the identity of a cache, or of a version in the making."""
-    write_bytes(layout.plan, Plan.of(plan).to_bytes())
+    write_bytes(layout.plan, plan.to_bytes())
 
 
 def identity(layout: Layout) -> str:

@@ -5,7 +5,6 @@ know are kept. So a document that is read and written again has the same bytes.
 """
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,33 +27,6 @@ class Record(BaseModel):
     def replace(self, **changes: Any) -> Self:
         """A copy with some keys set; all others as they were, absent ones absent."""
         return type(self)(**{name: value for name, value in self if name in self.model_fields_set} | changes)
-
-    # Temporary: access like a dict's, for code that does not yet use attributes. Remove this block when it does.
-    def __getitem__(self, key: str) -> Any:
-        return self.model_dump(include={key}, exclude_unset=True)[key]
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.to_dict().get(key, default)
-
-    def keys(self) -> Iterator[str]:
-        return iter(self.to_dict())
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.model_fields_set
-
-    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
-        return {**self.to_dict(), **other}
-
-    def __eq__(self, other: object) -> bool:
-        return self.to_dict() == other if isinstance(other, dict) else super().__eq__(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @classmethod
-    def of(cls, value: "Self | Mapping[str, Any]") -> Self:
-        return value if isinstance(value, cls) else cls.model_validate(dict(value))
-
-    # End of the temporary block.
 
 
 class NewerFormatError(CacheError):
