@@ -1,6 +1,7 @@
 """The house: imports run one way, on every floor; cache knows no model; files stay readable; names lead to one room."""
 
 import ast
+import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
@@ -140,3 +141,21 @@ def test_every_folder_of_the_package_has_tests_in_a_folder_of_its_name():
     tests = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     rooms = {path.parent.relative_to(ROOT) for path in SOURCES}
     assert tests - {Path()} <= rooms
+
+
+def test_the_architecture_page_names_files_and_rooms_that_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:cache|stages|pipeline|tests)/[\w/]+(?:\.py|/)?)`", page))
+    assert len(named) > 15 and not [name for name in named if not (ROOT / name).exists()]
+    described = set(re.findall(r"^- \*\*(\w+)\*\*", page, re.MULTILINE))
+    rooms = {path.parent.name for path in SOURCES if path.parent.parent.parent == ROOT}
+    assert described == rooms
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("cli.py   ") :].split("```")[0]
+    listed = set(re.findall(r"^(\w+)/ |^  (\w+)/ ", tree, re.MULTILINE))
+    names = {name for pair in listed for name in pair if name}
+    assert names >= {path.parent.name for path in SOURCES if path.parent.parent.parent == ROOT} | set(FLOORS)
+    assert not [name for name in names if not any(path.is_dir() for path in [ROOT / name, *ROOT.glob(f"*/{name}")])]

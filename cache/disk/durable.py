@@ -142,8 +142,10 @@ def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
     line = to_json_line(value)
     try:
         with path.open("ab+") as file:
-            if file.tell() and not _ends_with_newline(file):
-                line = b"\n" + line  # fence off a torn line, or it would swallow this one
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    line = b"\n" + line  # fence off a torn line, or it would swallow this one
             file.write(line)
             file.flush()
             if durable:
@@ -156,11 +158,6 @@ def sync_file(path: Path) -> None:
     """Make what was written to a file survive a power cut."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _ends_with_newline(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")
 
 
 def read_lines(path: Path) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from ..disk.durable import digest, file_digest, write_bytes
 from ..disk.layout import Layout
 from ..errors import CacheError
-from .schema import FileEntry, Manifest, parse_json
+from .schema import FileEntry, Manifest, refuse_newer
 from .spares import drop_spares, keep_spares, spare_manifests
 
 
@@ -68,11 +68,11 @@ def read_manifest(layout: Layout) -> Manifest | None:
     if not layout.manifest.exists():
         return None
     data = layout.manifest.read_bytes()
-    document = parse_json(layout.manifest, data)
+    refuse_newer(layout.manifest, data)
     if not layout.manifest_digest.exists():
         raise CacheError(
             f"{layout.manifest_digest}: missing; without it nobody can tell whether manifest.json is whole"
         )
     if digest(data) not in vouched_digests(layout)[0]:
         raise CacheError(f"{layout.manifest}: not what dimefm wrote (its checksum differs); put the original back")
-    return Manifest.from_dict(layout.manifest, document)
+    return Manifest.parse(layout.manifest, data)

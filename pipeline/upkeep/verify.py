@@ -105,6 +105,7 @@ def require_sound(found: dict[str, Any]) -> None:
 def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str, Any]:
     """Embed a sample of each array's sound rows again; rows that differ become findings."""
     from ..stage_one.embed_shards import teacher_at_hand
+    from ..stage_one.sources import Sources
     from .live_teacher import SAME_ROW, LiveTeacher, require_loaded_teacher
 
     trusted = read_trusted(layout, Report())
@@ -113,7 +114,7 @@ def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str
     damaged, compared = report.files, {}
     with teacher_at_hand(config.teacher) as teacher:
         require_loaded_teacher(layout.root, trusted.plan, teacher)
-        live = LiveTeacher(config, trusted.layout, trusted.plan, teacher)
+        live = LiveTeacher(Sources.of(config), config.teacher, trusted.layout, trusted.plan, teacher)
         for array, entry in trusted.manifest.arrays.items():
             if layout.name_of(table_of(layout, array)) in damaged or "teacher.zarr/zarr.json" in damaged:
                 continue

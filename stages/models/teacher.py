@@ -1,7 +1,7 @@
 """What a teacher is, whatever library built it: the protocol that stage one, checks and repair are written against.
 
-A new kind of teacher is a file that implements `Teacher` and a line in `load_teacher.LOADERS`; one from outside of the
-package is a function that the config names (`teacher.model = "package.module:function"`).
+A new kind of teacher is a file that implements `Teacher` and a line in `settings.models.TEACHERS`; one from outside of
+the package is a function that the config names (`teacher.model = "package.module:function"`).
 """
 
 import importlib.metadata

@@ -110,11 +110,11 @@ def list_tables_again(context: RepairContext, names: Collection[str]) -> dict[st
         other times, say) waits in `mend/`.
     """
     layout, plan = context.layout, context.plan
-    if context.config is None or not names or plan.grown or context.shares_rows:
+    if context.sources is None or not names or plan.grown or context.shares_rows:
         return {}
     scratch, done = Layout(context.staged.root / "sources"), {}
     try:
-        found = list_inputs(Sources.of(context.config), scratch, context.config.cache.shard_rows)
+        found = list_inputs(context.sources, scratch, plan.shard_rows)
     except (InputError, CacheError):
         return {}
     inputs, journal = plan.inputs, Journal(layout)

@@ -48,23 +48,23 @@ def repair(folder: Path, config: ConfigChoice | Path | None = None) -> dict[str,
         found = len(report.findings) + len(outcome.mended)
         repair_cache(layout, report, outcome, config)
         _repair_spares(layout, report, outcome)
+        findings = [finding for finding in report.findings if finding.where in outcome.left]
         if outcome.mended:
             say("looking whether the cache is sound now")
-            why = {finding.where: finding.repair for finding in outcome.left}
-            again = read_all(folder).findings
-            outcome.left = [replace(finding, repair=why.get(finding.where, finding.repair)) for finding in again]
+            findings = read_all(folder).findings
         manifest = read_manifest(layout)
         assert manifest is not None
         for name, how in outcome.mended.items():
             append_line(layout.root / "log" / "repairs.jsonl", {"file": name, "how": how, "version": manifest.version})
+    left = [replace(finding, repair=outcome.left.get(finding.where, finding.repair)) for finding in findings]
     return {
         "cache": str(folder),
         "version": manifest.version,
         "found": found,
         "mended": outcome.mended,
         "lost": {array: [list(run) for run in runs] for array, runs in outcome.lost.items()},
-        "left": [finding.document() for finding in outcome.left],
-        "lines": [finding.line() for finding in outcome.left],
+        "left": [finding.document() for finding in left],
+        "lines": [finding.line() for finding in left],
         "notes": outcome.notes,
     }
 
@@ -76,7 +76,7 @@ def _repair_spares(layout: Layout, report: Report, outcome: Outcome) -> None:
     findings = [finding for finding in report.findings if finding.where.startswith(prefix)]
     if findings:
         outcome.mended |= renew_spares(layout, manifest.files, [finding.where for finding in findings])
-    outcome.left += [finding for finding in findings if finding.where not in outcome.mended]
+    outcome.left |= {finding.where: finding.repair for finding in findings if finding.where not in outcome.mended}
 
 
 def outcome_lines(found: dict[str, Any]) -> list[str]:

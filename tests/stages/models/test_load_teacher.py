@@ -98,7 +98,7 @@ def test_a_teacher_from_outside_goes_through_both_stages(config, capfd):
 def test_without_a_text_tower_what_needs_one_says_so(config, capfd):
     assert run_dimefm(capfd, "cache-teacher", config).code == 0
     assert not (config.parent / "cache/text_tower").exists()
-    assert read_manifest(Layout(config.parent / "cache"))["text_tower"] is None
+    assert read_manifest(Layout(config.parent / "cache")).text_tower is None
     (config.parent / "captions.json").write_text('{"c_red/0.png": ["something red"]}')
     config.write_text(config.read_text() + 'captions = "captions.json"\n')
     assert run_dimefm(capfd, "distill", config, "--student", "small", "--steps", "1").code == 0
