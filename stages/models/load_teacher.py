@@ -12,10 +12,7 @@ from .weights_file import one_line
 
 
 def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
-    """Load the teacher of `[teacher]`, and ask it for one image and one sentence.
-
-    Args:
-        device: the one that the model is put on.
+    """Load the teacher of `[teacher]` onto a device, and ask it for one image and one sentence.
 
     Raises:
         InputError: if it cannot be loaded, does not run or is no `Teacher`: one line.
