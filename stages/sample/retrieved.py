@@ -14,23 +14,14 @@ from ..counter_random import key_of, uniforms
 from ..retrieve.hubs import PairScores, allowed
 from ..settings.distill import PairSampling
 from .inclusion import SamplingRates
-from .order import Draw, DrawnWeights, KeyedPermutation, Stream, describe_permutation
+from .order import Draw, DrawnWeights, KeyedPermutation, Stream, WholeDrawn, describe_permutation
 
 
 class Candidates:
     """The sentences that each image may bring along, and how it chooses among them."""
 
     def __init__(self, cache: FeatureCache, settings: PairSampling, logit_scale: float) -> None:
-        """Read what the ranking and the cap need to know.
-
-        Args:
-            cache: its masks choose images and sentences.
-            logit_scale: multiplies cosines where an image chooses by score.
-
-        Raises:
-            InputError: if the cache has no pairs.
-            CacheError: if they are missing or damaged.
-        """
+        """Read what the ranking and the cap need to know; for arguments and errors see `PairStream`."""
         self._settings, self._logit_scale = settings, logit_scale
         self.pairs = PairScores.of(cache, settings.rank, logit_scale)
         self._keep = None if settings.cap is None else allowed(self.pairs, settings.cap, min_cosine=settings.min_score)
@@ -64,7 +55,7 @@ class Candidates:
         return ids, cosines, np.where(there, factor[self._settings.rank] * scores.astype(np.float64), -np.inf)
 
 
-class PairStream:
+class PairStream(WholeDrawn):
     """The sentences of each step: what its images retrieve, as many random ones as are then missing, none twice."""
 
     def __init__(
@@ -110,24 +101,17 @@ class PairStream:
             )
 
     def draw(self, step: int) -> Draw:
-        """The rows of a step, distinct; retrieved ones spread evenly among the others, so that equal parts have alike.
-
-        Args:
-            step: from 0.
-        """
+        """Distinct rows; retrieved ones spread evenly among the others, so that equal parts have alike."""
         images = self._images.draw(step)
-        candidates = self._candidates.of(images.rows)
-        retrieved, found_cosines = self._retrieve(images, *candidates)
-        filling = self._fill(step, retrieved)
+        ids, candidate_cosines, logits = self._candidates.of(images.rows)
+        retrieved, found_cosines = self._retrieve(images, ids, candidate_cosines, logits)
         places = np.arange(len(retrieved)) * self.batch // max(1, len(retrieved))
         rows = np.empty(self.batch, dtype=np.int64)
         cosines = np.full(self.batch, np.nan, dtype=np.float32)
-        others = np.ones(self.batch, dtype=np.bool_)
-        others[places] = False
-        rows[places], cosines[places], rows[others] = retrieved, found_cosines, filling
+        others = np.setdiff1d(np.arange(self.batch), places)
+        rows[places], cosines[places], rows[others] = retrieved, found_cosines, self._fill(step, retrieved)
         weights = None
         if self.rates is not None:
-            ids, _, logits = candidates
             own = self.rates.own_log_weights(ids, logits)
             weights = DrawnWeights(self.rates.sentence_log_weights(rows), _places(ids, rows), own)
         return Draw(rows, np.zeros_like(rows), cosines=cosines, weights=weights)
@@ -158,7 +142,6 @@ class PairStream:
         return random[:wanted]
 
     def describe(self) -> dict[str, Any]:
-        """All that the order depends on, but the rows themselves, for the record of a run."""
         return {
             "order": "what the step's images retrieve, spread evenly among as many of the random ones as are missing",
             "retrieved": {
