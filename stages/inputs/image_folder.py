@@ -42,11 +42,9 @@ class ImageFolder(ImageSource):
     absent = "no such folder"
 
     def __init__(self, root: Path) -> None:
-        """Nothing is looked for yet."""
         self.root, self.location = root, str(root)
 
     def at_hand(self) -> bool:
-        """Whether the folder is there."""
         return self.root.is_dir()
 
     def list(self) -> Sequence[FoundImage]:
@@ -67,7 +65,6 @@ class ImageFolder(ImageSource):
         return read_file(self.root / key)
 
     def locate(self, key: str) -> str:
-        """The path of an image file."""
         return str(self.root / key)
 
 

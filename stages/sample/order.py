@@ -74,8 +74,8 @@ class Draw:
     def part(self, number: int, num_parts: int) -> "Draw":
         """One of equal parts, with all that is said of its rows."""
         arrays = (self.rows, self.passes, self.views, self.cosines)
-        parts = [_part(array, number, num_parts) for array in arrays]
-        return Draw(*parts, self.weights and self.weights.part(number, num_parts))
+        rows, passes, views, cosines = (_part(array, number, num_parts) for array in arrays)
+        return Draw(rows, passes, views, cosines, self.weights and self.weights.part(number, num_parts))
 
 
 @dataclass(frozen=True)
