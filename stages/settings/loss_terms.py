@@ -134,13 +134,6 @@ class OutsideLoss(Settings):
     """Keyword arguments of the function."""
 
 
-def _weight_keys() -> dict[str, Any]:
-    """A weight of each built-in loss, then the options."""
-    weights = {term.name: (Weight, Field(default=0.0, description=term.summary)) for term in LOSS_TERMS}
-    options = {f"{term.name}_{key}": (kind, None) for term in LOSS_TERMS for key, kind in term.options.items()}
-    return {**weights, **options}
-
-
 def _temperature_keys() -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for term in LOSS_TERMS:
@@ -152,7 +145,11 @@ def _temperature_keys() -> dict[str, Any]:
     return keys
 
 
-_Weights: Any = create_model("_Weights", __base__=Settings, **_weight_keys())
+_WEIGHTS: dict[str, Any] = {
+    term.name: (Weight, Field(default=0.0, description=term.summary)) for term in LOSS_TERMS
+} | {f"{term.name}_{key}": (kind, None) for term in LOSS_TERMS for key, kind in term.options.items()}
+"""A weight of each built-in loss, then the options."""
+_Weights: Any = create_model("_Weights", __base__=Settings, **_WEIGHTS)
 _Temperatures: Any = create_model("_Temperatures", __base__=Settings, **_temperature_keys())
 
 
