@@ -9,11 +9,11 @@ Worker processes import this file: what they do without (pyarrow, zarr) is impor
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 FILES = "files"
 """How a run's record names the original images; kept pixels are named by their setting, `jpeg-256`."""
 
-HASH_WINDOW = 256
-"""Images that are being hashed at a time."""
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +136,18 @@ def label_images(source: ImageSource, class_ids: Collection[str]) -> list[Labell
 def image_digests(source: ImageSource, keys: Iterable[Any]) -> Iterator[str | None]:
     """The digest of each image, in order, read by several threads; None for one that cannot be read."""
     with ThreadPoolExecutor(thread_name_prefix="hash") as pool:
-        remaining = iter(keys)
-        while window := list(islice(remaining, HASH_WINDOW)):
-            yield from pool.map(source.digest, window)
+        yield from map_ahead(pool, source.digest, keys, 256)
+
+
+def map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], U], items: Iterable[T], num_ahead: int) -> Iterator[U]:
+    """As `pool.map`, but the items are taken as they are needed, at most `num_ahead` of them ahead."""
+    pending: deque[Future[U]] = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > num_ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def keys_of(source: ImageSource, columns: Mapping[str, Sequence[Any]]) -> list[Any]:

@@ -24,7 +24,7 @@ def read_classes(path: Path) -> dict[str, list[str]]:
     """
     try:
         document = read_json(path, "JSON, class id -> names", object_pairs_hook=_without_repeats)
-    except _RepeatedKeyError as error:
+    except KeyError as error:
         raise InputError(f"{path}: class id {error.args[0]!r} is there twice; wanted each once") from error
     if not isinstance(document, dict) or not document:
         raise InputError(f'{path}: no classes; wanted a JSON object such as {{"n01443537": ["goldfish"]}}')
@@ -97,14 +97,11 @@ def class_prompts(
     ]
 
 
-class _RepeatedKeyError(Exception):
-    """JSON allows a key twice and Python keeps the last: half of a class list could vanish so."""
-
-
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = set()
-    for key, _ in pairs:
-        if key in keys:
-            raise _RepeatedKeyError(key)
-        keys.add(key)
-    return dict(pairs)
+    """JSON allows a key twice and Python keeps the last: half of a class list could vanish so. Raises KeyError."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise KeyError(key)
+        found[key] = value
+    return found

@@ -60,7 +60,7 @@ def load_function(spec: str, takes: Iterable[str] = ()) -> Callable[..., Any]:
     module, _, name = spec.partition(":")
     _search_working_directory()
     try:
-        function = getattr(importlib.import_module(module), name)
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{spec}: cannot be imported ({reason}); wanted package.module:function") from error
@@ -70,8 +70,7 @@ def load_function(spec: str, takes: Iterable[str] = ()) -> Callable[..., Any]:
     except (TypeError, ValueError) as error:
         call = ", ".join(f"{name}=…" for name in names)
         raise InputError(f"{spec}: cannot be called as function({call}) ({error})") from error
-    loaded: Callable[..., Any] = function
-    return loaded
+    return function
 
 
 def _search_working_directory() -> None:
