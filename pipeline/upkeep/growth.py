@@ -13,6 +13,7 @@ from ...cache.errors import CacheError
 from ...cache.version.plan_file import read_plan
 from ...cache.version.schema import Inputs, Plan, PromptList, SentenceList, SentenceSource
 from ...stages.inputs.image_source import FoundImage
+from ...stages.inputs.prompts import prompt_lines
 from ...stages.inputs.sentences import read_sentences
 from ...stages.settings.data import SentencesSettings
 from ..stage_one.inputs import (
@@ -21,7 +22,6 @@ from ..stage_one.inputs import (
     image_rows,
     list_document,
     list_evaluate_set,
-    prompt_lines,
     prompt_row,
     prompts_document,
     sentence_row,

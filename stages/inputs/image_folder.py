@@ -9,20 +9,12 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
+from ...cache.disk.cores import map_ahead
 from ...cache.errors import InputError
-from ..images.decode import ImageError, decode_image
-from .image_source import FoundImage, ImageSource, map_ahead
+from ..images.decode import ImageError
+from .image_source import FoundImage, ImageSource
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-
-_REASONS: dict[type[OSError], str] = {
-    FileNotFoundError: "gone",
-    NotADirectoryError: "gone",
-    PermissionError: "permission denied",
-    IsADirectoryError: "not a regular file",
-}
 
 _ENDINGS = tuple(suffix.encode() for suffix in SUFFIXES)
 
@@ -30,7 +22,6 @@ LISTING_THREADS = 16
 """More than there are cores: on a file server each look at a folder or a file is a wait."""
 
 LISTING_AHEAD = 4 * LISTING_THREADS
-"""Folders, or batches of files, that wait for a thread."""
 
 LISTING_BATCH = 256
 """Files that a thread looks at in one go."""
@@ -42,9 +33,11 @@ class ImageFolder(ImageSource):
     absent = "no such folder"
 
     def __init__(self, root: Path) -> None:
+        """Nothing is looked for yet."""
         self.root, self.location = root, str(root)
 
     def at_hand(self) -> bool:
+        """Whether the folder is there."""
         return self.root.is_dir()
 
     def list(self) -> Sequence[FoundImage]:
@@ -61,35 +54,30 @@ class ImageFolder(ImageSource):
         return found
 
     def read(self, key: str) -> bytes:
-        """The bytes of an image file; see `read_file`."""
-        return read_file(self.root / key)
+        """The bytes of an image file.
+
+        Raises:
+            ImageError: if it cannot be read.
+            InputError: if this process may open no more files, which is not the image's fault.
+        """
+        path = self.root / key
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ImageError("gone") from error
+        except PermissionError as error:
+            raise ImageError("permission denied") from error
+        except IsADirectoryError as error:
+            raise ImageError("not a regular file") from error
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # would mark good images as bad
+                advice = "raise `ulimit -n` or lower workers"
+                raise InputError(f"{path}: too few file handles to open it; {advice}") from error
+            raise ImageError(f"cannot be read: {error.strerror}") from error
 
     def locate(self, key: str) -> str:
+        """The path of an image file."""
         return str(self.root / key)
-
-
-def read_image(path: Path) -> Image.Image:
-    """One image, upright, all of its pixels loaded, mode RGB.
-
-    Raises:
-        ImageError: if it cannot be read or decoded.
-    """
-    return decode_image(read_file(path))
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of an image file.
-
-    Raises:
-        ImageError: if it cannot be read.
-        InputError: if this process may open no more files, which is not the image's fault.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):  # would mark good images as bad
-            raise InputError(f"{path}: too few file handles to open it; raise `ulimit -n` or lower workers") from error
-        raise ImageError(_REASONS.get(type(error), f"cannot be read: {error.strerror}")) from error
 
 
 def _walk(folder: Path) -> Iterator[FoundImage]:
@@ -113,8 +101,9 @@ def _list_folders(pool: ThreadPoolExecutor, root: bytes) -> dict[bytes, list[byt
     level = [(b"", frozenset[tuple[int, int]]())]
     while level:
         below = []
-        found = map_ahead(pool, partial(_list_folder, root), level, LISTING_AHEAD)
-        for (folder, _), (names, inside_of) in zip(level, found):
+        for (folder, _), (names, inside_of) in zip(
+            level, map_ahead(pool, partial(_list_folder, root), level, LISTING_AHEAD)
+        ):
             listed[folder] = names
             below += [(folder + name, inside_of) for name in names if name.endswith(b"/")]
         level = below

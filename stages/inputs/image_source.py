@@ -9,15 +9,15 @@ Worker processes import this file: what they do without (pyarrow, zarr) is impor
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...cache.disk.cores import map_ahead
 from ...cache.disk.durable import digest
 from ...cache.errors import InputError
 from ..images.decode import ImageError
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 FILES = "files"
 """How a run's record names the original images; kept pixels are named by their setting, `jpeg-256`."""
 
-T = TypeVar("T")
-U = TypeVar("U")
+HASHED_AHEAD = 256
+"""Images that are read to be hashed before their digests are taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +136,7 @@ def label_images(source: ImageSource, class_ids: Collection[str]) -> list[Labell
 def image_digests(source: ImageSource, keys: Iterable[Any]) -> Iterator[str | None]:
     """The digest of each image, in order, read by several threads; None for one that cannot be read."""
     with ThreadPoolExecutor(thread_name_prefix="hash") as pool:
-        yield from map_ahead(pool, source.digest, keys, 256)
-
-
-def map_ahead(pool: ThreadPoolExecutor, function: Callable[[T], U], items: Iterable[T], num_ahead: int) -> Iterator[U]:
-    """As `pool.map`, but the items are taken as they are needed, at most `num_ahead` of them ahead."""
-    pending: deque[Future[U]] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > num_ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+        yield from map_ahead(pool, source.digest, keys, HASHED_AHEAD)
 
 
 def keys_of(source: ImageSource, columns: Mapping[str, Sequence[Any]]) -> list[Any]:

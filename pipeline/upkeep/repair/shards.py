@@ -25,7 +25,8 @@ from ....cache.version.schema import Origin, Plan
 from ....cache.version.versions import move_file
 from ....stages.images.decode import ImageError
 from ....stages.inputs.image_source import keys_of
-from ...stage_one.inputs import class_prompts_of, classes_document
+from ....stages.inputs.prompts import class_prompts
+from ...stage_one.inputs import classes_document
 from ...stage_one.sources import Sources
 from ..live_teacher import SAME_ROW, LiveTeacher, crops_of, image_source
 from .actions import Actions
@@ -128,7 +129,7 @@ def _task(
     store, spec = context.staged.teacher_zarr, context.specs[piece.array]
     if piece.content == "head":
         settings = live.sources.evaluate[piece.array.split("/")[1]].settings
-        prompts = tuple(map(tuple, class_prompts_of(settings)))
+        prompts = tuple(map(tuple, class_prompts(settings)))
         return ShardTask("head", store, piece.array, spec, piece.chunk, prompts=prompts)
     table = table_of(context.staged, piece.array)
     again = dict(states.get(piece.array, {}))  # rows that were given up are tried again
