@@ -33,6 +33,7 @@ class LossTerm:
         options: keyword arguments of the function, each a key `NAME_OPTION` of `[distill.loss]`, with type and bounds.
         learnable: whether `NAME_learned` of `[distill.temperature]` makes a run learn its factor.
         diagnostics: `package.module:function` of what is logged beside its value, or None.
+        first_weight: in runs from before the record named any loss.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LossTerm:
     options: Mapping[str, Any] = field(default_factory=dict)
     learnable: bool = False
     diagnostics: str | None = None
+    first_weight: float = 0.0
 
 
 _THRESHOLD = Annotated[
@@ -65,6 +67,7 @@ LOSS_TERMS = (
         temperature=1.0,
         wants=("others",),
         diagnostics=f"{_DIME}:vl_diagnostics",
+        first_weight=0.7,
     ),
     LossTerm(
         "pvl",
@@ -74,6 +77,7 @@ LOSS_TERMS = (
         temperature=3.0,
         wants=("bank",),
         diagnostics=f"{_DIME}:pvl_diagnostics",
+        first_weight=0.3,
     ),
     LossTerm(
         "udist",
@@ -197,7 +201,7 @@ def default_losses() -> LossSettings:
 
 def first_losses() -> LossSettings:
     """What was on in runs whose record names no loss."""
-    return LossSettings(vl=0.7, pvl=0.3)
+    return LossSettings(**{term.name: term.first_weight for term in LOSS_TERMS})
 
 
 def active_losses(loss: LossSettings, temperature: TemperatureSettings) -> list[ActiveLoss]:

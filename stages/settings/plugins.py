@@ -24,8 +24,8 @@ def is_function(spec: str) -> bool:
     return FUNCTION.fullmatch(spec) is not None
 
 
-def require_function(spec: str, key: str = "") -> None:
-    """Refuse a function that is not there, importing nothing: config loading stays fast and without torch.
+def require_function(spec: str, *, key: str = "") -> str:
+    """Give `spec` back if there is such a function, importing nothing: config loading stays fast and without torch.
 
     Args:
         spec: `package.module:function`.
@@ -45,6 +45,7 @@ def require_function(spec: str, key: str = "") -> None:
     names = _top_level_names(found)
     if names is not None and name not in names:
         raise InputError(f"{where}{spec}: {found.origin} defines no {name!r}; wanted a function at its top level")
+    return spec
 
 
 def load_function(spec: str, takes: Iterable[str] = ()) -> Callable[..., Any]:

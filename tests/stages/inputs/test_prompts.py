@@ -47,7 +47,7 @@ def test_anything_but_ids_with_names_is_refused(tmp_path: Path, text: str, words
 
 
 def test_a_missing_class_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="no such file"):
         read_classes(tmp_path / "none.json")
 
 
