@@ -14,7 +14,7 @@ ROOT = Path(dimefm.__file__).parent
 FLOORS = {
     "cache": ["errors", "disk", "version", "reader", "audit"],
     "stages": [
-        *("devices", "counter_random", "settings", "images", "inputs", "models"),
+        *("devices", "counter_random", "profiling", "settings", "images", "inputs", "models"),
         *("embed", "retrieve", "sample", "losses", "load", "run_folder", "score", "train", "demo"),
         *("feature_losses", "view_losses"),
     ],

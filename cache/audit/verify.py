@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..disk.arrays import read_spec
@@ -12,7 +12,7 @@ from ..errors import CacheError
 from ..version.journal import Journal
 from ..version.manifest import read_manifest, trusted_copy, vouched_digests
 from ..version.schema import Manifest, Plan, refuse_newer
-from ..version.spares import spare
+from ..version.spares import has_spare, spare
 from .cross_checks import check_content, read_states
 from .findings import MOVE, Finding, Report
 from .inventory import Piece, pieces, unlisted_packs
@@ -51,18 +51,22 @@ def verify_cache(folder: Path, started: Callable[[int], Callable[[int], None]] |
     report = Report()
     trusted = read_trusted(Layout(folder), report)
     layout, manifest = trusted.layout, trusted.manifest
-    wanted = pieces(manifest, trusted.shard_rows)
+    wanted, spares = pieces(manifest, trusted.shard_rows), _spare_copies(trusted, report)
     # Tables come first: once their bytes are known to be right, what they say is read while the other files are.
     in_turn = sorted(wanted, key=lambda piece: not piece.name.startswith("rows/"))
     files = [(piece, layout.find(layout.root / piece.name)) for piece in in_turn]
-    progress = started(sum(piece.num_bytes for piece in wanted)) if started else None
+    files += [(piece, layout.base.root / piece.name) for piece in spares]
+    progress = started(sum(piece.num_bytes for piece, _ in files)) if started else None
     arrays = {layout.name_of(table_of(layout, array)): array for array in manifest.arrays}
-    scanned, states = {}, {}
+    scanned, states, copies = {}, {}, list[Scanned]()
     with ThreadPoolExecutor(1, thread_name_prefix="tables") as pool:
         strangers = Report()
         looking = pool.submit(_find_strangers, trusted, {piece.name for piece in wanted}, strangers)
         for found in scan(files, progress):
             name = found.piece.name
+            if found.piece in spares:
+                copies.append(found)
+                continue
             scanned[name] = found
             if name in arrays and found.sound:
                 states[arrays[name]] = pool.submit(read_states, layout, manifest, arrays[name]).result
@@ -75,6 +79,11 @@ def verify_cache(folder: Path, started: Callable[[int], Callable[[int], None]] |
         report.num_bytes += max(0, found.num_bytes)
         if not found.sound:
             report.findings.append(_file_finding(found))
+    for found in copies:
+        if not found.sound:
+            finding = _file_finding(found)
+            message = f"{spares[found.piece]}: {finding.message}"
+            report.findings.append(replace(finding, message=message))
     for piece in unlisted_packs(manifest, trusted.shard_rows):
         missing = "not in the manifest, though the cache has pixels"
         report.findings.append(Finding("pixels", piece.name, missing, array=piece.array, rows=piece.runs))
@@ -137,6 +146,26 @@ def _trusted_plan(layout: Layout, manifest: Manifest) -> Plan | None:
     if path is None or not path.is_file() or digest(path.read_bytes()) != wanted:
         path = spare(layout.base, wanted)
     return None if path is None else Plan.read(path)
+
+
+def _spare_copies(trusted: Trusted, report: Report) -> dict[Piece, str]:
+    """Copies that are in `log/spare/` or should be, and what each of them is."""
+    layout, files = trusted.layout.base, trusted.manifest.files
+    if not layout.spares.exists():  # a cache of before there were any
+        return {}
+    originals = {entry.digest: (name, entry.bytes) for name, entry in files.items() if has_spare(name)}
+    if layout.manifest.name not in report.files:
+        data = layout.manifest.read_bytes()
+        originals[digest(data)] = layout.manifest.name, len(data)
+    names = {path.name for path in layout.spares.iterdir() if not path.name.startswith(".")}
+    if not trusted.layout.under:  # of a change that is not finished, copies are made at its end
+        names |= originals.keys()
+    copies = {}
+    for name in sorted(names):
+        path = layout.spares / name
+        original, num_bytes = originals.get(name) or ("a file of an earlier version", path.stat().st_size)
+        copies[Piece(layout.name_of(path), num_bytes, name)] = f"spare copy of {original}"
+    return copies
 
 
 def _find_strangers(trusted: Trusted, wanted: set[str], report: Report) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..disk.durable import digest, write_bytes
+from ..disk.durable import digest, file_digest, write_bytes
 from ..disk.layout import Layout
 from ..errors import CacheError
 from .schema import FileEntry, Manifest, parse_json
@@ -17,9 +17,8 @@ from .spares import drop_spares, keep_spares, spare_manifests
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and checksum of a file, read whole."""
-    data = path.read_bytes()
-    return FileEntry(bytes=len(data), digest=digest(data))
+    """Size and checksum of a file."""
+    return FileEntry(bytes=path.stat().st_size, digest=file_digest(path))
 
 
 def write_manifest(layout: Layout, manifest: Manifest | Mapping[str, Any]) -> None:

@@ -103,12 +103,18 @@ def embed_shards(
     sources: Sources,
     settings: TeacherSettings,
     scheduler: str | None,
+    *,
+    profile: bool = False,
 ) -> None:
     """Embed shards and count each in the journal; say how it goes and where the time went.
+
+    Args:
+        profile: whether to profile it, into `log/profile/` of the cache.
 
     Raises:
         InputError: if more images are unreadable than `images.max_failed` allows.
     """
+    from ...stages.profiling import profiled
     from .cluster import run_shards
 
     journal = Journal(layout)
@@ -121,7 +127,10 @@ def embed_shards(
     done = total - left
     spent: Counter[str] = Counter()
     start = time.perf_counter()
-    with bar("stage one", total, "embeddings", done) as shown:
+    folder = layout.base.root / "log" / "profile" if profile else None
+    if folder and scheduler:
+        say("cache.profile: looks at this process alone, and with --scheduler others embed; run without it to see more")
+    with profiled(folder, say), bar("stage one", total, "embeddings", done) as shown:
         for shard in run_shards(tasks, settings, plan.teacher.weights, scheduler):
             record = shard.record
             if shard.pack:  # a shard without its pack, or a pack without its shard, is made again with it

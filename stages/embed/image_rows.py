@@ -25,6 +25,7 @@ from ..images.crops import Crop, Crops
 from ..images.decode import ImageError, decode_image
 from ..inputs.image_source import ImageSource
 from ..models.teacher import ImageTeacher, out_of_memory
+from ..profiling import first_batches_traced, phase
 from .pack_pixels import ShardPack, make_small
 from .tasks import PackTask
 
@@ -142,7 +143,7 @@ def embed_image_shard(
             return finish
 
         def encode(batch: Tensor) -> Tensor:
-            views = [teacher.encode_images(teacher.normalise(view)) for view in batch]
+            views = [phase("forward")(teacher.encode_images)(phase("copy")(teacher.normalise)(view)) for view in batch]
             return torch.stack(views, dim=1) if crops else views[0]
 
         def take(first: int, block: np.ndarray) -> None:
@@ -216,12 +217,15 @@ def _load(
     reason = None
     try:
         if key is not None:
-            data = source.read(key)
+            with phase("read"):
+                data = source.read(key)
             opened = time.perf_counter()
-            image = decode_image(data)
-            pixels[0] = teacher.crop(image)
-            for view, crop in enumerate(crops_of(image.size) if crops_of else [], start=1):
-                pixels[view] = teacher.view(image, crop)
+            with phase("decode"):
+                image = decode_image(data)
+            with phase("crop"):
+                pixels[0] = teacher.crop(image)
+                for view, crop in enumerate(crops_of(image.size) if crops_of else [], start=1):
+                    pixels[view] = teacher.view(image, crop)
             decoded = time.perf_counter()
             small = b"" if pack is None else make_small(data, image, pack.side, note_size=pack.note_size)
             return _Loaded(opened - started, decoded - opened, time.perf_counter() - decoded, small)
@@ -244,15 +248,17 @@ def run_batches(
     upcoming = iter(firsts)
     pending = deque((first, prepare(first)) for first in islice(upcoming, in_flight))
     wait_s = infer_s = 0.0
-    with lock:
+    with lock, first_batches_traced() as batch_done:
         while pending:
             first, finish = pending.popleft()
             started = time.perf_counter()
-            batch = finish()
+            with phase("wait"):
+                batch = finish()
             ready = time.perf_counter()
             with memory_errors_as(out_of_memory(teacher, firsts.step)):
                 block = encode(batch).numpy()
             done = time.perf_counter()
+            batch_done()
             wait_s, infer_s = wait_s + ready - started, infer_s + done - ready
             pending.extend((later, prepare(later)) for later in islice(upcoming, 1))
             take(first, block)

@@ -24,6 +24,7 @@ from ...cache.version.journal import ShardRecord
 from ..images.decode import ImageError, decode_image
 from ..images.jpeg import size_note
 from ..inputs.image_source import ImageSource
+from ..profiling import phase
 from .tasks import PackTask
 
 QUALITY = 90
@@ -85,6 +86,7 @@ def open_pack(task: PackTask | None, skip: int = 0) -> Iterator[ShardPack | None
         yield ShardPack(task, writer, skip)
 
 
+@phase("keep")
 def make_small(data: bytes, image: Image.Image, side: int, *, note_size: bool = False) -> bytes:
     """A JPEG of an image, its shorter side at most `side` pixels. Metadata and colour profile are left behind.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..models.class_vectors import ClassVectors
 from ..models.teacher import Teacher
+from ..profiling import phase
 from .image_rows import Lock, ShardResult, ShardRows, run_batches
 
 
@@ -60,6 +61,7 @@ def _encode_texts(
 ) -> dict[str, float]:
     with ThreadPoolExecutor(1, thread_name_prefix="tokenize") as pool:
 
+        @phase("tokenise")
         def tokenize(first: int) -> Tensor:
             started = time.perf_counter()
             batch = [text or "" for text in texts[first : first + batch_size]]
@@ -72,7 +74,7 @@ def _encode_texts(
                 teacher,
                 range(0, len(texts), batch_size),
                 lambda first: pool.submit(tokenize, first).result,
-                teacher.encode_tokens,
+                phase("forward")(teacher.encode_tokens),
                 take,
                 lock,
             )

@@ -11,6 +11,7 @@ from ...cache.disk.row_tables import OK, RowTable
 from ...cache.version.journal import ShardRecord
 from ..inputs.image_source import keys_of
 from ..models.teacher import Teacher
+from ..profiling import phase
 from ..settings.models import TeacherSettings
 from .image_rows import RowCrops, ShardResult, embed_image_shard
 from .pack_pixels import open_pack
@@ -47,7 +48,8 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
             old = first_rows(task.existing.path, task.array, task.spec, task.shard, num_existing, task.existing.digest)
             block = np.concatenate([old, block])
     start = time.perf_counter()
-    written = write_chunk(task.store, task.array, task.spec, task.shard, block)
+    with phase("write"):
+        written = write_chunk(task.store, task.array, task.spec, task.shard, block)
     seconds["write"] = time.perf_counter() - start
     return ShardDone(ShardRecord(task.array, task.shard, len(block), written, failures), seconds, pack)
 

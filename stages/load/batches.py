@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -20,6 +20,7 @@ from ...cache.reader.feature_cache import EmbeddingSet
 from ..images.views import ViewMaker
 from ..inputs.image_source import ImageSource, row_keys
 from ..losses.loss_inputs import SamplingWeights
+from ..profiling import phase
 from ..sample.order import Draw, Drawn
 from ..sample.replay import Replay
 from .workers import ViewPool
@@ -69,6 +70,23 @@ class Batch:
     sentence_cosines: Tensor | None = None
     sampling: SamplingWeights | None = None
     other_views: Tensor | None = None
+
+    def map(self, do: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch, each of its tensors as `do` makes it."""
+        mapped: Batch = _map_tensors(self, do)
+        return mapped
+
+
+def _map_tensors(value: Any, do: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return do(value)
+    if isinstance(value, tuple):
+        return tuple(_map_tensors(one, do) for one in value)
+    if isinstance(value, Mapping):
+        return {key: _map_tensors(one, do) for key, one in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: _map_tensors(getattr(value, one.name), do) for one in fields(value)})
+    return value
 
 
 class BatchLoader:
@@ -140,7 +158,8 @@ class BatchLoader:
         try:
             while True:
                 began = time.perf_counter()
-                batch = coming.result()
+                with phase("data"):
+                    batch = coming.result()
                 if batch is None:
                     return
                 coming = self._background.submit(next, making, None)
@@ -230,6 +249,7 @@ class _Started:
     tasks: list[Future[None]]
 
 
+@phase("copy")
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Turn views into a student's input, on whatever device they are.
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Generator, Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ..profiling import phase
 from .batches import Batch
 
 
@@ -23,31 +25,17 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Generator[Batch
     given: torch.cuda.Event | None = None
     for batch in batches:
         was_busy = given is not None and not given.query()
-        with torch.cuda.stream(stream):
-            copied = replace(
-                batch,
-                images=tuple(view.to(device, non_blocking=True) for view in batch.images),
-                targets=batch.targets.to(device, non_blocking=True),
-                sentences=_copy(batch.sentences, device),
-                bank=_copy(batch.bank, device),
-                other_views=_copy(batch.other_views, device),
-                sentence_cosines=_copy(batch.sentence_cosines, device),
-                sampling=None
-                if batch.sampling is None
-                else batch.sampling.map(lambda part: part.to(device, non_blocking=True)),
-                tokens={name: ids.to(device, non_blocking=True) for name, ids in batch.tokens.items()},
-                wait_s=0.0 if was_busy else batch.wait_s,
-            )
+        with phase("copy"), torch.cuda.stream(stream):
+            copied = batch.map(lambda tensor: tensor.to(device, non_blocking=True))
         using = torch.cuda.current_stream(device)
         using.wait_stream(stream)
-        weights = () if copied.sampling is None else copied.sampling.tensors()
-        of_sentences = copied.sentences, copied.sentence_cosines, *weights, *copied.tokens.values()
-        for tensor in (*copied.images, copied.targets, *of_sentences, copied.bank, copied.other_views):
-            if tensor is not None:
-                tensor.record_stream(using)  # its memory is not handed out again while the step uses it
+        copied.map(partial(_in_use, stream=using))
+        if was_busy:
+            copied = replace(copied, wait_s=0.0)
         yield copied
         given = using.record_event()
 
 
-def _copy(rows: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if rows is None else rows.to(device, non_blocking=True)
+def _in_use(tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+    tensor.record_stream(stream)  # its memory is not handed out again while the step uses it
+    return tensor

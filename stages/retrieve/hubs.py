@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 
 from ...cache.disk.mapped import MappedArray
 from ...cache.errors import InputError
@@ -265,8 +266,5 @@ def _mean(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def _log_sum_exp(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     """Of each row's finite numbers; 0 where it has none."""
-    there = np.isfinite(logits)
-    most = np.where(there, logits, -np.inf).max(axis=1, initial=-np.inf)
-    most = np.where(np.isfinite(most), most, 0.0)
-    total = np.where(there, np.exp(np.where(there, logits, most[:, None]) - most[:, None]), 0).sum(axis=1)
-    return np.asarray(np.where(total > 0, most + np.log(np.maximum(total, 1e-300)), 0.0))
+    total = logsumexp(np.where(np.isfinite(logits), logits, -np.inf), axis=1)
+    return np.where(np.isfinite(total), total, 0.0)

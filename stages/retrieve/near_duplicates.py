@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ...cache.disk.cosine import TIE, Rows, cosines, unit_rows
 from ...cache.disk.index import Index, build_index
@@ -183,16 +185,10 @@ def lowest_linked(num_rows: int, first: NDArray[np.int64], second: NDArray[np.in
     >>> lowest_linked(5, np.array([3, 1]), np.array([1, 4])).tolist()
     [0, 1, 2, 1, 1]
     """
-    lowest = np.arange(num_rows)
-    while True:
-        one, other = lowest[first], lowest[second]
-        if np.array_equal(one, other):
-            return lowest
-        low = np.minimum(one, other)
-        np.minimum.at(lowest, one, low)  # roots are hooked to lower roots ...
-        np.minimum.at(lowest, other, low)
-        while not np.array_equal(lowest, nearer := lowest[lowest]):  # ... and every row to its root
-            lowest = nearer
+    links = coo_array((np.ones(len(first), dtype=np.bool_), (first, second)), shape=(num_rows, num_rows))
+    _, group = connected_components(links, directed=False)
+    _, lowest = np.unique(group, return_index=True)
+    return np.asarray(lowest[group], dtype=np.int64)
 
 
 def first_identical(embeddings: Rows, rows: NDArray[np.int64]) -> NDArray[np.int64]:

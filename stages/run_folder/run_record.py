@@ -30,6 +30,7 @@ _FREE_TO_CHANGE = {
     "evaluate_on",
     "workers",
     "device",
+    "profile",
     "pixels",
     "views",
 }

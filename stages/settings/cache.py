@@ -53,6 +53,10 @@ class CacheSettings(Settings):
     crops: CropSettings | None = None
     """The crops of `views`; the defaults where it is left out."""
 
+    profile: bool = False
+    """Profile stage one into `log/profile/` of the cache: a trace of its first batches, and a table of where the time
+    went."""
+
     @field_validator("views")
     @classmethod
     def _views_can_be_stored(cls, views: int | str) -> int | str:

@@ -95,6 +95,9 @@ class DistillSettings(Settings):
     kept. 0: never."""
     evaluate_on: str = "dev"
     """The `[evaluate.*]` set that chooses the best step."""
+    profile: bool = False
+    """Profile some early steps of each call into `profile/` of the run's folder: a trace, a GPU's memory, and a table
+    of where their time went."""
     augment: AugmentSettings = AugmentSettings()
     loss: LossSettings = Field(default_factory=default_losses)
     temperature: TemperatureSettings = TemperatureSettings()

@@ -18,6 +18,7 @@ from ..settings.loss_terms import wanting
 from .dev_scores import DevScores
 from .interrupt import Interrupted, StopSignals
 from .processes import World
+from .profile import StepProfile
 from .schedule import Schedule
 from .speed import Meter, Speed
 from .student_run import Note, Run, StudentRun, TrainResult
@@ -117,19 +118,23 @@ def _learn(
             tell(advice)
         return advice is not None
 
+    num_steps = max(one.end_step for one in training) - min(one.student.step for one in training)
+    profiled = [one.run.folder for one in training] if settings.profile and world.is_first else []
+    profile = StepProfile(profiled, num_steps, world.device, tell)
     loop = _Loop(training, sizes, schedule, settings, world, dev, progress, advise)
     for one in training:
         one.open_log()
         if dev is not None:
             one.score_if_due(dev)
     try:
-        with StopSignals(patient=world.size > 1) as stop, loader:
+        with StopSignals(patient=world.size > 1) as stop, loader, closing(profile):
             while behind := [one for one in training if one.wants_more]:
                 first = min(one.student.step for one in behind)
                 # To the next that waits ahead: should all others break, nobody needs the batches before it.
                 until = [one.student.step for one in behind if one.student.step > first]
                 until += [one.end_step for one in behind if one.student.step == first]
-                with closing(on_device(loader.batches(first, min(until)), world.device)) as batches:
+                coming = on_device(loader.batches(first, min(until)), world.device)
+                with closing(profile.watch(coming)) as batches:
                     for batch in batches:
                         loop.step(batch, stop)
                         if loop.stopped or not any(one.wants_more and one.student.step > batch.step for one in behind):

@@ -21,6 +21,7 @@ from ..score.embed_set import Stopped
 from ..settings.distill import DistillSettings
 from ..settings.models import StudentSettings
 from .dev_scores import DevScores
+from .flops import flop_metrics, step_flops
 from .processes import World
 from .schedule import Schedule
 from .speed import Speed
@@ -120,6 +121,7 @@ class StudentRun:
         self.run, self._schedule, self._settings, self._world = run, schedule, settings, world
         self.path, self.loss = run.folder / CHECKPOINT, math.nan
         self._log: MetricsLog | None = None
+        self._step_flops = 0
         self._best: BestWeights | None = None
         goes_on = _checkpoint_exists(self.path, world)
         width = cache.images.embeddings.shape[-1]
@@ -163,6 +165,7 @@ class StudentRun:
         if self._world.is_first:
             self._best = BestWeights(self.run.folder, self.student.step)
             self._log = MetricsLog(self.run.folder, self.student.step)
+            self._step_flops = step_flops(self.student, self.run.student.image_size, self._settings)
 
     def close_log(self) -> None:
         if self._log is not None:
@@ -179,7 +182,8 @@ class StudentRun:
         self.loss = values["loss"]
         if self._log is not None:
             facts = {"step": step, "epoch": self._schedule.epoch(step), "lr": self._schedule.lr(step - 1)}
-            self._log.write({**facts, **values, **asdict(speed)})
+            flops = flop_metrics(self._step_flops, speed.step_s, self._schedule.precision, self._world)
+            self._log.write({**facts, **values, **asdict(speed), **flops})
 
     @property
     def last_score(self) -> dict[str, Any] | None:
@@ -200,7 +204,7 @@ class StudentRun:
             with suppress(Stopped):
                 scores = dev.score(self.student, self._record, stopped)
                 is_best = self._best.offer(scores, *self.student.chosen_weights())
-                self._log.write_scores({**scores, "best": is_best})  # after the weights: a line never says too much
+                self._log.write_scores({**scores, "best": is_best})  # after the weights that it is about
         self._world.wait_for_first()
 
     def score_if_due(self, dev: DevScores) -> None:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..losses.loss_inputs import logit_factor
 from ..losses.terms import Loss, loss_terms
+from ..profiling import phase
 from ..run_folder.checkpoint import load_weights, random_state, restore_random_state
 from ..settings.distill import DistillSettings
 from .optim import build_optimizer, set_lr
@@ -125,6 +126,7 @@ class Tower:
         self.add_gradients(batch, targets)
         self._update(step)
 
+    @phase("backward")  # which the phases inside of it are no part of
     def add_gradients(self, batch: Tensor, targets: Targets) -> None:
         """Add the gradients of the losses of a batch to the parameters'."""
         pieces = batch.chunk(self._pieces)
@@ -187,6 +189,7 @@ class Tower:
         self._optimizer.load_state_dict(whole[f"{prefix}optimizer"])
         self._scaler.load_state_dict(whole[f"{prefix}scaler"])
 
+    @phase("forward")
     def _embed(self, batch: Tensor, model: nn.Module | None = None) -> Tensor:
         """(B, D) embeddings under autocast, as float32 at least."""
         model = model or self._parallel or self.model
@@ -195,6 +198,7 @@ class Tower:
         # Once, here: each loss would cast for itself, and gradients would be rounded for each and added in few bits.
         return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
 
+    @phase("losses")
     def _weighted_loss(self, embeddings: Tensor, targets: Targets) -> Tensor:
         """The loss as this process's backward pass wants it."""
         factors = {name: scale() for name, scale in self.scales.items()}
@@ -206,6 +210,7 @@ class Tower:
         # DistributedDataParallel takes the mean of the processes' gradients; the shares of a loss add up.
         return self._scaler.scale(loss * self._world.size)
 
+    @phase("optimiser")
     def _update(self, step: int) -> None:
         """Change the weights by their gradients."""
         if self._world.size > 1:

@@ -18,7 +18,7 @@ from dimefm.stages.train.processes import open_world
 from dimefm.stages.train.student import Student
 from dimefm.stages.train.student_run import Run, TrainResult
 
-TIMES = {"images_per_s", "step_s", "wait_s", "compute_s", "data_wait"}
+TIMES = {"images_per_s", "step_s", "wait_s", "compute_s", "data_wait", "flops_per_s"}
 """Keys of a line of metrics that no run repeats."""
 
 PROMPTS = [["a red thing", "red"], ["a green thing"], ["a blue thing"]]

@@ -17,6 +17,7 @@ from ....cache.disk.layout import Layout
 from ....cache.errors import CacheError
 from ....cache.version.lock import writer_lock
 from ....cache.version.manifest import read_manifest
+from ....cache.version.spares import renew_spares
 from ...config.remembered import ConfigChoice
 from ...progress import say
 from ..verify import read_all
@@ -46,6 +47,7 @@ def repair(folder: Path, config: ConfigChoice | Path | None = None) -> dict[str,
         report = read_all(folder)
         found = len(report.findings) + len(outcome.mended)
         repair_cache(layout, report, outcome, config)
+        _repair_spares(layout, report, outcome)
         findings = [finding for finding in report.findings if finding.where in outcome.left]
         if outcome.mended:
             say("looking whether the cache is sound now")
@@ -65,6 +67,16 @@ def repair(folder: Path, config: ConfigChoice | Path | None = None) -> dict[str,
         "lines": [finding.line() for finding in left],
         "notes": outcome.notes,
     }
+
+
+def _repair_spares(layout: Layout, report: Report, outcome: Outcome) -> None:
+    """Make damaged spare copies again, now that their originals are in order."""
+    manifest, prefix = read_manifest(layout), f"{layout.name_of(layout.spares)}/"
+    assert manifest is not None
+    damaged = {finding.where: finding.repair for finding in report.findings if finding.where.startswith(prefix)}
+    if damaged:
+        outcome.mended |= renew_spares(layout, manifest.files, list(damaged))
+    outcome.left |= {name: why for name, why in damaged.items() if name not in outcome.mended}
 
 
 def outcome_lines(found: dict[str, Any]) -> list[str]:

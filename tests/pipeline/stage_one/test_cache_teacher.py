@@ -1,5 +1,6 @@
 """Stage one, whole: what is on disk at its end, what a second run does, what is refused, what failures cost."""
 
+import gzip
 import json
 import re
 import shutil
@@ -283,6 +284,22 @@ def test_where_the_time_went_is_said_at_the_end(fresh, capsys):
     assert re.search(r"embedded 68 rows in [\d.]+ s, [\d,]+ rows/s", said)  # 30 images, 22 sentences, 12 + 4 of dev
     seconds = r"([\d.]+) s"
     assert re.search(f"where the time went: read {seconds}, decode {seconds}, infer {seconds}, .*write {seconds}", said)
+
+
+def test_a_profile_changes_no_byte_of_the_cache_and_may_be_asked_for_later(fresh, finished, capsys):
+    profiled = ("[cache]", "[cache]\nprofile = true")
+    cache = run(fresh, profiled)
+    folder = cache.layout.root / "log/profile"
+    seconds = json.loads((folder / "phases.json").read_bytes())
+    assert seconds.keys() == {"read", "decode", "crop", "copy", "forward", "tokenise", "wait", "write"}
+    assert all(line in capsys.readouterr().err for line in (folder / "table.txt").read_text().splitlines()[:1])
+    with gzip.open(folder / "trace.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"copy", "forward", "wait", "aten::convolution"} <= names
+    whole = FeatureCache.open(finished.parent / "cache")
+    assert np.array_equal(cache.images.embeddings[:], whole.images.embeddings[:])
+    assert cache.identity == whole.identity
+    run(fresh)  # the key may go, or come, at any time
 
 
 @pytest.mark.parametrize(("what", "says"), [("NaN", "NaN or infinite"), ("constant", "the same for all")])

@@ -29,6 +29,7 @@ from dimefm.stages.settings.cache import CropSettings
 from dimefm.stages.settings.distill import AugmentSettings, DistillSettings
 from dimefm.stages.settings.models import TeacherSettings
 
+from ...support.training import TIMES
 from ...support.worlds import make_world
 
 K = 3
@@ -138,9 +139,8 @@ def test_a_cache_of_the_centre_alone_has_nothing_to_replay(world):
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
-    times = {"images_per_s", "step_s", "wait_s", "compute_s", "data_wait"}
     lines = (json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in line.items() if key not in times} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 def in_folder(config: Path, output: Path, *changes: tuple[str, str]):

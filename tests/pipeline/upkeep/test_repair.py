@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from PIL import Image
 
 import dimefm
@@ -410,3 +411,20 @@ class Killed(BaseException):
 
 def killed(*_):
     raise Killed
+
+
+@pytest.mark.parametrize("name", ["rows/images.parquet", "plan.json", "manifest.json"])
+def test_a_damaged_spare_copy_is_made_again_from_its_original(root, name):
+    before = tree(root)
+    copy = root / "log/spare" / xxhash.xxh3_128((root / name).read_bytes()).hexdigest()
+    copy.write_bytes(copy.read_bytes()[:-1] + b"?")
+    assert repair(root)["mended"] == {f"log/spare/{copy.name}": "copied again from the original"}
+    assert copy.read_bytes() == (root / name).read_bytes() and tree(root) == before
+    assert repair(root)["found"] == 0
+
+
+def test_a_spare_copy_and_its_original_both_damaged_are_both_left(root):
+    copy = root / "log/spare" / xxhash.xxh3_128((root / "plan.json").read_bytes()).hexdigest()
+    for path in (copy, root / "plan.json"):
+        path.write_bytes(path.read_bytes()[:-3] + b"?\n}")
+    assert {finding["where"] for finding in repair(root)["left"]} == {"plan.json", f"log/spare/{copy.name}"}

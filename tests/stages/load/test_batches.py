@@ -1,6 +1,7 @@
 """Batches: their content is a function of the step; threads, prefetching and resuming change nothing."""
 
 import threading
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from dimefm.stages.images.crops import NUM_UNIFORMS
 from dimefm.stages.images.views import ViewMaker
 from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.inputs.image_source import require_at_hand
-from dimefm.stages.load.batches import BatchLoader, normalise
+from dimefm.stages.load.batches import Batch, BatchLoader, normalise
+from dimefm.stages.losses.loss_inputs import SamplingWeights
 from dimefm.stages.sample.order import BankStream, Stream
 from dimefm.stages.settings.distill import AugmentSettings
 
@@ -151,3 +153,20 @@ def test_a_loader_that_is_closed_before_its_iteration_ends_it_in_silence(world, 
         next(coming)
     coming.close()
     assert capfd.readouterr().err == ""
+
+
+def test_every_tensor_of_a_batch_goes_to_the_device_one_that_is_new_and_nested_ones_too(world):
+    @dataclass(frozen=True)
+    class Larger(Batch):
+        new: torch.Tensor | None = None
+        nested: tuple[dict[str, torch.Tensor], ...] = ()
+
+    (batch,) = batches(world, 0, 1)
+    weights = SamplingWeights(torch.zeros(7), torch.zeros(10, 2, dtype=torch.int64), torch.zeros(10, 2))
+    batch = replace(batch, sampling=weights, tokens={"a": torch.zeros(1)})
+    larger = Larger(**vars(batch), new=torch.zeros(2), nested=({"x": torch.zeros(3)},))
+    moved = larger.map(lambda tensor: tensor.to("meta"))
+    assert type(moved) is Larger and (moved.rows is larger.rows, moved.step, moved.bank) == (True, 0, None)
+    tensors = [*moved.images, moved.targets, moved.sentences, moved.new, moved.nested[0]["x"], moved.tokens["a"]]
+    tensors += [moved.sampling.sentences, moved.sampling.places, moved.sampling.values]
+    assert len(tensors) == 9 and all(tensor.is_meta for tensor in tensors)
