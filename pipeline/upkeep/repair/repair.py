@@ -73,10 +73,10 @@ def _repair_spares(layout: Layout, report: Report, outcome: Outcome) -> None:
     """Make damaged spare copies again, now that their originals are in order."""
     manifest, prefix = read_manifest(layout), f"{layout.name_of(layout.spares)}/"
     assert manifest is not None
-    findings = [finding for finding in report.findings if finding.where.startswith(prefix)]
-    if findings:
-        outcome.mended |= renew_spares(layout, manifest.files, [finding.where for finding in findings])
-    outcome.left |= {finding.where: finding.repair for finding in findings if finding.where not in outcome.mended}
+    damaged = {finding.where: finding.repair for finding in report.findings if finding.where.startswith(prefix)}
+    if damaged:
+        outcome.mended |= renew_spares(layout, manifest.files, list(damaged))
+    outcome.left |= {name: why for name, why in damaged.items() if name not in outcome.mended}
 
 
 def outcome_lines(found: dict[str, Any]) -> list[str]:

@@ -91,11 +91,12 @@ def _load_what_is_needed(
         return context
     try:
         config = config_of(context.layout, config_path)
-        context = replace(context, sources=Sources.of(config), workers=config.teacher.workers)
+        sources = Sources.of(config)
+        context = replace(context, sources=sources, workers=config.teacher.workers)
         if needs_teacher:
             teacher = stack.enter_context(teacher_at_hand(config.teacher))
             require_loaded_teacher(context.layout.root, context.plan, teacher)
-            live = LiveTeacher(Sources.of(config), config.teacher, context.staged, context.plan, teacher)
+            live = LiveTeacher(sources, config.teacher, context.staged, context.plan, teacher)
             context = replace(context, live=live)
     except DimefmError as error:
         context = replace(context, without=" ".join(str(error).split()))
