@@ -16,7 +16,7 @@ from ...stages.settings.base import Settings
 from ...stages.settings.cache import CacheSettings, PairsSettings
 from ...stages.settings.data import EvaluateSettings, ImagesSettings, SentencesSettings
 from ...stages.settings.distill import DistillSettings
-from ...stages.settings.models import StudentSettings, TeacherSettings
+from ...stages.settings.models import TEACHERS, StudentSettings, TeacherSettings
 from .overrides import Override
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -153,7 +153,7 @@ def _unknown_names(config: Config) -> Iterator[tuple[Key, str]]:
             wanted["student", student, "text"] = settings.own_text
     known = sorted(_open_clip_architectures())
     for key, name in wanted.items():
-        is_elsewhere = name.startswith(("hf-hub:", "local-dir:")) or name.endswith(".json")
+        is_elsewhere = name.partition(":")[0] in TEACHERS or name.endswith(".json")
         if not is_elsewhere and name.replace("/", "-") not in known:
             hint = did_you_mean(name, known) or "; open_clip.list_models() names them"
             yield key, f"open_clip has no architecture {name!r}{hint}"

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ...cache.errors import InputError
-from ..settings.models import TeacherSettings
+from ..settings.models import TEACHERS, TeacherSettings
 from ..settings.plugins import require_function
 
 
@@ -30,7 +30,7 @@ def _name(source: str) -> str:
 
 
 def configured_embed_dim(settings: TeacherSettings) -> int | None:
-    """Width of a teacher's embeddings by its model config; None where only a hub knows it, or a function.
+    """Width of a teacher's embeddings by its model config; None where only the loaded model knows it.
 
     Raises:
         InputError: if there is no such model config, or no such function.
@@ -38,10 +38,10 @@ def configured_embed_dim(settings: TeacherSettings) -> int | None:
     if settings.is_from_outside:
         require_function(settings.model, key="teacher.model")
         return None
-    if settings.model.startswith("hf-hub:"):
-        return None
     if settings.model.startswith("local-dir:"):
         path = Path(settings.model.removeprefix("local-dir:"), "open_clip_config.json")
+    elif settings.model.partition(":")[0] in TEACHERS:
+        return None
     elif settings.model.endswith(".json"):
         path = Path(settings.model)
     else:

@@ -158,3 +158,9 @@ def test_every_loader_of_the_table_gives_what_the_protocol_asks_for(tiny_teacher
     assert {"embed_dim", "crop", "encode_tokens", "identity"} <= set(names)
     assert all(hasattr(teacher, name) for name in names) and isinstance(teacher, SavesTextTower)
     assert configured_embed_dim(settings) == teacher.embed_dim
+
+
+def test_a_new_kind_of_teacher_is_a_line_of_the_table(monkeypatch):
+    monkeypatch.setitem(TEACHERS, "mine", "own_teachers:load")
+    settings = TeacherSettings(model="mine:big/model")
+    assert settings.loader == "own_teachers:load" and configured_embed_dim(settings) is None
