@@ -56,7 +56,7 @@ def tree(root: Path) -> dict[str, str]:
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
     found = {path.relative_to(root).as_posix(): digest(path.read_bytes()) for path in files}
     manifest = read_manifest(Layout(root))
-    old = set(manifest["superseded"]) if manifest else set()
+    old = set(manifest.superseded) if manifest else set()
     return {name: value for name, value in found.items() if not name.startswith("log/") and name not in old}
 
 

@@ -102,7 +102,7 @@ def damage(config: Path) -> None:
     root = load_config(config).cache.dir
     manifest = read_manifest(Layout(root))
     assert manifest is not None
-    for i, name in enumerate(sorted(manifest["files"])):
+    for i, name in enumerate(sorted(manifest.files)):
         path = root / name
         if i % 3 == 0 and ("/c/" in name or name.endswith(".pack")):
             data = bytearray(path.read_bytes())
@@ -251,7 +251,7 @@ class Trial:
             manifest = read_manifest(Layout(self.root))
         except CacheError:
             return None
-        return manifest["version"] if manifest else None
+        return manifest.version if manifest else None
 
 
 def kills(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:

@@ -31,7 +31,8 @@ from dimefm.cache.disk.row_tables import IMAGE_COLUMNS, write_rows
 from dimefm.pipeline.stage_one.cluster import TEACHERS, run_shards
 from dimefm.stages.devices import resolve_device
 from dimefm.stages.embed.tasks import ShardTask
-from dimefm.stages.inputs.image_folder import ImageFolder, read_image
+from dimefm.stages.images.decode import decode_image
+from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.models.open_clip_teacher import OpenClipTeacher, load_open_clip_teacher
 from dimefm.stages.settings.models import TeacherSettings
 
@@ -98,7 +99,7 @@ def compare(
 ) -> list[float]:
     """Run the three in turn and print what each takes."""
     workers = os.cpu_count() or 1
-    batch = torch.stack([teacher.preprocess(read_image(path)) for path in files[: options.batch_size]])
+    batch = torch.stack([teacher.preprocess(decode_image(path.read_bytes())) for path in files[: options.batch_size]])
     batch = batch.to(teacher.device)
     num_batches = -(-len(files) // options.batch_size)
 
@@ -108,7 +109,7 @@ def compare(
 
     def decode() -> None:
         with ThreadPoolExecutor(workers) as pool:
-            for _ in pool.map(lambda path: teacher.crop(read_image(path)), files):
+            for _ in pool.map(lambda path: teacher.crop(decode_image(path.read_bytes())), files):
                 pass
 
     rows = [{"source": path.name, "bytes": path.stat().st_size, "modified_ns": 0} for path in files]

@@ -10,7 +10,6 @@ rate is given with and without that. With --check, exits with 1 when the whole o
 """
 
 import argparse
-import os
 import shutil
 import statistics
 import subprocess
@@ -29,12 +28,14 @@ from dimefm.cache.audit.inventory import pieces
 from dimefm.cache.audit.scan import scan
 from dimefm.cache.audit.verify import verify_cache
 from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
+from dimefm.cache.disk.cores import usable_cores
 from dimefm.cache.disk.durable import digest, make_folder
 from dimefm.cache.disk.layout import IMAGES, SENTENCES, Layout
 from dimefm.cache.disk.row_tables import IMAGE_COLUMNS, SENTENCE_COLUMNS, write_rows
 from dimefm.cache.version.journal import Journal, ShardRecord
 from dimefm.cache.version.manifest import file_entry, read_manifest, write_manifest
 from dimefm.cache.version.plan_file import read_plan, write_plan
+from dimefm.cache.version.schema import Manifest, Plan
 
 SHARD_ROWS = 8192
 
@@ -48,7 +49,8 @@ def make_cache(layout: Layout, num_rows: int, width: int) -> None:
     }
     make_folder(layout.root)
     inputs = {"images": {"rows": num_rows // 2}, "sentences": {"rows": num_rows // 2}, "evaluate": {}}
-    write_plan(layout, {"shard_rows": SHARD_ROWS, "teacher": {"embed_dim": width}, "inputs": inputs})
+    teacher = {"model": "random", "embed_dim": width}
+    write_plan(layout, Plan.model_validate({"shard_rows": SHARD_ROWS, "teacher": teacher, "inputs": inputs}))
     specs = {array: ArraySpec((num_rows // 2, width), "float16", SHARD_ROWS) for array in sides}
     declare_arrays(layout.teacher_zarr, specs)
     journal = Journal(layout)
@@ -67,7 +69,7 @@ def make_cache(layout: Layout, num_rows: int, width: int) -> None:
         "index": {},
         "files": {name: file_entry(layout.root / name) for name in names if not name.startswith("log/")},
     }
-    write_manifest(layout, manifest)
+    write_manifest(layout, Manifest.model_validate(manifest))
 
 
 def hash_file(path: Path) -> int:
@@ -107,10 +109,10 @@ def compare(root: Path, repeats: int) -> float:
     layout = Layout(root)
     manifest, plan = read_manifest(layout), read_plan(layout)
     assert manifest is not None and plan is not None
-    files = [(piece, root / piece.name) for piece in pieces(manifest, plan["shard_rows"])]
+    files = [(piece, root / piece.name) for piece in pieces(manifest, plan.shard_rows)]
     paths = [path for _, path in files]
     num_bytes = sum(piece.num_bytes for piece, _ in files)
-    threads = os.cpu_count() or 1
+    threads = usable_cores()
     tool = shutil.which("xxhsum")
     name = "xxhsum -H2" if tool else "xxhash package, 1 thread"
 

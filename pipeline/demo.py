@@ -142,8 +142,8 @@ def _write_pictures(folder: Path, size: DemoSize, tell: Progress) -> None:
 
 
 def _write_teacher(folder: Path, size: DemoSize, tell: Progress) -> None:
-    weights = folder / "teacher.safetensors"
-    if weights.exists():
+    path = folder / "teacher.safetensors"
+    if path.exists():
         return
     from safetensors.torch import save  # imports torch, which a finished demo does not need
 
@@ -152,13 +152,13 @@ def _write_teacher(folder: Path, size: DemoSize, tell: Progress) -> None:
     names = [name for held_out in (False, True) for names in classes(held_out).values() for name in names]
     prompts = [template.format(name) for template in TEMPLATES for name in names]
     recipe = TeacherRecipe(num_pairs=size.num_pairs, steps=size.teacher_steps)
-    trained = train_teacher(size.seed, recipe, prompts, tell)
+    weights, accuracy = train_teacher(size.seed, recipe, prompts, tell)
     say(
-        f"teacher: of {trained.num_checked} fresh pictures, {trained.pair_accuracy:.0%} fit their own caption best "
-        f"(chance {1 / trained.num_checked:.1%}); a demonstration, not a result"
+        f"teacher: of {recipe.num_checked} fresh pictures, {accuracy:.0%} fit their own caption best "
+        f"(chance {1 / recipe.num_checked:.1%}); a demonstration, not a result"
     )
     write_json(folder / "teacher.json", MODEL_CONFIG)
-    write_bytes(weights, save(trained.weights))
+    write_bytes(path, save(weights))
 
 
 CONFIG_TEXT = """\

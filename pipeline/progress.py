@@ -18,6 +18,12 @@ def say(line: str = "") -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def short(name: str, width: int = 60) -> str:
+    """A name on one line, and not a long one."""
+    shown = name if name.isprintable() else repr(name)
+    return shown if len(shown) <= width else f"{shown[: width - 3]}..."
+
+
 class Bar:
     """Progress of one piece of work; made by `bar`."""
 

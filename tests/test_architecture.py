@@ -1,6 +1,7 @@
 """The house: imports run one way, on every floor; cache knows no model; files stay readable; names lead to one room."""
 
 import ast
+import re
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
@@ -103,6 +104,14 @@ def test_the_cache_knows_no_model_library():
         assert not [owner for owner in owners(package) if owner.startswith("cache/")]
 
 
+def test_upkeep_uses_the_guards_and_inputs_of_stage_one_and_not_its_command():
+    commands = {("stage_one", "cache_teacher"), ("stage_two", "distill"), ("stage_two", "evaluate")}
+    for path in SOURCES:
+        if name_of(path).startswith("pipeline/upkeep/"):
+            found = {tuple(module[2:4]) for module in inner_imports(path) if module[1] == "pipeline"}
+            assert not found & commands, f"{name_of(path)} imports a command"
+
+
 def test_no_file_outgrows_its_question():
     long = {name_of(path): lines for path in SOURCES if (lines := len(path.read_text().splitlines())) > 320}
     assert not long
@@ -132,3 +141,21 @@ def test_every_folder_of_the_package_has_tests_in_a_folder_of_its_name():
     tests = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
     rooms = {path.parent.relative_to(ROOT) for path in SOURCES}
     assert tests - {Path()} <= rooms
+
+
+def test_the_architecture_page_names_files_and_rooms_that_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:cache|stages|pipeline|tests)/[\w/]+(?:\.py|/)?)`", page))
+    assert len(named) > 15 and not [name for name in named if not (ROOT / name).exists()]
+    described = set(re.findall(r"^- \*\*(\w+)\*\*", page, re.MULTILINE))
+    rooms = {path.parent.name for path in SOURCES if path.parent.parent.parent == ROOT}
+    assert described == rooms
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("cli.py   ") :].split("```")[0]
+    listed = set(re.findall(r"^(\w+)/ |^  (\w+)/ ", tree, re.MULTILINE))
+    names = {name for pair in listed for name in pair if name}
+    assert names >= {path.parent.name for path in SOURCES if path.parent.parent.parent == ROOT} | set(FLOORS)
+    assert not [name for name in names if not any(path.is_dir() for path in [ROOT / name, *ROOT.glob(f"*/{name}")])]

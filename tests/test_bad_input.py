@@ -124,9 +124,9 @@ def test_an_image_that_vanishes_during_the_run_costs_its_own_row(fresh, monkeypa
     vanished = fresh.parent / "images/0/009.jpg"
     embed = embedding.embed_shards
 
-    def vanish_first(*arguments: object) -> None:
+    def vanish_first(*arguments: object, **options: object) -> None:
         vanished.unlink()
-        embed(*arguments)
+        embed(*arguments, **options)
 
     monkeypatch.setattr("dimefm.pipeline.stage_one.cache_teacher.embed_shards", vanish_first)
     fresh.write_text(fresh.read_text().replace('source = "images/"', 'source = "images/"\nmax_failed = 0.1'))

@@ -71,17 +71,16 @@ def similarity(
     cache: FeatureCache, pairs: Mapping[str, Pairs], rng: np.random.Generator
 ) -> dict[str, dict[str, float]]:
     """Quantiles of the teacher's cosine between rows drawn at random, rows and their neighbours, crop and centre."""
-    units = {name: unit_rows(_sample(getattr(cache, name), rng))[0] for name in SIDES}
-    images, sentences = units["images"], units["sentences"]
+    images, sentences = (unit_rows(rows.embeddings[_sample(rows, rng)])[0] for rows in (cache.images, cache.sentences))
     found = {"image_sentence": quantiles((images @ sentences.T).ravel())}
     for name, unit in (("image_image", images), ("sentence_sentence", sentences)):
         one, other = np.triu_indices(len(unit), k=1)
         found[name] = quantiles((unit @ unit.T)[one, other])
     for name, neighbours in pairs.items():
-        rows = _rows(getattr(cache, DIRECTIONS[name][0]), rng)
+        rows = _sample(getattr(cache, DIRECTIONS[name][0]), rng)
         found[f"{name}_nearest"] = quantiles(neighbours.scores[rows][:, 0])
     if cache.images.views is not None:
-        views = cache.images.views[_rows(cache.images, rng)]
+        views = cache.images.views[_sample(cache.images, rng)]
         centre = unit_rows(views[:, 0])[0]
         crops = [(unit_rows(views[:, view])[0] * centre).sum(axis=1) for view in range(1, views.shape[1])]
         found["crop_centre"] = quantiles(np.concatenate(crops))
@@ -135,12 +134,8 @@ def skewness(values: NDArray[Any]) -> float:
     return float(np.mean(away**3) / deviation**3) if deviation else 0.0
 
 
-def _rows(rows: EmbeddingSet, rng: np.random.Generator) -> NDArray[np.int64]:
+def _sample(rows: EmbeddingSet, rng: np.random.Generator) -> NDArray[np.int64]:
     return np.sort(rng.choice(rows.usable, size=min(SAMPLE_ROWS, len(rows.usable)), replace=False))
-
-
-def _sample(rows: EmbeddingSet, rng: np.random.Generator) -> NDArray[Any]:
-    return rows.embeddings[_rows(rows, rng)]
 
 
 def _bytes(cache: FeatureCache, manifest: Manifest) -> dict[str, int]:

@@ -25,7 +25,7 @@ threads seldom meet at the interpreter's lock: with a quarter of it two of them 
 MAX_THREADS = 16
 
 _NONE = np.empty(0, dtype=np.int64)
-_MINE = local()
+_THREAD = local()
 
 
 @dataclass(frozen=True)
@@ -68,27 +68,26 @@ def scan(files: Sequence[tuple[Piece, Path]], progress: Callable[[int], None] | 
     done = 0
     with ThreadPoolExecutor(min(MAX_THREADS, usable_cores()), thread_name_prefix="scan") as pool:
         try:
-            for found in pool.map(lambda item: scan_file(*item), files):
+            for found in pool.map(scan_file, *zip(*files, strict=True)) if files else ():
                 done += max(0, found.num_bytes)
                 if progress:
                     progress(done)
                 yield found
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def scan_file(piece: Piece, path: Path) -> Scanned:
     """Read one file."""
-    state, looker = xxhash.xxh3_128(), _Looker(piece)
+    state, rows = xxhash.xxh3_128(), _RowScan(piece)
     step = max(1, BLOCK_BYTES // piece.row_bytes) * piece.row_bytes if piece.row_bytes else BLOCK_BYTES
     buffer = _buffer(step)
     done = 0
     try:
-        with path.open("rb", buffering=0) as file:
-            while count := _fill(file, buffer):
+        with path.open("rb") as file:
+            while count := file.readinto(buffer):  # full but for the last one
                 state.update(buffer[:count])
-                looker.look(buffer[:count])
+                rows.update(buffer[:count])
                 done += count
     except FileNotFoundError:
         return Scanned(piece, -1)
@@ -98,38 +97,36 @@ def scan_file(piece: Piece, path: Path) -> Scanned:
         return Scanned(piece, done, problem=error.strerror or str(error))
     if done != piece.num_bytes:
         return Scanned(piece, done, state.hexdigest())
-    return Scanned(piece, done, state.hexdigest(), "", *looker.found())
+    not_finite, zero = np.concatenate(rows.not_finite), np.concatenate(rows.zero)
+    return Scanned(piece, done, state.hexdigest(), "", not_finite, zero, rows.ids)
 
 
-class _Looker:
-    """Looks through the rows of a chunk file, block by block."""
+class _RowScan:
+    """Rows of a chunk file that are not finite or zero, and the range of its ids; fed block by block."""
 
     def __init__(self, piece: Piece) -> None:
-        self._piece = piece
-        self._done = 0
-        self._not_finite: list[NDArray[np.int64]] = []
-        self._zero: list[NDArray[np.int64]] = []
-        self._ids: list[int] = []
+        self._piece, self._done = piece, 0
+        self.not_finite, self.zero, self.ids = [_NONE], [_NONE], (-1, -1)
 
-    def look(self, block: memoryview) -> None:
+    def update(self, block: memoryview) -> None:
         piece = self._piece
         if piece.content not in ("embeddings", "head", "ids") or len(block) % piece.row_bytes:
             return
         rows = len(block) // piece.row_bytes
-        if piece.content != "head":
+        if piece.content != "head":  # what follows the rows is padding
             rows = min(rows, piece.num_rows - self._done)
         if rows <= 0:
             return
         used = block[: rows * piece.row_bytes]
         if piece.content == "ids":
             ids = np.frombuffer(used, dtype="<i8")
-            self._ids += [int(ids.min()), int(ids.max())]
+            low, high = self.ids if self._done else (ids[0], ids[0])
+            self.ids = min(int(ids.min()), int(low)), max(int(ids.max()), int(high))
         else:
-            # The exponent of a NaN or an infinity is all ones; as whole numbers these are the largest without a sign.
-            self._look_at_rows(np.frombuffer(used, dtype="<u2" if piece.content == "embeddings" else "<u4"), rows)
+            self._look_at_floats(np.frombuffer(used, dtype="<u2" if piece.content == "embeddings" else "<u4"), rows)
         self._done += rows
 
-    def _look_at_rows(self, numbers: NDArray[Any], rows: int) -> None:
+    def _look_at_floats(self, numbers: NDArray[Any], rows: int) -> None:
         """Floats as whole numbers: but for the sign, NaN and infinity, their exponents all ones, are the largest."""
         sign = 1 << (8 * numbers.itemsize - 1)
         limit = 0x7C00 if numbers.itemsize == 2 else 0x7F800000
@@ -137,34 +134,15 @@ class _Looker:
         # Two passes over the block tell that it is good, as nearly all are; rows are looked at where it is not.
         if numbers.max() >= sign | limit or numbers.view(numbers.dtype.str.replace("u", "i")).max() >= limit:
             largest = (by_row & (sign - 1)).max(axis=1)
-            self._not_finite.append(first + np.flatnonzero(largest >= limit))
+            self.not_finite.append(first + np.flatnonzero(largest >= limit))
         starts_with_zero = np.flatnonzero(by_row[:, 0] & (sign - 1) == 0)
         if starts_with_zero.size:
             largest = (by_row[starts_with_zero] & (sign - 1)).max(axis=1)
-            self._zero.append(first + starts_with_zero[largest == 0])
-
-    def found(self) -> tuple[NDArray[np.int64], NDArray[np.int64], tuple[int, int]]:
-        ids = (min(self._ids), max(self._ids)) if self._ids else (-1, -1)
-        return _joined(self._not_finite), _joined(self._zero), ids
-
-
-def _joined(parts: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    return np.concatenate(parts) if parts else _NONE
+            self.zero.append(first + starts_with_zero[largest == 0])
 
 
 def _buffer(size: int) -> memoryview:
     """This thread's own, kept from file to file."""
-    if len(getattr(_MINE, "buffer", b"")) < size:
-        _MINE.buffer = bytearray(size)
-    return memoryview(_MINE.buffer)[:size]
-
-
-def _fill(file: object, buffer: memoryview) -> int:
-    """Read until the buffer is full or the file ends."""
-    done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
-        if not count:
-            break
-        done += count
-    return done
+    if len(getattr(_THREAD, "buffer", b"")) < size:
+        _THREAD.buffer = bytearray(size)
+    return memoryview(_THREAD.buffer)[:size]

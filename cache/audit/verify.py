@@ -12,7 +12,7 @@ from ..errors import CacheError
 from ..version.journal import Journal
 from ..version.manifest import read_manifest, trusted_copy, vouched_digests
 from ..version.schema import Manifest, Plan, refuse_newer
-from ..version.spares import spare
+from ..version.spares import has_spare, spare
 from .cross_checks import check_content, read_states
 from .findings import MOVE, Finding, Report
 from .inventory import Piece, pieces, unlisted_packs
@@ -51,30 +51,30 @@ def verify_cache(folder: Path, started: Callable[[int], Callable[[int], None]] |
     report = Report()
     trusted = read_trusted(Layout(folder), report)
     layout, manifest = trusted.layout, trusted.manifest
-    wanted = pieces(manifest, trusted.shard_rows)
+    wanted, spares = pieces(manifest, trusted.shard_rows), _spare_copies(trusted, report)
     # Tables come first: once their bytes are known to be right, what they say is read while the other files are.
     in_turn = sorted(wanted, key=lambda piece: not piece.name.startswith("rows/"))
     files = [(piece, layout.find(layout.root / piece.name)) for piece in in_turn]
-    progress = started(sum(piece.num_bytes for piece in wanted)) if started else None
+    files += [(piece, layout.base.root / piece.name) for piece in spares]
+    progress = started(sum(piece.num_bytes for piece, _ in files)) if started else None
     arrays = {layout.name_of(table_of(layout, array)): array for array in manifest.arrays}
     scanned, states = {}, {}
     with ThreadPoolExecutor(1, thread_name_prefix="tables") as pool:
-        strangers = Report()
-        looking = pool.submit(_find_strangers, trusted, {piece.name for piece in wanted}, strangers)
+        unlisted = pool.submit(_find_unlisted, trusted, {piece.name for piece in wanted})
         for found in scan(files, progress):
             name = found.piece.name
             scanned[name] = found
             if name in arrays and found.sound:
                 states[arrays[name]] = pool.submit(read_states, layout, manifest, arrays[name]).result
-        looking.result()
-    report.findings += strangers.findings
-    report.notes += strangers.notes
+        findings, notes = unlisted.result()
+    copies = [scanned.pop(piece.name) for piece in spares]
     scanned = dict(sorted(scanned.items()))
-    for found in scanned.values():
-        report.num_files += found.num_bytes >= 0
-        report.num_bytes += max(0, found.num_bytes)
-        if not found.sound:
-            report.findings.append(_file_finding(found))
+    report.num_files = sum(found.num_bytes >= 0 for found in scanned.values())
+    report.num_bytes = sum(max(0, found.num_bytes) for found in scanned.values())
+    report.notes += notes
+    report.findings += findings
+    report.findings += [_file_finding(found) for found in scanned.values() if not found.sound]
+    report.findings += [_file_finding(copy, f"{spares[copy.piece]}: ") for copy in copies if not copy.sound]
     for piece in unlisted_packs(manifest, trusted.shard_rows):
         missing = "not in the manifest, though the cache has pixels"
         report.findings.append(Finding("pixels", piece.name, missing, array=piece.array, rows=piece.runs))
@@ -132,38 +132,57 @@ def _trusted_manifest(layout: Layout, report: Report) -> Manifest:
 
 def _trusted_plan(layout: Layout, manifest: Manifest) -> Plan | None:
     """The plan that the manifest was written for, or its spare copy; its own damage shows in its checksum."""
-    wanted = manifest.plan
-    path: Path | None = layout.find(layout.root / manifest.plan_file)
-    if path is None or not path.is_file() or digest(path.read_bytes()) != wanted:
-        path = spare(layout.base, wanted)
-    return None if path is None else Plan.read(path)
+    path = layout.find(layout.root / manifest.plan_file)
+    if path.is_file() and digest(path.read_bytes()) == manifest.plan:
+        return Plan.read(path)
+    copy = spare(layout.base, manifest.plan)
+    return Plan.read(copy) if copy else None
 
 
-def _find_strangers(trusted: Trusted, wanted: set[str], report: Report) -> None:
-    """Files that the manifest does not list."""
-    root = trusted.layout.base.root
-    known = wanted | set(trusted.manifest.superseded) | {"manifest.json", "manifest.xxh3"}
-    coming: set[str] = set()
+def _spare_copies(trusted: Trusted, report: Report) -> dict[Piece, str]:
+    """Copies that are in `log/spare/` or should be, and what each of them is."""
+    layout, files = trusted.layout.base, trusted.manifest.files
+    if not layout.spares.exists():  # a cache of before there were any
+        return {}
+    originals = {entry.digest: (name, entry.bytes) for name, entry in files.items() if has_spare(name)}
+    if layout.manifest.name not in report.files:
+        data = layout.manifest.read_bytes()
+        originals[digest(data)] = layout.manifest.name, len(data)
+    names = {path.name for path in layout.spares.iterdir() if not path.name.startswith(".")}
+    if not trusted.layout.under:  # of a change that is not finished, copies are made at its end
+        names |= originals.keys()
+    copies = {}
+    for name in sorted(names):
+        path = layout.spares / name
+        original, num_bytes = originals.get(name) or ("a file of an earlier version", path.stat().st_size)
+        copies[Piece(layout.name_of(path), num_bytes, name)] = f"spare copy of {original}"
+    return copies
+
+
+def _find_unlisted(trusted: Trusted, wanted: set[str]) -> tuple[list[Finding], list[str]]:
+    """Findings and notes on files that the manifest does not list."""
+    root, manifest = trusted.layout.base.root, trusted.manifest
+    known = {*wanted, *manifest.superseded, "manifest.json", "manifest.xxh3"}
+    findings, num_waiting = [], 0
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         top = name.split("/", 1)[0]
         if top in OUTSIDE or name in known or (path.is_dir() and not path.is_symlink()):
             continue
-        if top == "pixels" and not trusted.manifest.pixels and path.suffix == ".pack":
-            coming.add(name)
-            continue
-        if top.startswith(".") or path.name.endswith(PARTIAL):
-            report.findings.append(Finding("leftover", name, "left by a writer that was stopped", MOVE))
+        if top == "pixels" and not manifest.pixels and path.suffix == ".pack":
+            num_waiting += 1
+        elif top.startswith(".") or path.name.endswith(PARTIAL):
+            findings.append(Finding("leftover", name, "left by a writer that was stopped", MOVE))
         elif not (name == "rows" and path.is_symlink()):
-            report.findings.append(Finding("extra", name, "not in the manifest", MOVE))
-    if coming:
-        report.notes.append(
-            f"pixels/: {len(coming)} packs of a cache that has no pixels yet: `dimefm cache-teacher` was stopped while "
-            "it kept them, and goes on with the same cache.pixels"
-        )
+            findings.append(Finding("extra", name, "not in the manifest", MOVE))
+    note = (
+        f"pixels/: {num_waiting} packs of a cache that has no pixels yet: `dimefm cache-teacher` was stopped while "
+        "it kept them, and goes on with the same cache.pixels"
+    )
+    return findings, [note] if num_waiting else []
 
 
-def _file_finding(found: Scanned) -> Finding:
+def _file_finding(found: Scanned, what: str = "") -> Finding:
     piece = found.piece
     if found.num_bytes < 0:
         kind, message = "missing", "missing"
@@ -174,7 +193,7 @@ def _file_finding(found: Scanned) -> Finding:
         message = f"{found.num_bytes:,} bytes, wanted {piece.num_bytes:,}"
     else:
         kind, message = "changed", "its bytes have changed (the checksum differs)"
-    return Finding(kind, piece.name, message, array=piece.array or None, rows=piece.runs)
+    return Finding(kind, piece.name, what + message, array=piece.array or None, rows=piece.runs)
 
 
 def _check_journal(trusted: Trusted, wanted: list[Piece]) -> list[Finding]:

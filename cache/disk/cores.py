@@ -1,10 +1,17 @@
-"""How many CPU cores this process may use: what thread pools and workers are sized by."""
+"""How many CPU cores this process may use, which sizes thread pools and workers; and a lazy map over a pool."""
 
 import math
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
 def usable_cores(root: Path = Path("/")) -> int:
@@ -40,3 +47,16 @@ def _quota(group: Path) -> Iterator[float]:
             quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         if int(quota) > 0:
             yield int(quota) / int(period)
+
+
+def map_ahead(pool: Executor, function: Callable[[T], U], items: Iterable[T], ahead: int) -> Iterator[U]:
+    """As `pool.map`, in order, but only `ahead` items are taken before their results are; left early, none is begun."""
+    remaining = iter(items)
+    pending: deque[Future[U]] = deque(pool.submit(function, item) for item in islice(remaining, ahead))
+    try:
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(pool.submit(function, item) for item in islice(remaining, 1))
+    finally:
+        for future in pending:
+            future.cancel()

@@ -1,5 +1,6 @@
 """Writing so that a crash at any moment leaves either the old file or the new one, never half of one."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,12 @@ def digest(*pieces: bytes | memoryview) -> str:
     for piece in pieces:
         state.update(piece)
     return state.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """XXH3-128 of a file, as `digest` gives it; memory stays small."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -135,8 +142,10 @@ def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
     line = to_json_line(value)
     try:
         with path.open("ab+") as file:
-            if file.tell() and not _ends_with_newline(file):
-                line = b"\n" + line  # fence off a torn line, or it would swallow this one
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    line = b"\n" + line  # fence off a torn line, or it would swallow this one
             file.write(line)
             file.flush()
             if durable:
@@ -149,11 +158,6 @@ def sync_file(path: Path) -> None:
     """Make what was written to a file survive a power cut."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def _ends_with_newline(file: Any) -> bool:
-    file.seek(-1, os.SEEK_END)
-    return bool(file.read(1) == b"\n")
 
 
 def read_lines(path: Path) -> Iterator[Any]:

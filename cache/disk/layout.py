@@ -90,6 +90,11 @@ class Layout:
         return self.root / "log" / "timings.jsonl"
 
     @property
+    def spares(self) -> Path:
+        """Spare copies of files, each named after its digest."""
+        return self.root / "log" / "spare"
+
+    @property
     def lock(self) -> Path:
         return self.root / "log" / "writer.lock"
 

@@ -83,6 +83,11 @@ class RowTable:
             raise CacheError(f"{path}: holds {there} rows, the manifest counts {num_rows}; the row table is damaged")
 
     @property
+    def schema(self) -> pa.Schema:
+        """Columns and their types."""
+        return self._file.schema_arrow
+
+    @property
     def shard_rows(self) -> int:
         """Rows of a shard, as the table is divided."""
         return max(1, int(self._file.metadata.row_group(0).num_rows))
@@ -93,7 +98,7 @@ class RowTable:
 
     def has(self, column: str) -> bool:
         """Whether the table has this column; older ones lack some."""
-        return column in self._file.schema_arrow.names
+        return column in self.schema.names
 
     def shard(self, shard: int, columns: Sequence[str]) -> dict[str, list[Any]]:
         """Columns of one shard's rows as Python lists."""
@@ -119,9 +124,8 @@ class RowTable:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Every row as a mapping, `row` and all, one shard in memory at a time."""
-        schema = self._file.schema_arrow
         for shard in range(self.num_shards):
-            yield from pa.table(self.shard(shard, schema.names), schema=schema).to_pylist()
+            yield from pa.table(self.shard(shard, self.schema.names), schema=self.schema).to_pylist()
 
     def take(self, rows: Sequence[int], column: str) -> list[Any]:
         """Values of one column at some rows."""
@@ -144,14 +148,8 @@ def good_rows(table: pa.Table, shared: bool) -> NDArray[np.bool_]:
 
 def mark_failures(path: Path, failures: Mapping[int, str], shard_rows: int) -> None:
     """Rewrite a table durably with these rows failed, each with its reason; the others keep what they have."""
-    table = RowTable(path)
-
-    def marked() -> Iterable[Mapping[str, Any]]:
-        for row in table.records():
-            yield {**row, "status": FAILED, "reason": failures[row["row"]]} if row["row"] in failures else row
-
     if failures:
-        write_rows(path, table._file.schema_arrow, marked(), shard_rows)
+        restate_rows(path, path, failures, shard_rows)
 
 
 def restate_rows(source: Path, target: Path, states: Mapping[int, str | None], shard_rows: int) -> None:
@@ -162,14 +160,13 @@ def restate_rows(source: Path, target: Path, states: Mapping[int, str | None], s
     """
     table = RowTable(source)
 
-    def restated() -> Iterable[Mapping[str, Any]]:
-        for row in table.records():
-            if row["row"] in states:
-                reason = states[row["row"]]
-                row |= {"status": OK if reason is None else FAILED, "reason": reason}
-            yield row
+    def restated(row: dict[str, Any]) -> dict[str, Any]:
+        if row["row"] not in states:
+            return row
+        reason = states[row["row"]]
+        return {**row, "status": OK if reason is None else FAILED, "reason": reason}
 
-    write_rows(target, table._file.schema_arrow, restated(), shard_rows)
+    write_rows(target, table.schema, map(restated, table.records()), shard_rows)
 
 
 def write_own_failures(path: Path, failures: Mapping[str, Mapping[int, str]]) -> None:

@@ -16,7 +16,7 @@ from ..disk.mapped import MappedArray
 from ..disk.row_tables import RowTable, good_rows, read_own_failures
 from ..errors import CacheError
 from ..version.manifest import read_manifest
-from ..version.plan_file import plan_named, read_plan
+from ..version.plan_file import read_plan
 from ..version.schema import Manifest, Plan, Views
 from .masks import mask_digest, read_mask
 from .pixel_packs import PixelPacks
@@ -118,6 +118,11 @@ class Pairs:
     ids: MappedArray
     scores: MappedArray
 
+    @classmethod
+    def open(cls, store: Path, direction: str) -> "Pairs":
+        """Open the pairs of one direction; errors as `MappedArray.open`."""
+        return cls(MappedArray.open(store, f"{direction}/ids"), MappedArray.open(store, f"{direction}/scores"))
+
 
 @dataclass(frozen=True)
 class FeatureCache:
@@ -151,7 +156,7 @@ class FeatureCache:
             raise CacheError(f"{layout.root}: no teacher cache (no plan.json); run `dimefm cache-teacher` first")
         if manifest is None:
             raise CacheError(f"{layout.root}: unfinished (no manifest.json); run `dimefm cache-teacher` to finish it")
-        path = plan_named(layout, manifest)
+        path = layout.root / manifest.plan_file
         if not path.exists() or digest(path.read_bytes()) != manifest.plan:
             raise CacheError(f"{path}: missing, or not the one that manifest.json was written for; restore it")
         plan = Plan.read(path)
@@ -182,15 +187,14 @@ class FeatureCache:
             InputError: if there is no such mask; it names those that there are.
             CacheError: if its file is missing or damaged.
         """
-        changes: dict[str, Any] = {}
-        masks = dict(self.masks)
+        changes: dict[str, Any] = {"masks": dict(self.masks)}
         for side, name in (("images", images), ("sentences", sentences)):
             if name is not None:
                 whole: EmbeddingSet = getattr(self, side)
                 keep = read_mask(self.layout, self.manifest, side, name, len(whole))
                 changes[side] = replace(whole, mask=keep)
-                masks[side] = {"name": name, "digest": mask_digest(self.layout, self.manifest, side, name)}
-        return replace(self, masks=masks, **changes)
+                changes["masks"][side] = {"name": name, "digest": mask_digest(self.layout, self.manifest, side, name)}
+        return replace(self, **changes)
 
     def weighted(
         self, images: Mapping[str, float] | None = None, sentences: Mapping[str, float] | None = None
@@ -207,8 +211,7 @@ class FeatureCache:
         changes: dict[str, Any] = {}
         for side, weights in (("images", images), ("sentences", sentences)):
             whole: EmbeddingSet = getattr(self, side)
-            mixture = mixture_of(whole.rows, side, weights or {})
-            if mixture is not None:
+            if mixture := mixture_of(whole.rows, side, weights or {}):
                 changes[side] = replace(whole, mixture=mixture)
         return replace(self, **changes)
 
@@ -259,22 +262,18 @@ class FeatureCache:
         """
         if not self.manifest.pairs:
             return None
-        return self._pairs.get(direction) or _open_direction(self.layout, self.manifest, direction)
+        return self._pairs.get(direction) or Pairs.open(self.layout.root / self.manifest.pairs.store, direction)
 
 
 def _open_pairs(layout: Layout, manifest: Manifest) -> dict[str, Pairs]:
     """Pairs of both directions, mapped now: a later version of the cache removes their files in the end."""
-    found = {}
-    for direction in DIRECTIONS if manifest.pairs else ():
-        with suppress(CacheError):  # told when they are asked for
-            found[direction] = _open_direction(layout, manifest, direction)
+    found: dict[str, Pairs] = {}
+    if manifest.pairs is None:
+        return found
+    for direction in DIRECTIONS:
+        with suppress(CacheError):  # raised when they are asked for
+            found[direction] = Pairs.open(layout.root / manifest.pairs.store, direction)
     return found
-
-
-def _open_direction(layout: Layout, manifest: Manifest, direction: str) -> Pairs:
-    assert manifest.pairs is not None
-    store = layout.root / manifest.pairs.store
-    return Pairs(MappedArray.open(store, f"{direction}/ids"), MappedArray.open(store, f"{direction}/scores"))
 
 
 def draws_from_rounded_sizes(cache: FeatureCache) -> bool:

@@ -5,26 +5,23 @@ first and holds the lines of the old manifest and of the new one: whichever is t
 last line is the checksum of the lines before it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from ..disk.durable import digest, write_bytes
+from ..disk.durable import digest, file_digest, write_bytes
 from ..disk.layout import Layout
 from ..errors import CacheError
-from .schema import FileEntry, Manifest, parse_json
+from .schema import FileEntry, Manifest, refuse_newer
 from .spares import drop_spares, keep_spares, spare_manifests
 
 
 def file_entry(path: Path) -> FileEntry:
-    """Size and checksum of a file, read whole."""
-    data = path.read_bytes()
-    return FileEntry(bytes=len(data), digest=digest(data))
+    """Size and checksum of a file."""
+    return FileEntry(bytes=path.stat().st_size, digest=file_digest(path))
 
 
-def write_manifest(layout: Layout, manifest: Manifest | Mapping[str, Any]) -> None:
+def write_manifest(layout: Layout, manifest: Manifest) -> None:
     """Put a version of the cache into force."""
-    manifest = Manifest.of(manifest)
     data = manifest.to_bytes()
     known = [digest(layout.manifest.read_bytes())] if layout.manifest.exists() else []
     kept = not layout.under  # a version in the making becomes the cache's own with another call of this
@@ -69,11 +66,11 @@ def read_manifest(layout: Layout) -> Manifest | None:
     if not layout.manifest.exists():
         return None
     data = layout.manifest.read_bytes()
-    document = parse_json(layout.manifest, data)
+    refuse_newer(layout.manifest, data)
     if not layout.manifest_digest.exists():
         raise CacheError(
             f"{layout.manifest_digest}: missing; without it nobody can tell whether manifest.json is whole"
         )
     if digest(data) not in vouched_digests(layout)[0]:
         raise CacheError(f"{layout.manifest}: not what dimefm wrote (its checksum differs); put the original back")
-    return Manifest.from_dict(layout.manifest, document)
+    return Manifest.parse(layout.manifest, data)

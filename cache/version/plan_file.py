@@ -13,18 +13,14 @@ from ..disk.durable import digest, write_bytes
 from ..disk.layout import Layout
 from ..errors import CacheError
 from .manifest import read_manifest
-from .schema import Manifest, Plan, Record
+from .schema import Plan, Record
 
 MISSING = "nothing"
 
 
 def plan_in_force(layout: Layout) -> Path:
     """The file that the manifest names; plan.json while there is no manifest."""
-    return plan_named(layout, read_manifest(layout))
-
-
-def plan_named(layout: Layout, manifest: Manifest | None) -> Path:
-    """The plan that a manifest was written for."""
+    manifest = read_manifest(layout)
     return layout.root / manifest.plan_file if manifest else layout.plan
 
 
@@ -34,9 +30,9 @@ def read_plan(layout: Layout) -> Plan | None:
     return Plan.read(path) if path.exists() else None
 
 
-def write_plan(layout: Layout, plan: Plan | Mapping[str, Any]) -> None:
+def write_plan(layout: Layout, plan: Plan) -> None:
     """Freeze the identity of a cache, or of a version in the making."""
-    write_bytes(layout.plan, Plan.of(plan).to_bytes())
+    write_bytes(layout.plan, plan.to_bytes())
 
 
 def identity(layout: Layout) -> str:

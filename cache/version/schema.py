@@ -5,12 +5,10 @@ know are kept. So a document that is read and written again has the same bytes.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..disk.durable import to_json
 from ..disk.layout import FORMAT
@@ -30,32 +28,9 @@ class Record(BaseModel):
         """A copy with some keys set; all others as they were, absent ones absent."""
         return type(self)(**{name: value for name, value in self if name in self.model_fields_set} | changes)
 
-    # Temporary: access like a dict's, for code that does not yet use attributes. Remove this block when it does.
-    def __getitem__(self, key: str) -> Any:
-        return self.model_dump(include={key}, exclude_unset=True)[key]
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.to_dict().get(key, default)
-
-    def keys(self) -> Iterator[str]:
-        return iter(self.to_dict())
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.model_fields_set
-
-    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
-        return {**self.to_dict(), **other}
-
-    def __eq__(self, other: object) -> bool:
-        return self.to_dict() == other if isinstance(other, dict) else super().__eq__(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @classmethod
-    def of(cls, value: "Self | Mapping[str, Any]") -> Self:
-        return value if isinstance(value, cls) else cls.model_validate(dict(value))
-
-    # End of the temporary block.
+class NewerFormatError(CacheError):
+    """A document of a format that this version does not know."""
 
 
 class Document(Record):
@@ -71,13 +46,18 @@ class Document(Record):
             path: the file, for messages.
 
         Raises:
-            CacheError: if it is not such a document, or of a format newer than this code.
+            CacheError: if it is not such a document.
+            NewerFormatError: if its format is newer than this code.
         """
-        return cls.from_dict(path, parse_json(path, data))
-
-    @classmethod
-    def from_dict(cls, path: Path, document: Mapping[str, Any]) -> Self:
-        """As `parse`, from the JSON object."""
+        try:
+            document = json.loads(data)
+        except ValueError as error:
+            raise CacheError(f"{path}: not a JSON document ({error}); it was cut or edited") from error
+        found = document.get("format") if isinstance(document, dict) else None
+        if not isinstance(found, int):
+            raise CacheError(f"{path}: says no format; wanted a document that dimefm wrote")
+        if found > FORMAT:
+            raise NewerFormatError(f"{path}: format {found}, this dimefm reads up to {FORMAT}; update dimefm")
         try:
             return cls.model_validate(document)
         except ValidationError as error:
@@ -95,34 +75,18 @@ class Document(Record):
         return to_json({"format": FORMAT, **self.to_dict()})
 
 
-def parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    """The JSON object of a plan or a manifest, its keys unchecked but for the format.
-
-    Raises:
-        CacheError: if it is not JSON, or of a format newer than this code.
-    """
-    try:
-        document = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CacheError(f"{path}: not a JSON document ({error}); it was cut or edited") from error
-    found = document.get("format") if isinstance(document, dict) else None
-    if not isinstance(found, int):
-        raise CacheError(f"{path}: says no format; wanted a document that dimefm wrote")
-    if found > FORMAT:
-        raise CacheError(f"{path}: format {found}, this dimefm reads up to {FORMAT}; update dimefm")
-    return dict(document)
-
-
 def refuse_newer(path: Path, data: bytes) -> None:
     """Refuse a document of a newer format before its unknown content is taken for damage.
 
     Raises:
-        CacheError: if it is one.
+        NewerFormatError: if it is one.
     """
-    with suppress(json.JSONDecodeError, UnicodeDecodeError):
-        document = json.loads(data)
-        if isinstance(document, dict) and isinstance(document.get("format"), int) and document["format"] > FORMAT:
-            parse_json(path, data)
+    try:
+        Document.parse(path, data)
+    except NewerFormatError:
+        raise
+    except CacheError:
+        return
 
 
 # plan.json
@@ -140,8 +104,8 @@ class TeacherIdentity(Record):
     architecture: str = ""
     weights: str = ""
     tokenizer: Any = None
-    preprocess: dict[str, Any] = Field(default_factory=dict)
-    libraries: dict[str, str] = Field(default_factory=dict)
+    preprocess: dict[str, Any] = {}
+    libraries: dict[str, str] = {}
 
 
 class ImageList(Record):
@@ -170,7 +134,7 @@ class SentenceList(Record):
     """All sentences: those of the files, then the prompts."""
 
     rows: int
-    sources: list[SentenceSource] = Field(default_factory=list)
+    sources: list[SentenceSource] = []
     prompts: PromptList | None = None
 
 
@@ -189,7 +153,7 @@ class Inputs(Record):
 
     images: ImageList
     sentences: SentenceList
-    evaluate: dict[str, LabelledList] = Field(default_factory=dict)
+    evaluate: dict[str, LabelledList] = {}
 
 
 class Views(Record):
@@ -197,16 +161,16 @@ class Views(Record):
 
     count: int
     crops: dict[str, Any]
-    decoder: dict[str, str] = Field(default_factory=dict)
+    decoder: dict[str, str] = {}
 
 
 class GrowthStep(Record):
     """One append: the digest of the plan before, its rows by array, and what embedded the rows that followed."""
 
     plan: str
-    rows: dict[str, int] = Field(default_factory=dict)
-    libraries: dict[str, str] = Field(default_factory=dict)
-    decoder: dict[str, str] = Field(default_factory=dict)
+    rows: dict[str, int] = {}
+    libraries: dict[str, str] = {}
+    decoder: dict[str, str] = {}
 
 
 class Plan(Document):
@@ -226,7 +190,7 @@ class Plan(Document):
     rows_of: str | None = None
     pixels: str | None = None
     views: Views | None = None
-    grown: list[GrowthStep] = Field(default_factory=list)
+    grown: list[GrowthStep] = []
 
 
 # manifest.json
@@ -244,7 +208,7 @@ class ArrayCounts(Record):
 
     rows: int
     failed: int = 0
-    reasons: dict[str, int] = Field(default_factory=dict)
+    reasons: dict[str, int] = {}
 
 
 class PairStore(Record):
@@ -283,7 +247,7 @@ class Origin(Record):
     """Where a shard comes from that a repair made again, and the cosine of sound rows with what was there."""
 
     by: str
-    libraries: dict[str, str] = Field(default_factory=dict)
+    libraries: dict[str, str] = {}
     cosine: dict[str, float] | None = None
     compared: int = 0
 
@@ -308,12 +272,12 @@ class Manifest(Document):
     plan: str = ""
     plan_file: str = "plan.json"
     arrays: dict[str, ArrayCounts]
-    files: dict[str, FileEntry] = Field(default_factory=dict)
-    superseded: list[str] = Field(default_factory=list)
+    files: dict[str, FileEntry] = {}
+    superseded: list[str] = []
     pairs: PairStore | None = None
     pairs_settings: dict[str, Any] | None = None
-    index: dict[str, IndexInfo] = Field(default_factory=dict)
+    index: dict[str, IndexInfo] = {}
     pixels: KeptPixels | None = None
     text_tower: str | None = "text_tower"
-    transductive: list[str] = Field(default_factory=list)
-    origins: dict[str, dict[str, Origin]] = Field(default_factory=dict)
+    transductive: list[str] = []
+    origins: dict[str, dict[str, Origin]] = {}

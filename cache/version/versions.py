@@ -10,9 +10,7 @@ Rows that existed keep their bytes in all of these files, so readers may come at
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..disk.durable import PARTIAL, make_folder, sync_folder
 from ..disk.layout import Layout
@@ -22,7 +20,7 @@ from .manifest import read_manifest, write_manifest
 from .schema import Manifest
 
 
-def put_in_force(layout: Layout, manifest: Manifest | Mapping[str, Any]) -> None:
+def put_in_force(layout: Layout, manifest: Manifest) -> None:
     """Make this the cache's manifest; of a version in the making, move its files into place as well.
 
     Files of the version before that are no longer part of the cache are listed as `superseded` and stay, for readers
@@ -31,7 +29,6 @@ def put_in_force(layout: Layout, manifest: Manifest | Mapping[str, Any]) -> None
     Args:
         manifest: its `superseded` is ignored.
     """
-    manifest = Manifest.of(manifest)
     before = read_manifest(layout.base)
     older = before.superseded if before else []
     superseded = sorted(set(before.files) - set(manifest.files)) if before else []

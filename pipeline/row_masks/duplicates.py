@@ -1,9 +1,10 @@
 """`dimefm cache duplicates` and `leakage`: rows to leave out of training, found among the cached embeddings."""
 
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from ...cache.disk.index import Index
@@ -11,10 +12,10 @@ from ...cache.errors import InputError
 from ...cache.reader.feature_cache import EmbeddingSet, FeatureCache
 from ...cache.reader.masks import Side, add_mask, check_mask_name
 from ...stages.retrieve.near_duplicates import find_duplicates, nearest_leak, own_index
-from ..progress import bar, say
+from ..progress import bar, say, short
+from .mask import side_of
 
 LINES_SHOWN = 20
-NAME_WIDTH = 60
 
 TITLES = {"images": "source", "sentences": "text"}
 """Side -> column that a person knows a row by."""
@@ -39,10 +40,8 @@ def duplicates(
         CacheError: if the cache is unfinished or damaged.
         InputError: if the threshold, the side or a mask's name is none.
     """
-    _check_threshold(threshold)
-    named = _side(side)
-    if mask is not None:
-        check_mask_name(mask)
+    _check(threshold, mask)
+    named = side_of(side)
     cache = FeatureCache.open(folder)
     rows: EmbeddingSet = getattr(cache, named)
     compared = _compared(cache, named, within)
@@ -52,14 +51,15 @@ def duplicates(
     if mask is not None:
         add_mask(cache.layout, named, mask, _keep(len(rows), compared, found.rows), rows_since=True)
     order = np.lexsort((found.rows, -found.scores))
-    names = rows.rows.take(found.rows[order].tolist(), TITLES[side])
-    kept = rows.rows.take(found.kept[order].tolist(), TITLES[side])
-    listed = [
-        {"row": int(row), "name": name, "kept_row": int(kept_row), "kept_name": kept_name, "cosine": float(score)}
-        for row, name, kept_row, kept_name, score in zip(
-            found.rows[order], names, found.kept[order], kept, found.scores[order], strict=True
-        )
-    ]
+    listed = pa.table(
+        {
+            "row": found.rows[order],
+            "name": rows.rows.take(found.rows[order].tolist(), TITLES[side]),
+            "kept_row": found.kept[order],
+            "kept_name": rows.rows.take(found.kept[order].tolist(), TITLES[side]),
+            "cosine": found.scores[order],
+        }
+    )
     return {
         "cache": str(cache.layout.root),
         "side": side,
@@ -70,7 +70,7 @@ def duplicates(
         "groups": len(np.unique(found.kept)),
         "cut": found.num_cut,
         "mask": mask,
-        "rows": listed,
+        "rows": listed.to_pylist(),
     }
 
 
@@ -91,9 +91,7 @@ def leakage(folder: Path, threshold: float, mask: str | None = None, within: str
         CacheError: if the cache is unfinished or damaged.
         InputError: if it has no evaluation set, or the threshold or a mask's name is none.
     """
-    _check_threshold(threshold)
-    if mask is not None:
-        check_mask_name(mask)
+    _check(threshold, mask)
     cache = FeatureCache.open(folder)
     if not cache.evaluate:
         raise InputError(
@@ -111,19 +109,15 @@ def leakage(folder: Path, threshold: float, mask: str | None = None, within: str
         leaking[found.targets] = True
         num_cut += found.num_cut
         sets[name] = {"images": len(labelled), "leaks": len(found.targets)}
-        ours = cache.images.rows.take(found.targets.tolist(), "source")
-        theirs = item.images.rows.take(found.queries.tolist(), "source")
-        listed += [
-            {
-                "row": int(row),
-                "name": ours[i],
-                "set": name,
-                "evaluate_row": int(found.queries[i]),
-                "evaluate_name": theirs[i],
-                "cosine": float(found.scores[i]),
-            }
-            for i, row in enumerate(found.targets)
-        ]
+        leaks = {
+            "row": found.targets,
+            "name": cache.images.rows.take(found.targets.tolist(), "source"),
+            "set": [name] * len(found.targets),
+            "evaluate_row": found.queries,
+            "evaluate_name": item.images.rows.take(found.queries.tolist(), "source"),
+            "cosine": found.scores,
+        }
+        listed += pa.table(leaks).to_pylist()
     if mask is not None:
         keep = _keep(len(cache.images), compared, np.flatnonzero(leaking))
         add_mask(cache.layout, "images", mask, keep, rows_since=True)
@@ -142,16 +136,13 @@ def leakage(folder: Path, threshold: float, mask: str | None = None, within: str
 
 def duplicate_lines(found: dict[str, Any]) -> list[str]:
     """What `duplicates` found, for a person to read."""
-    lines = [
+    head = (
         f"{found['cache']}: {found['dropped']:,} of {found['compared']:,} {found['side']} repeat an earlier one "
         f"(cosine at least {found['threshold']:g}), in {found['groups']:,} groups; {found['identical']:,} have its "
         "very embedding"
-    ]
-    lines += [
-        f"  {row['cosine']:.4f}  {row['row']:,} {_short(row['name'])} = {row['kept_row']:,} {_short(row['kept_name'])}"
-        for row in found["rows"][:LINES_SHOWN]
-    ]
-    return lines + _closing_lines(found, f"{found['side']}.mask")
+    )
+    kept = [f"{row['kept_row']:,} {short(row['kept_name'])}" for row in found["rows"][:LINES_SHOWN]]
+    return _lines(head, found, kept, f"{found['side']}.mask")
 
 
 def leakage_lines(found: dict[str, Any]) -> list[str]:
@@ -159,20 +150,22 @@ def leakage_lines(found: dict[str, Any]) -> list[str]:
     sets = ", ".join(
         f"{item['leaks']:,} into {name} ({item['images']:,} images)" for name, item in found["sets"].items()
     )
-    lines = [
+    head = (
         f"{found['cache']}: {found['dropped']:,} of {found['compared']:,} training images leak "
         f"(cosine at least {found['threshold']:g}): {sets}"
+    )
+    nearest = [
+        f"{row['set']} {row['evaluate_row']:,} {short(row['evaluate_name'])}" for row in found["rows"][:LINES_SHOWN]
     ]
-    lines += [
-        f"  {row['cosine']:.4f}  {row['row']:,} {_short(row['name'])} = "
-        f"{row['set']} {row['evaluate_row']:,} {_short(row['evaluate_name'])}"
-        for row in found["rows"][:LINES_SHOWN]
-    ]
-    return lines + _closing_lines(found, "images.mask")
+    return _lines(head, found, nearest, "images.mask")
 
 
-def _closing_lines(found: dict[str, Any], key: str) -> list[str]:
-    lines = []
+def _lines(head: str, found: dict[str, Any], others: list[str], key: str) -> list[str]:
+    """The head, the surest pairs of a row and what it is near to, and what became of it all."""
+    lines = [head] + [
+        f"  {row['cosine']:.4f}  {row['row']:,} {short(row['name'])} = {other}"
+        for row, other in zip(found["rows"], others)
+    ]
     if len(found["rows"]) > LINES_SHOWN:
         lines.append(f"  and {len(found['rows']) - LINES_SHOWN:,} more; --json lists all")
     if found["cut"]:
@@ -184,16 +177,11 @@ def _closing_lines(found: dict[str, Any], key: str) -> list[str]:
     return lines
 
 
-def _check_threshold(threshold: float) -> None:
+def _check(threshold: float, mask: str | None) -> None:
     if not 0 < threshold <= 1:
         raise InputError(f"--threshold {threshold:g}: a cosine; wanted above 0 and at most 1, such as 0.95")
-
-
-def _side(name: str) -> Side:
-    for side in get_args(Side):
-        if name == side:
-            return cast(Side, side)
-    raise InputError(f"--side {name}: wanted images or sentences")
+    if mask is not None:
+        check_mask_name(mask)
 
 
 def _compared(cache: FeatureCache, side: Side, within: str | None) -> NDArray[np.int64]:
@@ -218,9 +206,3 @@ def _index(cache: FeatureCache, side: str, rows: EmbeddingSet) -> Index:
         return Index.load(cache.layout.root / info.file, width, num_rows)
     say(f"building an index over {len(rows.usable):,} {side}: this cache has none")
     return own_index(rows.embeddings, rows.usable)
-
-
-def _short(name: str) -> str:
-    """A name on one line, and not a long one."""
-    shown = name if name.isprintable() else repr(name)
-    return shown if len(shown) <= NAME_WIDTH else f"{shown[: NAME_WIDTH - 3]}..."

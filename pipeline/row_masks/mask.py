@@ -1,6 +1,7 @@
 """`dimefm cache mask`: a choice of rows from a file gets a name."""
 
 from pathlib import Path
+from typing import cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,15 +26,20 @@ def mask_from_file(folder: Path, name: str, side: str, keep: Path) -> str:
         InputError: if the file, the side or the name is unfit, or the name is taken.
         CacheError: if the cache is unfinished, damaged or being written by another process.
     """
-    if side not in ("images", "sentences"):
-        raise InputError(f"--side {side}: wanted images or sentences")
-    named: Side = "images" if side == "images" else "sentences"
+    named = side_of(side)
     cache = FeatureCache.open(folder)
     rows: EmbeddingSet = getattr(cache, named)
     chosen = _read(keep, len(rows))
     add_mask(cache.layout, named, name, chosen)
     share = f"{chosen.sum():,} of {len(rows):,} {named}"
     return f'{folder}: mask {name} keeps {share}; {named}.mask = "{name}" chooses them for a run'
+
+
+def side_of(name: str) -> Side:
+    """Raises InputError unless the name is `images` or `sentences`."""
+    if name not in get_args(Side):
+        raise InputError(f"--side {name}: wanted images or sentences")
+    return cast(Side, name)
 
 
 def _read(path: Path, num_rows: int) -> NDArray[np.bool_]:

@@ -1,7 +1,7 @@
 """`dimefm cache select`: the sentences that images retrieve, as a named mask, with a report of what they cover."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +13,10 @@ from ...cache.errors import InputError
 from ...cache.reader.feature_cache import EmbeddingSet, FeatureCache
 from ...cache.reader.masks import add_mask, check_mask_name
 from ...stages.retrieve.hubs import PairScores, Ranking, in_degrees, largest_hubs
-from ...stages.retrieve.select import Selection, select_sentences
-from ..progress import say
+from ...stages.retrieve.select import select_sentences
+from ..progress import say, short
 
 HUBS_SHOWN = 3
-NAME_WIDTH = 60
 NO_ORIGIN = "not recorded"
 
 
@@ -59,11 +58,12 @@ def select(
     """
     if side != "sentences":
         raise InputError(f"--side {side}: wanted sentences; `dimefm cache mask` names a choice of images")
-    ranking = _ranking(rank)
+    if rank not in get_args(Ranking):
+        raise InputError(f"--rank {rank}: wanted {', '.join(get_args(Ranking))}")
     _check(min_score, cap, target)
     check_mask_name(mask)
     cache = FeatureCache.open(folder).masked(images=images_mask, sentences=within)
-    pairs = PairScores.of(cache, ranking, float(cache.teacher["logit_scale"]))
+    pairs = PairScores.of(cache, cast(Ranking, rank), float(cache.teacher["logit_scale"]))
     first = pairs.k if k is None else k
     if not 1 <= first <= pairs.k:
         raise InputError(
@@ -74,7 +74,7 @@ def select(
     chosen = select_sentences(pairs, first, min_score, cap, target)
     if not chosen.keep.any():
         raise InputError(_nothing(pairs, min_score))
-    before = PairScores.of(cache, "cosine", 1.0) if ranking != "cosine" else pairs
+    before = PairScores.of(cache, "cosine", 1.0) if rank != "cosine" else pairs
     found = {
         "cache": str(cache.layout.root),
         "mask": mask,
@@ -92,7 +92,13 @@ def select(
             "qualify": chosen.qualify,
             "of": len(cache.sentences.usable),
         },
-        "images": _coverage(chosen),
+        "images": {
+            "covered": len(chosen.cosines),
+            "crowded_out": chosen.crowded_out,
+            "without": chosen.images - len(chosen.cosines),
+            "without_candidate": chosen.images - chosen.with_candidate,
+            "of": chosen.images,
+        },
         "hubs": {
             "before": _hubs(in_degrees(before, first), cache.sentences.usable, cache.sentences),
             "after": _hubs(chosen.degrees, np.flatnonzero(chosen.keep), cache.sentences),
@@ -119,13 +125,13 @@ def select_lines(found: dict[str, Any]) -> list[str]:
     ]
     for name, item in found["hubs"].items():
         hubs = item["largest"]
-        most = f"{hubs[0]['row']:,} {_short(hubs[0]['text'])}" if hubs else ""
+        most = f"{hubs[0]['row']:,} {short(hubs[0]['text'])}" if hubs else ""
         largest = hubs[0]["images"] if hubs else 0
         lines.append(
             f"  {name:<10}{largest:>10,}{item['skewness']:>10.2f}{100 * item['never']:>7.1f} %  {most}".rstrip()
         )
     lines += ["", "kept of each source"]
-    lines += [f"  {_short(name)}: {item['kept']:,} of {item['of']:,}" for name, item in found["origins"].items()]
+    lines += [f"  {short(name)}: {item['kept']:,} of {item['of']:,}" for name, item in found["origins"].items()]
     lines += ["", " " * 32 + "".join(f"{100 * q:>8g} %" for q in QUANTILES)]
     for title, values in (
         ("cosine to the nearest kept", found["cosine"]),
@@ -134,13 +140,6 @@ def select_lines(found: dict[str, Any]) -> list[str]:
         lines.append(f"  {title:<30}" + "".join(f"{values[str(q)]:>10.3f}" for q in QUANTILES))
     lines.append(f'saved as a mask; sentences.mask = "{found["mask"]}" chooses them for a run')
     return lines
-
-
-def _ranking(name: str) -> Ranking:
-    for ranking in get_args(Ranking):
-        if name == ranking:
-            return ranking
-    raise InputError(f"--rank {name}: wanted {', '.join(get_args(Ranking))}")
 
 
 def _check(min_score: float | None, cap: int | None, target: int | None) -> None:
@@ -157,17 +156,6 @@ def _nothing(pairs: PairScores, min_score: float | None) -> str:
     if min_score is None or best == -1.0:
         return "no image retrieves any of these sentences, so nothing would be kept; widen --within or --images-mask"
     return f"--min-score {min_score:g}: no image has a sentence that near (the nearest has {best:.3f}); lower it"
-
-
-def _coverage(chosen: Selection) -> dict[str, int]:
-    covered = len(chosen.cosines)
-    return {
-        "covered": covered,
-        "crowded_out": chosen.crowded_out,
-        "without": chosen.images - covered,
-        "without_candidate": chosen.images - chosen.with_candidate,
-        "of": chosen.images,
-    }
 
 
 def _hubs(degrees: NDArray[np.int64], among: NDArray[np.int64], sentences: EmbeddingSet) -> dict[str, Any]:
@@ -196,9 +184,3 @@ def _origins(sentences: EmbeddingSet, keep: NDArray[np.bool_]) -> dict[str, dict
 
     of, kept = count(sentences.usable), count(np.flatnonzero(keep))
     return {name: {"kept": kept.get(name, 0), "of": of[name]} for name in sorted(of)}
-
-
-def _short(name: str) -> str:
-    """A name on one line, and not a long one."""
-    shown = name if name.isprintable() else repr(name)
-    return shown if len(shown) <= NAME_WIDTH else f"{shown[: NAME_WIDTH - 3]}..."

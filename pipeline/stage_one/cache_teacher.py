@@ -134,5 +134,5 @@ def _check_teacher(teacher: "Teacher", source: ImageSource, layout: Layout) -> N
             continue  # it has its row's reason when its shard comes
     if not crops:
         raise InputError(f"images.source: {source.location}: none of {len(sampled)} sampled images is readable")
-    for line in check_teacher(teacher, crops, sentences.take(sample(sentences), "text")).lines():
+    for line in check_teacher(teacher, crops, sentences.take(sample(sentences), "text")):
         say(line)

@@ -17,9 +17,9 @@ from ...cache.version.manifest import read_manifest
 from ...cache.version.schema import Plan
 from ...stages.embed.tasks import ExistingRows, ShardTask
 from ...stages.images.crops import Crops
+from ...stages.inputs.prompts import class_prompts
 from ...stages.settings.models import TeacherSettings
 from ..progress import bar, say
-from .inputs import class_prompts_of
 from .kept_packs import pack_task
 from .planned import planned_specs, views_of
 from .sources import Sources
@@ -91,7 +91,7 @@ def missing_shards(layout: Layout, plan: Plan, sources: Sources) -> list[ShardTa
             tasks += shards_of(evaluate_images(name))
             head = evaluate_head(name)
             if not journal.has(head, 0, specs[head].rows_of(0)):  # its prompts are files that may be gone by now
-                prompts = tuple(map(tuple, class_prompts_of(labelled.settings)))
+                prompts = tuple(map(tuple, class_prompts(labelled.settings)))
                 tasks.append(ShardTask("head", store, head, specs[head], 0, prompts=prompts))
     return tasks
 

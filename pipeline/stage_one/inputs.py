@@ -14,9 +14,9 @@ from ...cache.errors import InputError
 from ...cache.version.manifest import read_manifest
 from ...cache.version.schema import ImageList, Inputs, LabelledList, PromptList, SentenceList, SentenceSource
 from ...stages.inputs.image_source import FoundImage, ImageSource, LabelledImage, image_digests, keys_of, label_images
-from ...stages.inputs.prompts import class_prompts, read_classes, read_templates
+from ...stages.inputs.prompts import class_names, class_prompts, prompt_lines, read_classes
 from ...stages.inputs.sentences import Sentence, read_sentences
-from ...stages.settings.data import EvaluateSettings, PromptSettings, SentencesSettings
+from ...stages.settings.data import EvaluateSettings, SentencesSettings
 from .sources import Sources
 
 PROMPTS = "prompts"
@@ -161,26 +161,15 @@ def _list_sentences(settings: SentencesSettings, layout: Layout, shard_rows: int
     )
 
 
-def prompt_lines(settings: PromptSettings) -> list[str]:
-    """Class names through templates, as they join the sentences."""
-    return [prompt for of_class in class_prompts_of(settings) for prompt in of_class]
-
-
 def prompts_document(prompts: Collection[str]) -> PromptList:
     """What plan.json says of the prompts among the sentences."""
     return PromptList(rows=len(prompts), digest=digest(*(prompt.encode() + b"\n" for prompt in prompts)))
 
 
-def class_prompts_of(settings: PromptSettings | EvaluateSettings) -> list[list[str]]:
-    """Prompts of each class, in the order of the sorted class ids."""
-    templates = read_templates(settings.templates)
-    return [prompts for _, prompts in class_prompts(read_classes(settings.classes), templates, settings.names)]
-
-
 def classes_document(settings: EvaluateSettings) -> dict[str, Any]:
     """What plan.json says of the classes of a set: ids, names, and a digest of their prompts."""
-    names = _class_names(settings)
-    prompts = [prompt for of_class in class_prompts_of(settings) for prompt in of_class]
+    names = class_names(settings)
+    prompts = [prompt for of_class in class_prompts(settings) for prompt in of_class]
     return {
         "class_ids": list(names),
         "class_names": list(names.values()),
@@ -193,11 +182,11 @@ def transductive_sets(sources: Sources) -> list[str]:
     prompts = sources.sentences.prompts
     if not prompts:
         return []
-    trained = {name for names in _class_names(prompts).values() for name in names}
+    trained = {name for names in class_names(prompts).values() for name in names}
     return [
         name
         for name, labelled in sorted(sources.evaluate.items())
-        if any(trained.intersection(names) for names in _class_names(labelled.settings).values())
+        if any(trained.intersection(names) for names in class_names(labelled.settings).values())
     ]
 
 
@@ -210,9 +199,3 @@ def transductive_sets_or_recorded(sources: Sources, layout: Layout) -> list[str]
         if manifest is None:
             raise
         return manifest.transductive
-
-
-def _class_names(settings: PromptSettings | EvaluateSettings) -> dict[str, list[str]]:
-    """The names of each class that make its prompts, by sorted class id."""
-    used = None if settings.names == "all" else 1
-    return {class_id: names[:used] for class_id, names in read_classes(settings.classes).items()}

@@ -12,8 +12,7 @@ from ...cache.reader.pixel_packs import kept_setting, pack_path
 from ...cache.version.journal import Journal
 from ...cache.version.manifest import file_entry, read_manifest
 from ...cache.version.schema import FileEntry, KeptPixels, Manifest, Plan
-from ...stages.embed.pack_pixels import QUALITY, SUBSAMPLING, PackedImage
-from ...stages.embed.tasks import ExistingRows, PackTask
+from ...stages.embed.tasks import QUALITY, SUBSAMPLING, ExistingRows, PackedImage, PackTask
 from ...stages.inputs.image_source import ImageSource, keys_of
 from ...stages.settings.cache import kept_side
 

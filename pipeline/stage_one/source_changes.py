@@ -19,9 +19,10 @@ from ...cache.errors import CacheError, InputError
 from ...cache.version.plan_file import require_same
 from ...cache.version.schema import Plan
 from ...stages.inputs.image_source import FoundImage, ImageSource, image_digests, row_keys
+from ...stages.inputs.prompts import prompt_lines
 from ...stages.inputs.sentences import read_sentences
 from ...stages.settings.data import EvaluateSettings, SentencesSettings
-from .inputs import LineCount, classes_document, prompt_lines, prompts_document
+from .inputs import LineCount, classes_document, prompts_document
 from .sources import Sources
 
 NAMES_SHOWN = 3
@@ -112,14 +113,12 @@ class SourceChanges:
     """A folder of images held against a row table.
 
     Attributes:
-        num_rows: rows of the table.
         changed: rows whose file has another size, or another checksum where the table has one.
         touched: rows whose file has the same size and another modification time, where no checksum can tell more.
         gone: rows whose file is no longer there.
         new: files that no row was made from.
     """
 
-    num_rows: int
     changed: dict[int, str] = field(default_factory=dict)
     touched: dict[int, str] = field(default_factory=dict)
     gone: dict[int, str] = field(default_factory=dict)
@@ -174,7 +173,7 @@ def compare_images(source: ImageSource, table: RowTable) -> SourceChanges:
         return dict(zip(rows.tolist(), there["source"].take(pa.array(rows)).to_pylist()))
 
     new = now["source"].filter(pc.invert(pc.is_in(now["source"], there["source"]))).to_pylist()
-    changes = SourceChanges(table.num_rows, named(changed), named(suspect & ~has_digest), named(is_gone), new)
+    changes = SourceChanges(named(changed), named(suspect & ~has_digest), named(is_gone), new)
     suspects = named(suspect & has_digest)
     keys = row_keys(source, table)(np.fromiter(suspects, np.int64)) if suspects else ()
     for (row, name), digest in zip(suspects.items(), image_digests(source, keys)):

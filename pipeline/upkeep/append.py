@@ -58,15 +58,15 @@ def append(config: Config, layout: Layout, scheduler: str | None = None) -> bool
         raise CacheError(f"{layout.root}: not a finished cache; `dimefm cache-teacher` makes and finishes one")
     with writer_lock(layout):
         start = time.perf_counter()
-        plan = read_plan(layout)
-        assert plan is not None
+        plan, manifest = read_plan(layout), read_manifest(layout)
+        assert plan is not None and manifest is not None
         require_same_settings(layout, plan, config.teacher, config.cache)
-        sources = Sources.of(config)
-        if config.cache.pixels and not kept_setting(read_manifest(layout)):
+        sources, pixels = Sources.of(config), kept_setting(manifest)
+        if config.cache.pixels and not pixels:
             say(f"cache.pixels: {layout.root} has none yet; `dimefm cache-teacher` adds them, append does not")
         note_config(config, layout)
-        following = layout.next
-        staged, growth = _begun(layout), None
+        following, growth = layout.next, None
+        staged = _interrupted_plan(layout, pixels)
         if staged is None:
             growth = find_growth(sources, layout, plan)
             if not growth:
@@ -79,20 +79,25 @@ def append(config: Config, layout: Layout, scheduler: str | None = None) -> bool
                 say(note)
         if staged is None or missing_shards(following, staged, sources):
             staged = _embed(config, layout, sources, plan, staged, growth, scheduler)
-        finish_cache(following, staged, config.pairs, config.cache.pixels, _transductive(sources, layout))
+        finish_cache(
+            following, staged, config.pairs, config.cache.pixels, _transductive(sources, manifest.transductive)
+        )
         say(f"{layout.root}: appended in {time.perf_counter() - start:,.0f} s")
     return True
 
 
-def _begun(layout: Layout) -> Plan | None:
-    """The plan of an append to this very version that was interrupted; what is left of another one is removed."""
-    following = layout.next
-    staged = Plan.read(following.plan) if following.plan.exists() else None
-    pixels = kept_setting(read_manifest(layout))  # they may have been added since
-    if staged is None or staged.grown[-1].plan != identity(layout) or staged.pixels != pixels:
-        discard_change(layout)
-        return None
-    return staged
+def _interrupted_plan(layout: Layout, pixels: str | None) -> Plan | None:
+    """The plan of an interrupted append to the version in force; what is left of any other append is removed.
+
+    Args:
+        pixels: setting of the pixels that the cache keeps; they may have been added since.
+    """
+    path = layout.next.plan
+    staged = Plan.read(path) if path.exists() else None
+    if staged and staged.grown[-1].plan == identity(layout) and staged.pixels == pixels:
+        return staged
+    discard_change(layout)
+    return None
 
 
 def _embed(
@@ -105,39 +110,34 @@ def _embed(
     scheduler: str | None,
 ) -> Plan:
     """Load the teacher, list the new rows unless that is done, and embed every shard that is missing."""
+    following = layout.next
     with teacher_at_hand(config.teacher) as teacher:
         found = teacher.identity()
         libraries = found.pop("libraries")
-        # Of other library versions the last bits may differ, nothing more: the plan says whose rows are whose.
-        require_same(layout.root, {"teacher": {key: plan.teacher.to_dict()[key] for key in found}}, {"teacher": found})
+        # Other library versions may change the last bits and nothing more: the plan says which rows they embedded.
+        made_with = {key: value for key, value in plan.teacher.to_dict().items() if key in found}
+        require_same(layout.root, {"teacher": made_with}, {"teacher": found})
         if staged is None:
             assert growth is not None
-            before = {name: spec.shape[0] for name, spec in planned_specs(plan).items()}
-            step = GrowthStep(plan=identity(layout), rows=before, libraries=libraries)
+            rows = {name: spec.shape[0] for name, spec in planned_specs(plan).items()}
+            step = GrowthStep(plan=identity(layout), rows=rows, libraries=libraries)
             step = step.replace(decoder=decoder()) if plan.views else step
-            pixels = kept_setting(read_manifest(layout))
-            staged = plan.replace(
-                inputs=stage_growth(sources, layout, plan, growth),
-                grown=[*plan.grown, step],
-                **({"pixels": pixels} if pixels else {}),
-            )
-            tasks = missing_shards(layout.next, staged, sources)
-            require_disk(layout.next, staged, tasks, config.pairs)
-            write_plan(layout.next, staged)
-        else:
-            tasks = missing_shards(layout.next, staged, sources)
+            staged = plan.replace(inputs=stage_growth(sources, layout, plan, growth), grown=[*plan.grown, step])
+            if pixels := kept_setting(read_manifest(layout)):
+                staged = staged.replace(pixels=pixels)
+            require_disk(following, staged, missing_shards(following, staged, sources), config.pairs)
+            write_plan(following, staged)
         began_with = {"teacher": {"libraries": staged.grown[-1].libraries}}
-        require_same(layout.next.root, began_with, {"teacher": {"libraries": libraries}})
-        declare_arrays(layout.next.teacher_zarr, planned_specs(staged))
-        embed_shards(layout.next, staged, tasks, sources, config.teacher, scheduler, profile=config.cache.profile)
+        require_same(following.root, began_with, {"teacher": {"libraries": libraries}})
+        declare_arrays(following.teacher_zarr, planned_specs(staged))
+        tasks = missing_shards(following, staged, sources)
+        embed_shards(following, staged, tasks, sources, config.teacher, scheduler, profile=config.cache.profile)
     return staged
 
 
-def _transductive(sources: Sources, layout: Layout) -> list[str]:
-    """Evaluation sets that any training prompt touches, those of earlier versions among them."""
-    manifest = read_manifest(layout)
-    recorded = set(manifest.transductive) if manifest else set()
+def _transductive(sources: Sources, recorded: list[str]) -> list[str]:
+    """Evaluation sets whose class names are among the training prompts, those recorded earlier included."""
     try:
-        return sorted(recorded | set(transductive_sets(sources)))
-    except InputError:  # class files are no longer at hand
+        return sorted({*recorded, *transductive_sets(sources)})
+    except InputError:  # the class files are no longer at hand
         return sorted(recorded)

@@ -1,8 +1,8 @@
-"""What a finished cache would take in: images, lines and evaluation sets that have come since it was made."""
+"""What has come to the sources of a finished cache since it was made: images, lines, prompts, evaluation sets."""
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ...cache.errors import CacheError
 from ...cache.version.plan_file import read_plan
 from ...cache.version.schema import Inputs, Plan, PromptList, SentenceList, SentenceSource
 from ...stages.inputs.image_source import FoundImage
+from ...stages.inputs.prompts import prompt_lines
 from ...stages.inputs.sentences import read_sentences
 from ...stages.settings.data import SentencesSettings
 from ..stage_one.inputs import (
@@ -21,7 +22,6 @@ from ..stage_one.inputs import (
     image_rows,
     list_document,
     list_evaluate_set,
-    prompt_lines,
     prompt_row,
     prompts_document,
     sentence_row,
@@ -44,36 +44,38 @@ class Growth:
     """New rows of a cache, in the order in which they join it.
 
     Attributes:
-        inputs: `inputs` of the next plan, but for evaluation sets that it does not list yet.
-        images: new files, sorted by the bytes of their paths.
-        lines: new lines of each sentences file; they follow everything that is there, prompts too.
+        inputs: `inputs` of the next plan, without the new evaluation sets.
+        num_images: how many images are new.
+        num_sentences: how many sentences are new, prompts among them.
+        images: new images, in the order of their source.
+        lines: new lines of each sentences file; they follow all sentences of the cache, prompts too.
         prompts: new prompts; they follow the new lines.
         evaluate: new evaluation sets.
-        num_rows: how many images and sentences are new.
     """
 
     inputs: Inputs
-    images: list[FoundImage]
-    lines: list[Lines]
-    prompts: list[str]
-    evaluate: list[str]
-    num_rows: dict[str, int]
+    num_images: int
+    num_sentences: int
+    images: list[FoundImage] = field(default_factory=list)
+    lines: list[Lines] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    evaluate: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return any(self.num_rows.values()) or bool(self.evaluate)
+        return bool(self.num_images or self.num_sentences or self.evaluate)
 
     def line(self) -> str:
-        """One line for the person who asked for it."""
+        """A line that says what is new."""
         sets = "".join(f", evaluate.{name}" for name in self.evaluate)
-        return f"new: {self.num_rows['images']:,} images, {self.num_rows['sentences']:,} sentences{sets}"
+        return f"new: {self.num_images:,} images, {self.num_sentences:,} sentences{sets}"
 
 
 def find_growth(sources: Sources, layout: Layout, plan: Plan) -> Growth:
-    """Hold the sources against the plan in force. Reads the sources, writes nothing.
+    """Compare the sources with the plan in force. Reads the sources, writes nothing.
 
     Raises:
-        CacheError: if what is in the cache has changed: other lines where it has its own, another folder of images,
-            prompts that are gone, other classes of an evaluation set.
+        CacheError: if rows of the cache have changed: other lines than it has, another folder of images, prompts that
+            are gone, other classes of an evaluation set.
         InputError: if a source is missing.
     """
     if plan.rows_of:
@@ -81,8 +83,8 @@ def find_growth(sources: Sources, layout: Layout, plan: Plan) -> Growth:
     frozen, evaluate = plan.inputs, sources.evaluate
     for name in sorted(set(evaluate) & set(frozen.evaluate)):
         require_planned_classes(layout, plan, name, evaluate[name].settings)
-    there = RowTable(layout.image_rows, frozen.images.rows).column("source").to_pylist()
-    known = set(there)
+    listed = RowTable(layout.image_rows, frozen.images.rows).column("source").to_pylist()
+    known = set(listed)
     found = sources.images.list()
     if known.isdisjoint(image.source for image in found):
         raise CacheError(
@@ -91,25 +93,18 @@ def find_growth(sources: Sources, layout: Layout, plan: Plan) -> Growth:
         )
     images = [image for image in found if image.source not in known]
     files, lines = _new_lines(sources.sentences, layout, frozen.sentences.sources)
-    prompts, prompts_now = _new_prompts(sources.sentences, layout, frozen.sentences)
+    prompts, all_prompts = _new_prompts(sources.sentences, layout, frozen.sentences)
     num_sentences = sum(item.stop - item.first for item in lines) + len(prompts)
-    names = chain(there, (image.source for image in images))
-    return Growth(
-        Inputs(
-            images=list_document(names) if images else frozen.images,
-            sentences=SentenceList(rows=frozen.sentences.rows + num_sentences, sources=files, prompts=prompts_now),
-            evaluate=frozen.evaluate,
-        ),
-        images,
-        lines,
-        prompts,
-        sorted(set(evaluate) - set(frozen.evaluate)),
-        {"images": len(images), "sentences": num_sentences},
-    )
+    sentences = SentenceList(rows=frozen.sentences.rows + num_sentences, sources=files, prompts=all_prompts)
+    inputs = frozen.replace(sentences=sentences)
+    if images:
+        inputs = inputs.replace(images=list_document(chain(listed, (image.source for image in images))))
+    new_sets = sorted(evaluate.keys() - frozen.evaluate.keys())
+    return Growth(inputs, len(images), num_sentences, images, lines, prompts, new_sets)
 
 
 def stage_growth(sources: Sources, layout: Layout, plan: Plan, growth: Growth) -> Inputs:
-    """Write the row tables of the next version beside the cache: the rows that it has, then the new ones.
+    """Write the row tables of the next version into `next/`: the rows of the cache, then the new ones.
 
     Returns:
         The `inputs` of its plan.
@@ -117,11 +112,11 @@ def stage_growth(sources: Sources, layout: Layout, plan: Plan, growth: Growth) -
     if plan.rows_of:
         return growth.inputs
     frozen, following, shard_rows = plan.inputs, layout.next, plan.shard_rows
-    if growth.num_rows["images"]:
+    if growth.num_images:
         there = RowTable(layout.image_rows, frozen.images.rows).records()
         new = image_rows(sources.images, growth.images, sources.hash_images)
         write_rows(following.image_rows, IMAGE_COLUMNS, chain(there, new), shard_rows)
-    if growth.num_rows["sentences"]:
+    if growth.num_sentences:
         there = RowTable(layout.sentence_rows, frozen.sentences.rows).records()
         write_rows(following.sentence_rows, SENTENCE_COLUMNS, chain(there, _sentence_rows(growth)), shard_rows)
     evaluate = {name: list_evaluate_set(sources, following, name, shard_rows) for name in growth.evaluate}
@@ -167,17 +162,16 @@ def _new_prompts(
         return [], document
     table = RowTable(layout.sentence_rows, frozen.rows)
     rows = zip(table.column("text").to_pylist(), table.column("origin").to_pylist(), strict=True)
-    there = Counter(text for text, origin in rows if origin == PROMPTS)
-    if there - Counter(now):
-        gone = next(iter(there - Counter(now)))
+    held = Counter(text for text, origin in rows if origin == PROMPTS)
+    if gone := held - Counter(now):
         raise CacheError(
-            f"sentences.prompts: no longer makes {gone!r}, which is a row of {layout.root}; "
+            f"sentences.prompts: no longer makes {next(iter(gone))!r}, which is a row of {layout.root}; "
             "append only adds: put the classes and templates back, or choose another cache.dir"
         )
     new = []
     for prompt in now:
-        if there[prompt]:
-            there[prompt] -= 1
+        if held[prompt]:
+            held[prompt] -= 1
         else:
             new.append(prompt)
     return new, document
@@ -196,12 +190,7 @@ def _shared_growth(sources: Sources, layout: Layout, plan: Plan, rows_of: str) -
     names = sorted((set(sources.evaluate) | set(held.evaluate)) & set(inputs.evaluate))
     return Growth(
         inputs.replace(evaluate={name: inputs.evaluate[name] for name in names}),
-        [],
-        [],
-        [],
-        sorted(set(names) - set(held.evaluate)),
-        {
-            "images": inputs.images.rows - num_held,
-            "sentences": inputs.sentences.rows - held.sentences.rows,
-        },
+        inputs.images.rows - num_held,
+        inputs.sentences.rows - held.sentences.rows,
+        evaluate=sorted(set(names) - held.evaluate.keys()),
     )

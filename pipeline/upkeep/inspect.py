@@ -8,6 +8,7 @@ import numpy as np
 from ...cache.audit.inspect import QUANTILES, inspect_cache, skewness
 from ...cache.reader.feature_cache import FeatureCache
 from ...stages.retrieve.hubs import PairScores, Ranking, in_degrees
+from ..progress import short
 
 NAME_WIDTH = 48
 
@@ -86,7 +87,7 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
     if found["hubs"]:
         lines += ["", f"{'retrieved':<32}{'mean':>10}{'max':>10}{'skewness':>10}{'never':>9}  most often"]
     for name, item in found["hubs"].items():
-        most = "" if item["max_row"] is None else f"{item['max_row']:,} {_short(item['max_name'])}"
+        most = "" if item["max_row"] is None else f"{item['max_row']:,} {short(item['max_name'], NAME_WIDTH)}"
         numbers = f"{item['mean']:>10.2f}{item['max']:>10,}{item['skewness']:>10.2f}{100 * item['never']:>7.1f} %"
         lines.append(f"  {name.rsplit('_', 1)[-1] + 's':<30}{numbers}  {most}".rstrip())
     for ranking, item in found["hubs"].get("image_to_sentence", {}).get("nearest", {}).items():
@@ -97,8 +98,3 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.3g} MB"
-
-
-def _short(name: str) -> str:
-    shown = name if name.isprintable() else repr(name)
-    return shown if len(shown) <= NAME_WIDTH else f"{shown[: NAME_WIDTH - 3]}..."

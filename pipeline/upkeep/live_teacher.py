@@ -1,5 +1,6 @@
 """The live teacher against what a cache holds: the same rows embedded again, and the cosine of old and new."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -17,7 +18,7 @@ from ...cache.version.plan_file import first_difference
 from ...cache.version.schema import Plan
 from ...stages.images.crops import Crops
 from ...stages.inputs.image_source import ImageSource, row_keys
-from ..config.load import Config
+from ...stages.settings.models import TeacherSettings
 from ..stage_one.sources import Sources
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ SAME_ROW = 0.999
 """Least cosine of a row and the same row computed elsewhere: other libraries and hardware, the same teacher."""
 
 
-def image_source(config: Config, array: str) -> ImageSource | None:
+def image_source(sources: Sources, array: str) -> ImageSource | None:
     """The source of an array's images; None if it is not at hand or not in the config, or the array holds sentences."""
-    source = Sources.of(config).images_of(array)
+    source = sources.images_of(array)
     return source if source and source.at_hand() else None
 
 
@@ -55,14 +56,16 @@ def require_loaded_teacher(root: Path, plan: Plan, teacher: "Teacher") -> None:
 
 @dataclass(frozen=True)
 class LiveTeacher:
-    """The teacher of a cache, loaded, and its sources as the config names them.
+    """The teacher of a cache, loaded, and the sources of its rows.
 
     Attributes:
+        settings: the config's `[teacher]`.
         layout: the cache, or a version of it in the making.
         plan: of the cache.
     """
 
-    config: Config
+    sources: Sources
+    settings: TeacherSettings
     layout: Layout
     plan: Plan
     teacher: "Teacher"
@@ -76,11 +79,11 @@ class LiveTeacher:
         from ...stages.embed.image_rows import RowCrops, embed_image_shard
         from ...stages.embed.sentence_rows import embed_sentence_shard
 
-        table, settings = RowTable(table_of(self.layout, array)), self.config.teacher
+        table, settings = RowTable(table_of(self.layout, array)), self.settings
         if array == SENTENCES:
             done = embed_sentence_shard(self.teacher, table.take(rows.tolist(), "text"), settings.batch_size, Lock())
         else:
-            source = image_source(self.config, array)
+            source = image_source(self.sources, array)
             assert source is not None
             keys = row_keys(source, table)(rows)
             crops = crops_of(self.plan, array)
@@ -91,7 +94,7 @@ class LiveTeacher:
         reasons = dict(done.failures)
         return done.embeddings, [reasons.get(i) for i in range(len(rows))]
 
-    def compare(self, array: str, num_rows: int, damaged: NDArray[np.int64], seed: int = 0) -> dict[str, Any]:
+    def compare(self, array: str, num_rows: int, damaged: Iterable[int] = (), seed: int = 0) -> dict[str, Any]:
         """Embed a random sample of an array's rows again; a row with several views counts by its least cosine.
 
         Args:
@@ -103,8 +106,8 @@ class LiveTeacher:
         """
         status = RowTable(table_of(self.layout, array), num_rows).column("status").to_pylist()
         good = np.array([row for row, value in enumerate(status) if value == OK], dtype=np.int64)
-        good = good[~np.isin(good // self.plan.shard_rows, damaged)]
-        if not good.size or (array != SENTENCES and image_source(self.config, array) is None):
+        good = good[~np.isin(good // self.plan.shard_rows, list(damaged))]
+        if not good.size or (array != SENTENCES and image_source(self.sources, array) is None):
             return {"rows": 0, "cosine": None, "unreadable": [], "differ": []}
         rows = np.sort(np.random.default_rng(seed).choice(good, min(SAMPLE_ROWS, len(good)), replace=False))
         live, reasons = self.embed(array, rows)

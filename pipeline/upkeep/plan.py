@@ -15,13 +15,12 @@ from ...cache.version.journal import Journal
 from ...cache.version.manifest import read_manifest
 from ...cache.version.schema import ImageList, Inputs, LabelledList, SentenceList
 from ...stages.inputs.image_source import label_images
-from ...stages.inputs.prompts import read_classes
+from ...stages.inputs.prompts import prompt_lines, read_classes
 from ...stages.inputs.sentences import read_sentences
 from ...stages.models.teacher_identity import configured_embed_dim
 from ..config.load import Config
 from ..stage_one.free_space import existing_parent
 from ..stage_one.guards import check_run, is_finished, require_own_folder
-from ..stage_one.inputs import prompt_lines
 from ..stage_one.kept_packs import image_sizes, pack_bytes
 from ..stage_one.planned import array_specs, views_of
 from ..stage_one.pseudo_pairs import retrieval_bytes

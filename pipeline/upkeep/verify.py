@@ -4,20 +4,20 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ...cache.audit.findings import Finding, Report, runs_of, show_runs
-from ...cache.audit.verify import Trusted, read_trusted, verify_cache
-from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
+from ...cache.audit.findings import Finding, Report, Runs, runs_of, show_runs
+from ...cache.audit.verify import read_trusted, verify_cache
+from ...cache.disk.layout import IMAGES, SENTENCES, Layout, evaluate_images, table_of
 from ...cache.disk.row_tables import RowTable
 from ...cache.errors import CacheError, InputError
-from ...stages.inputs.image_source import ImageSource
 from ...stages.inputs.open_source import open_source
 from ..config.load import Config
 from ..config.remembered import ConfigChoice, config_of
 from ..progress import bar
+
+if TYPE_CHECKING:
+    from ..stage_one.source_changes import LineChanges, SourceChanges
 
 
 def verify(
@@ -44,17 +44,15 @@ def verify(
     start = time.perf_counter()
     report = read_all(folder)
     seconds = time.perf_counter() - start
-    found = {
+    compared = _against_teacher(wanted, layout, report) if wanted and teacher else None  # may add findings
+    return {
         "cache": str(folder),
         "version": report.version,
         "files": report.num_files,
         "bytes": report.num_bytes,
         "seconds": seconds,
-        "teacher": _against_teacher(wanted, layout, report) if wanted and teacher else None,
+        "teacher": compared,
         "sources": _against_sources(wanted, layout) if wanted and sources else None,
-    }
-    return {
-        **found,
         "sound": not report.findings,
         "findings": [finding.document() for finding in report.findings],
         "lines": [finding.line() for finding in report.findings],
@@ -104,72 +102,68 @@ def require_sound(found: dict[str, Any]) -> None:
         )
 
 
-def damaged_chunks(report: Report, array: str) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Numbers of an array's chunk files that something is wrong with."""
-    prefix = f"teacher.zarr/{array}/c/"
-    names = (name.removeprefix(prefix) for name in report.files if name.startswith(prefix))
-    return np.array(sorted(int(name.split("/")[0]) for name in names), dtype=np.int64)
-
-
 def _against_teacher(config: Config, layout: Layout, report: Report) -> dict[str, Any]:
+    """Embed a sample of each array's sound rows again; rows that differ become findings."""
     from ..stage_one.embed_shards import teacher_at_hand
+    from ..stage_one.sources import Sources
     from .live_teacher import SAME_ROW, LiveTeacher, require_loaded_teacher
 
     trusted = read_trusted(layout, Report())
     if trusted.plan is None:
         raise CacheError(f"{layout.root}: its plan is lost; there is no telling what teacher made it")
-    compared = {}
+    damaged, compared = report.files, {}
     with teacher_at_hand(config.teacher) as teacher:
         require_loaded_teacher(layout.root, trusted.plan, teacher)
-        live = LiveTeacher(config, trusted.layout, trusted.plan, teacher)
+        live = LiveTeacher(Sources.of(config), config.teacher, trusted.layout, trusted.plan, teacher)
         for array, entry in trusted.manifest.arrays.items():
-            if layout.name_of(table_of(layout, array)) in report.files or "teacher.zarr/zarr.json" in report.files:
+            if layout.name_of(table_of(layout, array)) in damaged or "teacher.zarr/zarr.json" in damaged:
                 continue
-            item = live.compare(array, entry.rows, damaged_chunks(report, array), seed=time.time_ns())
+            where = f"teacher.zarr/{array}"
+            prefix = f"{where}/c/"
+            chunks = [int(name.removeprefix(prefix).split("/")[0]) for name in damaged if name.startswith(prefix)]
+            item = live.compare(array, entry.rows, chunks, seed=time.time_ns())
             compared[array] = item
             if item["differ"]:
-                least = item["cosine"]["least"]
                 message = (
                     f"{len(item['differ'])} of {item['rows']} sampled rows are not what the teacher makes of them now: "
-                    f"cosine down to {least:.4f}, wanted {SAME_ROW}"
+                    f"cosine down to {item['cosine']['least']:.4f}, wanted {SAME_ROW}"
                 )
                 what = "see `--sources`: changed sources look so; else the row was written wrong"
-                where = f"teacher.zarr/{array}"
                 report.findings.append(Finding("teacher", where, message, what, array, runs_of(item["differ"])))
     return compared
 
 
 def _against_sources(config: Config, layout: Layout) -> dict[str, Any]:
+    """What has become of the images and lines that the rows were made from."""
+    from ..stage_one.source_changes import compare_images, compare_sentences
+
     trusted = read_trusted(layout, Report())
-    arrays = trusted.manifest.arrays
-    found = {"images": _images(open_source(config.images.source), trusted, IMAGES, "images.source")}
+
+    def table(array: str) -> RowTable:
+        return RowTable(table_of(trusted.layout, array), trusted.manifest.arrays[array].rows)
+
+    wanted = [("images", "images.source", IMAGES, config.images.source)]
     for name, settings in sorted(config.evaluate.items()):
-        array = f"evaluate/{name}/images/embedding"
-        if array in arrays:
-            found[f"evaluate.{name}"] = _images(open_source(settings.images), trusted, array, f"evaluate.{name}.images")
-    found["sentences"] = _sentences(config, trusted)
+        wanted.append((f"evaluate.{name}", f"evaluate.{name}.images", evaluate_images(name), settings.images))
+    found = {}
+    for name, key, array, spec in wanted:
+        if array not in trusted.manifest.arrays:
+            continue
+        source = open_source(spec)
+        if not source.at_hand():
+            raise InputError(f"{key}: {source.location} is not at hand; mount it, or give --config CONFIG")
+        images = compare_images(source, table(array))
+        runs = _runs(images)
+        notes = [f"{key}: {kind}: {show_runs(of_kind)}" for kind, of_kind in runs.items() if of_kind]
+        found[name] = {"counts": images.counts(), "rows": _lists(runs), "notes": images.notes(key) + notes}
+    lines = compare_sentences(config.sentences.source, trusted.plan, table(SENTENCES))
+    found["sentences"] = {"counts": lines.counts(), "rows": _lists(_runs(lines)), "notes": lines.notes}
     return found
 
 
-def _images(source: ImageSource, trusted: Trusted, array: str, key: str) -> dict[str, Any]:
-    from ..stage_one.source_changes import compare_images
-
-    if not source.at_hand():
-        raise InputError(f"{key}: {source.location} is not at hand; mount it, or give --config CONFIG")
-    table = RowTable(table_of(trusted.layout, array), trusted.manifest.arrays[array].rows)
-    changes = compare_images(source, table)
-    rows = {kind: [list(run) for run in runs_of(sorted(getattr(changes, kind)))] for kind in ("changed", "gone")}
-    notes = changes.notes(key)
-    for kind, runs in rows.items():
-        if runs:
-            notes.append(f"{key}: {kind}: {show_runs(tuple((first, last) for first, last in runs))}")
-    return {"counts": changes.counts(), "rows": rows, "notes": notes}
+def _runs(changes: "SourceChanges | LineChanges") -> dict[str, Runs]:
+    return {"changed": runs_of(sorted(changes.changed)), "gone": runs_of(sorted(changes.gone))}
 
 
-def _sentences(config: Config, trusted: Trusted) -> dict[str, Any]:
-    from ..stage_one.source_changes import compare_sentences
-
-    table = RowTable(table_of(trusted.layout, SENTENCES), trusted.manifest.arrays[SENTENCES].rows)
-    changes = compare_sentences(config.sentences.source, trusted.plan, table)
-    rows = {kind: [list(run) for run in runs_of(sorted(getattr(changes, kind)))] for kind in ("changed", "gone")}
-    return {"counts": changes.counts(), "rows": rows, "notes": changes.notes}
+def _lists(runs: dict[str, Runs]) -> dict[str, list[list[int]]]:
+    return {kind: [list(run) for run in of_kind] for kind, of_kind in runs.items()}

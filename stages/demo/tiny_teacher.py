@@ -59,22 +59,6 @@ class TeacherRecipe:
 
 
 @dataclass(frozen=True)
-class TrainedTeacher:
-    """What training gives.
-
-    Attributes:
-        weights: state dict in open_clip's names and float32, the whole vocabulary in the token table; rows of tokens
-            that no caption and no prompt uses are zero.
-        pair_accuracy: share of `num_checked` fresh pictures whose own caption fits better than all the other ones'.
-        num_checked: how many those were; chance is 1 / num_checked.
-    """
-
-    weights: dict[str, Tensor]
-    pair_accuracy: float
-    num_checked: int
-
-
-@dataclass(frozen=True)
 class _Pairs:
     """`pixels` (N, 3, 64, 64) uint8, `tokens` (captions, N, context) int64, `colours` (N,) of the first things."""
 
@@ -85,7 +69,7 @@ class _Pairs:
 
 def train_teacher(
     seed: int, recipe: TeacherRecipe, prompts: list[str], progress: Progress | None = None
-) -> TrainedTeacher:
+) -> tuple[dict[str, Tensor], float]:
     """Draw the pairs and train on them, on the CPU; the same bytes again with the same versions, threads and processor.
 
     Args:
@@ -93,6 +77,11 @@ def train_teacher(
         recipe: sizes and rates.
         prompts: what the teacher will be asked about: not trained on, but their tokens stay in the vocabulary.
         progress: told after each picture drawn and each step.
+
+    Returns:
+        The state dict in open_clip's names and float32, the whole vocabulary in the token table, zeros for tokens that
+        no caption and no prompt uses; and the share of `num_checked` fresh pictures whose own caption fits better than
+        all the other ones'.
     """
     tell: Progress = progress or (lambda text, done, total: None)
     tokenizer = SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
@@ -113,7 +102,7 @@ def train_teacher(
     weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     table = torch.zeros(VOCABULARY, MODEL_CONFIG["text_cfg"]["width"])
     table[used] = weights["token_embedding.weight"]
-    return TrainedTeacher({**weights, "token_embedding.weight": table}, accuracy, recipe.num_checked)
+    return {**weights, "token_embedding.weight": table}, accuracy
 
 
 def _make_pairs(

@@ -6,17 +6,15 @@ the resize itself does, and full colour would bring it a seventh nearer.
 """
 
 import io
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from functools import partial
 
 from PIL import ExifTags, Image
 
-from ...cache.disk.cores import usable_cores
+from ...cache.disk.cores import map_ahead, usable_cores
 from ...cache.disk.durable import digest
 from ...cache.errors import InputError
 from ...cache.reader.pixel_packs import PackWriter, writing_pack
@@ -25,10 +23,8 @@ from ..images.decode import ImageError, decode_image
 from ..images.jpeg import size_note
 from ..inputs.image_source import ImageSource
 from ..profiling import phase
-from .tasks import PackTask
+from .tasks import QUALITY, SUBSAMPLING, PackedImage, PackTask
 
-QUALITY = 90
-SUBSAMPLING = "4:2:0"
 FILTER = Image.Resampling.LANCZOS
 REDUCING_GAP = 2.0
 """Large photos are averaged down to twice the size first: half the time, the same distance to the original."""
@@ -120,23 +116,6 @@ def _is_plain_jpeg(data: bytes) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class PackedImage:
-    """An image whose pixels are to be kept, though it was embedded before.
-
-    Attributes:
-        key: of the image in its source.
-        bytes: size of the file that the row was made from.
-        digest: checksum of that file, where it is known.
-        lost: the row has no embedding any more, so it may do without pixels.
-    """
-
-    key: Any
-    bytes: int
-    digest: str | None
-    lost: bool
-
-
 def pack_shard(task: PackTask, source: ImageSource, images: Iterable[PackedImage | None], workers: int) -> ShardRecord:
     """Write a pack from the source alone, where the embeddings are there already.
 
@@ -150,21 +129,12 @@ def pack_shard(task: PackTask, source: ImageSource, images: Iterable[PackedImage
     num_threads = workers or usable_cores()
     with ThreadPoolExecutor(num_threads, thread_name_prefix="keep") as pool, open_pack(task) as pack:
         assert pack is not None
-        upcoming = iter(images)
-        pending: deque[Future[bytes]] = deque()
-        try:
-            for image in islice(upcoming, IN_FLIGHT * num_threads):
-                pending.append(pool.submit(_small_of, image, source, task))
-            while pending:
-                pack.writer.add(pending.popleft().result())
-                pending.extend(pool.submit(_small_of, image, source, task) for image in islice(upcoming, 1))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        for small in map_ahead(pool, partial(_small_of, source, task), images, IN_FLIGHT * num_threads):
+            pack.writer.add(small)
     return pack.record
 
 
-def _small_of(image: PackedImage | None, source: ImageSource, task: PackTask) -> bytes:
+def _small_of(source: ImageSource, task: PackTask, image: PackedImage | None) -> bytes:
     if image is None:
         return b""
     try:

@@ -2,12 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ...cache.disk.arrays import ArraySpec
 from ...cache.version.journal import ShardRecord
 from ..images.crops import Crops
 from ..inputs.image_source import ImageSource
+
+QUALITY = 90
+SUBSAMPLING = "4:2:0"
+"""Of kept JPEGs."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,23 @@ class PackTask:
     shard_rows: int
     existing: ExistingRows | None = None
     note_size: bool = False
+
+
+@dataclass(frozen=True)
+class PackedImage:
+    """An image whose pixels are to be kept, though it was embedded before.
+
+    Attributes:
+        key: of the image in its source.
+        bytes: size of the file that the row was made from.
+        digest: checksum of that file, where it is known.
+        lost: the row has no embedding any more, so it may do without pixels.
+    """
+
+    key: Any
+    bytes: int
+    digest: str | None
+    lost: bool
 
 
 @dataclass(frozen=True)

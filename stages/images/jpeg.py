@@ -29,12 +29,6 @@ def size_note(size: tuple[int, int]) -> bytes:
     return b"dimefm: made from %d x %d pixels" % size
 
 
-def noted_size(comment: object) -> tuple[int, int] | None:
-    """The (width, height) that a JPEG's comment says it was made from; None where it says nothing of the kind."""
-    match = _ORIGINAL.fullmatch(comment) if isinstance(comment, bytes) else None
-    return (int(match[1]), int(match[2])) if match else None
-
-
 @dataclass(frozen=True, slots=True)
 class OpenJpeg:
     """A JPEG of which only the headers were read.
@@ -61,7 +55,10 @@ class OpenJpeg:
                 image = Image.open(io.BytesIO(data), formats=("JPEG",))
         except ImageError:
             return None
-        return cls(data, image.size, turn_of(image), noted_size(image.info.get("comment")))
+        comment = image.info.get("comment")
+        note = _ORIGINAL.fullmatch(comment) if isinstance(comment, bytes) else None
+        original_size = (int(note[1]), int(note[2])) if note else None
+        return cls(data, image.size, turn_of(image), original_size)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -5,6 +5,7 @@ the image's row and how often it was seen before: not on threads, not on where a
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,7 +97,9 @@ def make_views(
             box = maker.box(jpeg.size, numbers, jpeg.original_size)
             reduction = jpeg_reduction(box, maker.image_size)
             if reduction not in reduced:
-                reduced[reduction] = _decode(jpeg, reduction)
+                reduced[reduction] = None
+                with suppress(ImageError):  # `decode_image` names the fault, or finds the pixels good after all
+                    reduced[reduction] = jpeg.decode(reduction)
             if (decoded := reduced[reduction]) is not None:
                 image, factor = decoded
                 reduced_box = tuple(edge / factor for edge in jpeg.stored_box(box))
@@ -105,11 +108,3 @@ def make_views(
         whole = whole or decode_image(data)
         views.append(maker.finish(whole, maker.box(whole.size, numbers), None, numbers))
     return views
-
-
-def _decode(jpeg: OpenJpeg, reduction: int) -> tuple[Image.Image, int] | None:
-    """None where it fails: `decode_image` names the fault, or finds the pixels good after all."""
-    try:
-        return jpeg.decode(reduction)
-    except ImageError:
-        return None

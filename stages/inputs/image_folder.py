@@ -3,22 +3,16 @@
 import errno
 import os
 import stat
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
-from PIL import Image
-
+from ...cache.disk.cores import map_ahead
 from ...cache.errors import InputError
-from ..images.decode import ImageError, decode_image
+from ..images.decode import ImageError
 from .image_source import FoundImage, ImageSource
-
-T = TypeVar("T")
-U = TypeVar("U")
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
@@ -26,6 +20,8 @@ _ENDINGS = tuple(suffix.encode() for suffix in SUFFIXES)
 
 LISTING_THREADS = 16
 """More than there are cores: on a file server each look at a folder or a file is a wait."""
+
+LISTING_AHEAD = 4 * LISTING_THREADS
 
 LISTING_BATCH = 256
 """Files that a thread looks at in one go."""
@@ -64,41 +60,24 @@ class ImageFolder(ImageSource):
             ImageError: if it cannot be read.
             InputError: if this process may open no more files, which is not the image's fault.
         """
-        return read_file(self.root / key)
+        path = self.root / key
+        try:
+            return path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ImageError("gone") from error
+        except PermissionError as error:
+            raise ImageError("permission denied") from error
+        except IsADirectoryError as error:
+            raise ImageError("not a regular file") from error
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # would mark good images as bad
+                advice = "raise `ulimit -n` or lower workers"
+                raise InputError(f"{path}: too few file handles to open it; {advice}") from error
+            raise ImageError(f"cannot be read: {error.strerror}") from error
 
     def locate(self, key: str) -> str:
         """The path of an image file."""
         return str(self.root / key)
-
-
-def read_image(path: Path) -> Image.Image:
-    """One image, upright, all of its pixels loaded, mode RGB.
-
-    Raises:
-        ImageError: if it cannot be read or decoded.
-    """
-    return decode_image(read_file(path))
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of an image file.
-
-    Raises:
-        ImageError: if it cannot be read.
-        InputError: if this process may open no more files, which is not the image's fault.
-    """
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ImageError("gone") from error
-    except PermissionError as error:
-        raise ImageError("permission denied") from error
-    except IsADirectoryError as error:
-        raise ImageError("not a regular file") from error
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):  # would mark good images as bad
-            raise InputError(f"{path}: too few file handles to open it; raise `ulimit -n` or lower workers") from error
-        raise ImageError(f"cannot be read: {error.strerror}") from error
 
 
 def _walk(folder: Path) -> Iterator[FoundImage]:
@@ -112,7 +91,7 @@ def _walk(folder: Path) -> Iterator[FoundImage]:
     with ThreadPoolExecutor(LISTING_THREADS, thread_name_prefix="list") as pool:
         files = _in_order(_list_folders(pool, root))
         batches = iter(lambda: list(islice(files, LISTING_BATCH)), [])
-        for found in _map(pool, lambda batch: [_look_at(root, name) for name in batch], batches):
+        for found in map_ahead(pool, lambda batch: [_look_at(root, name) for name in batch], batches, LISTING_AHEAD):
             yield from found
 
 
@@ -122,7 +101,9 @@ def _list_folders(pool: ThreadPoolExecutor, root: bytes) -> dict[bytes, list[byt
     level = [(b"", frozenset[tuple[int, int]]())]
     while level:
         below = []
-        for (folder, _), (names, inside_of) in zip(level, _map(pool, partial(_list_folder, root), level)):
+        for (folder, _), (names, inside_of) in zip(
+            level, map_ahead(pool, partial(_list_folder, root), level, LISTING_AHEAD)
+        ):
             listed[folder] = names
             below += [(folder + name, inside_of) for name in names if name.endswith(b"/")]
         level = below
@@ -162,17 +143,6 @@ def _in_order(listed: dict[bytes, list[bytes]]) -> Iterator[bytes]:
             yield folder + name
         else:
             open_folders.pop()
-
-
-def _map(pool: ThreadPoolExecutor, function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """As `pool.map`, but the items are taken as they are needed, a few ahead."""
-    pending: deque[Future[U]] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) > 4 * LISTING_THREADS:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:

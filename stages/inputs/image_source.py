@@ -12,12 +12,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...cache.disk.cores import map_ahead
 from ...cache.disk.durable import digest
 from ...cache.errors import InputError
 from ..images.decode import ImageError
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 FILES = "files"
 """How a run's record names the original images; kept pixels are named by their setting, `jpeg-256`."""
 
-HASH_WINDOW = 256
-"""Images that are being hashed at a time."""
+HASHED_AHEAD = 256
+"""Images that are read to be hashed before their digests are taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +136,7 @@ def label_images(source: ImageSource, class_ids: Collection[str]) -> list[Labell
 def image_digests(source: ImageSource, keys: Iterable[Any]) -> Iterator[str | None]:
     """The digest of each image, in order, read by several threads; None for one that cannot be read."""
     with ThreadPoolExecutor(thread_name_prefix="hash") as pool:
-        remaining = iter(keys)
-        while window := list(islice(remaining, HASH_WINDOW)):
-            yield from pool.map(source.digest, window)
+        yield from map_ahead(pool, source.digest, keys, HASHED_AHEAD)
 
 
 def keys_of(source: ImageSource, columns: Mapping[str, Sequence[Any]]) -> list[Any]:

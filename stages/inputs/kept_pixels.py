@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 
 
 class KeptPixels(ImageSource):
-    """The kept pixels of a cache. A row's key is its number; reading one needs nothing but the packs."""
+    """The kept pixels of a cache. A row's key is its number; what reads one pickles as small as the packs do."""
 
     columns = ("row",)
 
     def __init__(self, packs: PixelPacks) -> None:
-        """Read from these packs. It pickles as small as they do."""
         self._packs, self.name, self.location = packs, packs.setting, str(packs.folder)
 
     def list(self) -> Sequence[FoundImage]:
@@ -48,7 +47,6 @@ class KeptPixels(ImageSource):
         return self._packs.read(key)
 
     def locate(self, key: int) -> str:
-        """Where a row's pixels are, for messages."""
         return f"{self._packs.path(key)}: row {key}"
 
 

@@ -2,12 +2,13 @@
 
 import importlib.util
 import runpy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ...cache.disk.durable import read_json
 from ...cache.errors import InputError
+from ..settings.data import EvaluateSettings, PromptSettings
 
 SLOT = "{}"
 
@@ -24,7 +25,7 @@ def read_classes(path: Path) -> dict[str, list[str]]:
     """
     try:
         document = read_json(path, "JSON, class id -> names", object_pairs_hook=_without_repeats)
-    except _RepeatedKeyError as error:
+    except KeyError as error:
         raise InputError(f"{path}: class id {error.args[0]!r} is there twice; wanted each once") from error
     if not isinstance(document, dict) or not document:
         raise InputError(f'{path}: no classes; wanted a JSON object such as {{"n01443537": ["goldfish"]}}')
@@ -39,13 +40,12 @@ def read_classes(path: Path) -> dict[str, list[str]]:
     return dict(sorted(document.items()))
 
 
-def read_templates(spec: str, base: Path | None = None) -> list[str]:
+def read_templates(spec: str) -> list[str]:
     """Templates with `{}` for the name.
 
     Args:
         spec: `openai`, the 80 templates that open_clip scores ImageNet with, or the path of a text file with one
             template a line; blank lines are passed over.
-        base: folder that a relative path starts at.
 
     Raises:
         InputError: if the file is missing, is not UTF-8, has no template or has one without `{}`.
@@ -56,7 +56,7 @@ def read_templates(spec: str, base: Path | None = None) -> list[str]:
         file = Path(package.submodule_search_locations[0], "zero_shot_metadata.py")
         templates = runpy.run_path(str(file))["OPENAI_IMAGENET_TEMPLATES"]  # importing the package would load torch
         return [str(template(SLOT)) for template in templates]
-    path = Path(spec) if base is None else base / spec
+    path = Path(spec)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
@@ -83,28 +83,28 @@ def prompts_for(names: Iterable[str], templates: Sequence[str]) -> list[str]:
     return [template.replace(SLOT, name) for name in names for template in templates]
 
 
-def class_prompts(
-    classes: Mapping[str, Sequence[str]], templates: Sequence[str], names: Literal["first", "all"] = "first"
-) -> list[tuple[str, list[str]]]:
-    """(class id, its prompts) in the order of the sorted class ids.
-
-    Args:
-        names: `first` uses a class's first name alone, `all` every one.
-    """
-    return [
-        (class_id, prompts_for(classes[class_id][: None if names == "all" else 1], templates))
-        for class_id in sorted(classes)
-    ]
+def class_names(settings: PromptSettings | EvaluateSettings) -> dict[str, list[str]]:
+    """The names of each class that make its prompts, by sorted class id: the first one or all."""
+    used = None if settings.names == "all" else 1
+    return {class_id: names[:used] for class_id, names in read_classes(settings.classes).items()}
 
 
-class _RepeatedKeyError(Exception):
-    """JSON allows a key twice and Python keeps the last: half of a class list could vanish so."""
+def class_prompts(settings: PromptSettings | EvaluateSettings) -> list[list[str]]:
+    """The prompts of each class, in the order of the sorted class ids."""
+    templates = read_templates(settings.templates)
+    return [prompts_for(names, templates) for names in class_names(settings).values()]
+
+
+def prompt_lines(settings: PromptSettings) -> list[str]:
+    """The prompts of all classes, as they join the sentences."""
+    return [prompt for of_class in class_prompts(settings) for prompt in of_class]
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = set()
-    for key, _ in pairs:
-        if key in keys:
-            raise _RepeatedKeyError(key)
-        keys.add(key)
-    return dict(pairs)
+    """JSON allows a key twice and Python keeps the last: half of a class list could vanish so. Raises KeyError."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise KeyError(key)
+        found[key] = value
+    return found

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import xxhash
-
 from ...cache.errors import InputError
 
 MAX_LINE_BYTES = 65_536
@@ -37,24 +35,12 @@ class Sentence:
     problem: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SourceDigest:
-    """A text file that was read to its end: its name, its number of lines, the XXH3-128 of its bytes."""
-
-    name: str
-    lines: int
-    digest: str
-
-
-def read_sentences(paths: Sequence[Path], digests: list[SourceDigest] | None = None) -> Iterator[Sentence]:
+def read_sentences(paths: Sequence[Path]) -> Iterator[Sentence]:
     """Every line of some UTF-8 text files, one file after the other.
 
     Lines end at a newline and nowhere else; a carriage return before it and a byte order mark at the start of a file
     are no part of them. Blank, undecodable and overlong lines are kept, with their problem, since a line's number is
     its identity.
-
-    Args:
-        digests: where a file's digest is added once its last line has been read.
 
     Raises:
         InputError: if a file is missing, is no file, cannot be read, or says that it is UTF-16 or UTF-32.
@@ -64,28 +50,23 @@ def read_sentences(paths: Sequence[Path], digests: list[SourceDigest] | None = N
             if path.exists() and not path.is_file():
                 raise InputError(f"{path}: not a file; wanted a text file, one sentence a line")
             with path.open("rb") as file:
-                yield from _read_file(path, file, digests)
+                yield from _read_file(path, file)
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file; wanted a text file, one sentence a line") from error
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _read_file(path: Path, file: BinaryIO, digests: list[SourceDigest] | None) -> Iterator[Sentence]:
-    state, num_lines = xxhash.xxh3_128(), 0
+def _read_file(path: Path, file: BinaryIO) -> Iterator[Sentence]:
+    is_first = True
     while line := file.readline(MAX_LINE_BYTES + 1):
-        state.update(line)
         overlong = len(line) > MAX_LINE_BYTES and not line.endswith(b"\n")
         rest = line
         while overlong and rest and not rest.endswith(b"\n"):
             rest = file.readline(MAX_LINE_BYTES)
-            state.update(rest)
-        if num_lines == 0:
-            line = _without_mark(path, line)
-        num_lines += 1
+        if is_first:
+            line, is_first = _without_mark(path, line), False
         yield _sentence(line.removesuffix(b"\n").removesuffix(b"\r"), path.name, overlong)
-    if digests is not None:
-        digests.append(SourceDigest(path.name, num_lines, state.hexdigest()))
 
 
 def _without_mark(path: Path, line: bytes) -> bytes:

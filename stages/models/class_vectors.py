@@ -12,11 +12,7 @@ class ClassVectors:
     """Each prompt's embedding normalised, their mean for each class, normalised; from embeddings block by block."""
 
     def __init__(self, prompts: Sequence[Sequence[str]], embed_dim: int) -> None:
-        """Begin with nothing.
-
-        Args:
-            prompts: the prompts of each class, at least one; their embeddings come in this order.
-        """
+        """Begin with nothing; embeddings come in the order of the `prompts` of each class, at least one."""
         self._prompts = prompts
         self._class_of = np.repeat(np.arange(len(prompts)), [len(texts) for texts in prompts])
         self._sums = np.zeros((len(prompts), embed_dim))

@@ -24,26 +24,6 @@ WEIGHTS_NAME = "open_clip_text.safetensors"
 _SCALARS = ("logit_scale", "logit_bias")
 
 
-class TextTower(TextEncoder):
-    """A teacher's text tower without its image tower.
-
-    In batches of the same shape, on the same machine, its embeddings are the teacher's bit for bit.
-
-    Attributes:
-        model_cfg: the teacher's architecture, both towers, as in open_clip's model configs.
-        preprocess_cfg: the teacher's image preprocessing.
-        logit_scale: what cosines are multiplied by.
-    """
-
-    def __init__(
-        self, tower: nn.Module, tokenizer: Any, device: torch.device, config: Mapping[str, Any], logit_scale: float
-    ) -> None:
-        super().__init__(tower, tokenizer, device)
-        self.model_cfg: dict[str, Any] = config["model_cfg"]
-        self.preprocess_cfg: dict[str, Any] = config["preprocess_cfg"]
-        self.logit_scale = logit_scale
-
-
 def save_text_tower(teacher: ImageTeacher, folder: Path) -> None:
     """Write a teacher's text tower; nothing for a teacher that cannot save one (`SavesTextTower`).
 
@@ -93,8 +73,10 @@ def text_state(model: Any) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if tensor is not None and not name.startswith("visual.")}
 
 
-def load_text_tower(folder: Path, device: torch.device) -> TextTower:
+def load_text_tower(folder: Path, device: torch.device) -> TextEncoder:
     """Load what `save_text_tower` wrote; needs no network.
+
+    In batches of the same shape, on the same machine, its embeddings are the teacher's bit for bit.
 
     Raises:
         CacheError: if there is no text tower, or a file of it is missing or damaged.
@@ -106,20 +88,19 @@ def load_text_tower(folder: Path, device: torch.device) -> TextTower:
             "none, or the folder was removed (`dimefm cache verify` tells which)"
         )
     try:
-        config = json.loads((folder / CONFIG_NAME).read_bytes())
+        model_cfg = json.loads((folder / CONFIG_NAME).read_bytes())["model_cfg"]
         state = load_file(folder / WEIGHTS_NAME)
-        logit_scale = float(state["logit_scale"].exp())
         # Copied, since a tensor of a mapped file may lie at an odd address, and matrix products differ by alignment.
         weights = {name: tensor.clone() for name, tensor in state.items() if name not in _SCALARS}
         with quiet_open_clip():
-            module = _build(folder, config["model_cfg"], weights)
+            module = _build(folder, model_cfg, weights)
             # `assign` keeps the number format of each tensor: a half-precision teacher has some in float32.
             module.load_state_dict(weights, assign=True)
             tokenizer = load_tokenizer(f"{LOCAL}{folder}")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CacheError(f"{folder}: the text tower cannot be loaded ({reason}); stage one writes it anew") from error
-    return TextTower(module, tokenizer, device, config, logit_scale)
+    return TextEncoder(module, tokenizer, device)
 
 
 def _build(folder: Path, model_cfg: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:

@@ -91,16 +91,12 @@ def _build(spec: str, config: dict[str, Any]) -> nn.Module:
 
 def _resize_timm(student: TimmModel, embed_dim: int, vision: dict[str, Any]) -> None:
     """Bring a timm tower to its image size, which open_clip has no way to pass on."""
-    if vision.get("timm_proj") == "":
-        with suppress(TypeError):  # models without this argument take any size
-            student.trunk = timm.create_model(
-                vision["timm_model_name"],
-                num_classes=embed_dim,
-                global_pool=vision.get("timm_pool", "avg"),
-                img_size=vision["image_size"],
-            )
-    else:
-        student.set_input_size(vision["image_size"])
+    name, pool, size = vision["timm_model_name"], vision.get("timm_pool", "avg"), vision["image_size"]
+    if vision.get("timm_proj") != "":
+        student.set_input_size(size)
+        return
+    with suppress(TypeError):  # models without this argument take any size
+        student.trunk = timm.create_model(name, num_classes=embed_dim, global_pool=pool, img_size=size)
 
 
 def _timm_cfg(name: str, embed_dim: int, image_size: int) -> dict[str, Any]:

@@ -7,15 +7,12 @@ from ...cache.errors import InputError
 from ..devices import memory_errors_as
 from ..settings.models import TeacherSettings
 from ..settings.plugins import load_function
-from .teacher import Teacher, basic_identity
+from .teacher import ImageTeacher, Teacher, basic_identity
 from .weights_file import one_line
 
 
 def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
-    """Load the teacher of `[teacher]`, and ask it for one image and one sentence.
-
-    Args:
-        device: the one that the model is put on.
+    """Load the teacher of `[teacher]` onto a device, and ask it for one image and one sentence.
 
     Raises:
         InputError: if it cannot be loaded, does not run or is no `Teacher`: one line.
@@ -29,7 +26,8 @@ def load_teacher(settings: TeacherSettings, device: torch.device) -> Teacher:
 
 def _require_teacher(teacher: Teacher, settings: TeacherSettings) -> None:
     """Refuse what a function of the config has returned if it has not all that a teacher has."""
-    missing = [name for name in dir(Teacher) if not name.startswith("_") and not hasattr(teacher, name)]
+    names = [*ImageTeacher.__annotations__, *(name for name in dir(Teacher) if not name.startswith("_"))]
+    missing = [name for name in names if not hasattr(teacher, name)]
     if missing:
         raise InputError(
             f"{settings.model}: returned a {type(teacher).__name__} without {', '.join(missing)}; wanted all of "

@@ -37,13 +37,9 @@ class OpenClipTeacher:
     Attributes:
         model: the open_clip model, in evaluation mode.
         model_cfg: its architecture, as in open_clip's model configs.
-        preprocess_cfg: keys as in open_clip's `preprocess_cfg`, lists instead of tuples.
-        embed_dim: width of the shared space.
-        logit_scale: what cosines are multiplied by, the exponential of the model's parameter.
     """
 
     def __init__(self, settings: TeacherSettings, model: Any, model_cfg: Mapping[str, Any], tokenizer: Any) -> None:
-        """Take over a loaded model, on whatever device it is."""
         self.settings = settings
         self.model = model.eval().requires_grad_(False)
         self.model_cfg = dict(model_cfg)
@@ -59,14 +55,12 @@ class OpenClipTeacher:
         self.image_size: tuple[int, int] = (size[0], size[1]) if isinstance(size, list) else (size, size)
         # The last two steps are to-tensor and normalise: `normalise` does them for a whole batch, on the device.
         self._crop = Compose(image_transform_v2(cfg, is_train=False).transforms[:-2])
-        self._mean = torch.tensor(cfg.mean, dtype=torch.float32, device=self.device).view(3, 1, 1)
-        self._std = torch.tensor(cfg.std, dtype=torch.float32, device=self.device).view(3, 1, 1)
+        self._mean, self._std = (
+            torch.tensor(value, dtype=torch.float32, device=self.device).view(3, 1, 1) for value in (cfg.mean, cfg.std)
+        )
 
     def crop(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Resize and crop one RGB image as open_clip does for this model.
-
-        Returns:
-            (height, width, 3) uint8.
+        """Resize and crop one RGB image as open_clip does for this model: (height, width, 3) uint8.
 
         Raises:
             ImageError: if one side would be left without a pixel.
@@ -87,13 +81,9 @@ class OpenClipTeacher:
         return cut(image, crop, (width, height), resample_filter(str(self.preprocess_cfg["interpolation"])))
 
     def normalise(self, crops: Tensor) -> Tensor:
-        """Crops to the model's input: the same bits on a CPU as open_clip's own transform.
+        """(B, height, width, 3) uint8 crops to the model's input, (B, 3, height, width) float32 on its device.
 
-        Args:
-            crops: (B, height, width, 3) uint8, as `crop` returns them.
-
-        Returns:
-            (B, 3, height, width) float32 on the teacher's device.
+        On a CPU these are the same bits as by open_clip's own transform.
         """
         images = crops.to(self.device, non_blocking=True).permute(0, 3, 1, 2).contiguous().float()
         return images.div_(255).sub_(self._mean).div_(self._std)
@@ -124,7 +114,7 @@ class OpenClipTeacher:
         return self.encode_tokens(self.tokenize(sentences))
 
     def identity(self) -> dict[str, Any]:
-        """All that an embedding depends on, ready for JSON: equal identities on equal machines give equal bytes."""
+        """`basic_identity`, with digests of architecture, weights and tokenizer."""
         return {
             **basic_identity(self),
             "architecture": digest(to_json(self.model_cfg)),

@@ -26,7 +26,7 @@ def build_text_tower(config: Mapping[str, Any], dtype: torch.dtype | None = None
         dtype: the format that its norms cast their input to; None for float32.
 
     Raises:
-        TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError: for a config that makes no tower.
+        ZeroDivisionError and those of `build_image_tower`: for a config that makes no tower.
     """
     quick_gelu = config.get("quick_gelu", False)
     tower: nn.Module = _build_text_tower(config["embed_dim"], config["text_cfg"], quick_gelu, dtype)

@@ -19,10 +19,9 @@ class Asked:
     """What the user wrote, for the messages.
 
     Attributes:
-        model: key and value that name the architecture.
-        weights: key and value that name the weights.
-        prefix: what stands before an architecture's name there.
+        model, weights: key and value that name the architecture, and those that name the weights.
         by_hand: what to do with weights that were fetched elsewhere.
+        prefix: what stands before an architecture's name in the config.
     """
 
     model: str
@@ -32,13 +31,10 @@ class Asked:
 
 
 def tag_weights(name: str, tag: str, asked: Asked) -> tuple[Path, dict[str, Any]]:
-    """The weights of an open_clip architecture's tag, downloaded if they are not there yet.
+    """The file with the weights of a tag, downloaded if it is not there yet, and what open_clip knows about the tag.
 
     Args:
         name: of an architecture that open_clip has.
-
-    Returns:
-        The file; and what open_clip knows about the tag.
 
     Raises:
         InputError: for an unknown tag, for weights that were trained with another activation than the architecture's,
@@ -46,16 +42,14 @@ def tag_weights(name: str, tag: str, asked: Asked) -> tuple[Path, dict[str, Any]
     """
     tag_cfg = open_clip.get_pretrained_cfg(name, tag)
     variant = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+    # Where no variant has the tag, it merely does not mention its QuickGELU (roberta-ViT-B-32): the config is right.
+    fits = tag_cfg and quick_gelu(tag_cfg) == quick_gelu(open_clip.get_model_config(name))
+    if not fits and open_clip.is_pretrained_cfg(variant, tag):
+        raise wrong_activation(tag, variant, asked)
     if not tag_cfg:
-        if open_clip.get_pretrained_cfg(variant, tag):
-            raise wrong_activation(tag, variant, asked)
         known = open_clip.list_pretrained_tags_by_model(name)
         hint = did_you_mean(tag, known) or f"; its tags are: {', '.join(known) or 'none'}"
         raise InputError(f"{asked.weights}: {name} has no such tag{hint}")
-    # Where no variant has the tag, it merely does not mention its QuickGELU (roberta-ViT-B-32): the config is right.
-    differs = quick_gelu(tag_cfg) != quick_gelu(open_clip.get_model_config(name))
-    if differs and open_clip.is_pretrained_cfg(variant, tag):
-        raise wrong_activation(tag, variant, asked)
     place = tag_cfg.get("hf_hub") or tag_cfg.get("url")
     path = download(lambda: open_clip.download_pretrained(tag_cfg), f"{name} with the tag {tag}", place, asked.by_hand)
     return path, dict(tag_cfg)
@@ -75,15 +69,7 @@ def quick_gelu(config: dict[str, Any] | None) -> bool:
 
 
 def download(fetch: Callable[[], str], wanted: str, place: str | None, by_hand: str) -> Path:
-    """Where `fetch` has put a file.
-
-    Args:
-        wanted, place: what it is and where it comes from.
-        by_hand: what to do with it where there is no network.
-
-    Raises:
-        InputError: if it fails.
-    """
+    """Where `fetch` has put a file; InputError if it fails, with what was wanted, the place, and what to do by hand."""
     try:
         return Path(fetch())
     except Exception as error:  # hub, network and disk errors have no type in common

@@ -1,11 +1,11 @@
 """What a teacher is, whatever library built it: the protocol that stage one, checks and repair are written against.
 
-A new kind of teacher is a file that implements `Teacher` and a line in `load_teacher.LOADERS`; one from outside of the
-package is a function that the config names (`teacher.model = "package.module:function"`).
+A new kind of teacher is a file that implements `Teacher` and a line in `settings.models.TEACHERS`; one from outside of
+the package is a function that the config names (`teacher.model = "package.module:function"`).
 """
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,38 +25,19 @@ _LIBRARIES = ("torchvision", "open_clip_torch", "timm", "pillow", "numpy", "tran
 class ImageTeacher(Protocol):
     """The image side of a teacher. Embeddings are what the model emits, before normalisation."""
 
-    @property
-    def settings(self) -> TeacherSettings:
-        """What it was loaded with: `precision`, `batch_size`, `device`."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is, one device."""
-        ...
-
-    @property
-    def embed_dim(self) -> int:
-        """D, the width of its embeddings."""
-        ...
-
-    @property
-    def logit_scale(self) -> float:
-        """What cosines are multiplied by before a softmax; students use it by default."""
-        ...
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(height, width) of its input, pixels."""
-        ...
-
-    @property
-    def preprocess_cfg(self) -> Mapping[str, Any]:
-        """How it wants its images, ready for JSON: all keys of open_clip's `PreprocessCfg`, lists instead of tuples.
-
-        Students read `mean`, `std` and `interpolation` from it, evaluation the resize mode too.
-        """
-        ...
+    settings: TeacherSettings
+    """What it was loaded with: `precision`, `batch_size`, `device`."""
+    device: torch.device
+    """Where the model is, one device."""
+    embed_dim: int
+    """D, the width of its embeddings."""
+    logit_scale: float
+    """What cosines are multiplied by before a softmax; students use it by default."""
+    image_size: tuple[int, int]
+    """(height, width) of its input, pixels."""
+    preprocess_cfg: dict[str, Any]
+    """How it wants its images, ready for JSON: all keys of open_clip's `PreprocessCfg`, lists instead of tuples.
+    Students read `mean`, `std` and `interpolation` from it, evaluation the resize mode too."""
 
     def crop(self, image: Image.Image) -> NDArray[np.uint8]:
         """The centre view of one upright RGB image: (height, width, 3) uint8. Called in threads; uses no torch.
@@ -64,26 +45,21 @@ class ImageTeacher(Protocol):
         Raises:
             ImageError: if this image cannot be brought to the input's size.
         """
-        ...
 
     def view(self, image: Image.Image, crop: Crop) -> NDArray[np.uint8]:
         """A crop of one upright RGB image, resized to the input: (height, width, 3) uint8. As `crop`, for threads."""
-        ...
 
     def normalise(self, crops: Tensor) -> Tensor:
         """(B, height, width, 3) uint8 crops to the model's input, (B, 3, height, width) float32 on its device."""
-        ...
 
     def encode_images(self, images: Tensor) -> Tensor:
         """What `normalise` returns to (B, D) float32 embeddings on the CPU."""
-        ...
 
     def identity(self) -> dict[str, Any]:
         """All that an embedding depends on, ready for JSON: equal identities on equal machines give equal bytes.
 
         `basic_identity` and, at least, `weights`: a digest of the weights.
         """
-        ...
 
 
 class Teacher(ImageTeacher, Protocol):
@@ -91,11 +67,9 @@ class Teacher(ImageTeacher, Protocol):
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
         """(len(sentences), L) int64 token ids on the CPU, L the same for all. Called in a thread."""
-        ...
 
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """(B, L) token ids to (B, D) float32 embeddings on the CPU."""
-        ...
 
 
 @runtime_checkable
@@ -104,11 +78,9 @@ class SavesTextTower(Protocol):
 
     def save_text_tower(self, folder: Path) -> None:
         """Write files that `frozen_text_tower.load_text_tower` reads into an empty folder."""
-        ...
 
     def text_tower_bytes(self) -> int:
         """About what they take on disk."""
-        ...
 
 
 def basic_identity(teacher: ImageTeacher) -> dict[str, Any]:
@@ -121,7 +93,7 @@ def basic_identity(teacher: ImageTeacher) -> dict[str, Any]:
             continue
     return {
         **configured_identity(teacher.settings),
-        "preprocess": dict(teacher.preprocess_cfg),
+        "preprocess": teacher.preprocess_cfg,
         "logit_scale": teacher.logit_scale,
         "embed_dim": teacher.embed_dim,
         "libraries": libraries,

@@ -1,7 +1,6 @@
 """A look at the teacher before it is asked a million times: wrong weights and precisions show in a few embeddings."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,56 +15,17 @@ CONSTANT_COSINE = 1e-4
 """Embeddings that are all nearer to each other than this say nothing about what was embedded."""
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Smallest value, mean and largest value."""
-
-    low: float
-    mean: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.low:.3f} to {self.high:.3f}, mean {self.mean:.3f}"
-
-
-@dataclass(frozen=True)
-class TeacherCheck:
-    """What a teacher makes of a few images and sentences.
-
-    Attributes:
-        image_norms: L2 norms of the image embeddings, before normalisation.
-        sentence_norms: likewise of the sentences.
-        cosines: every image against every sentence.
-        image_std: standard deviation of the unit image embeddings over the rows, mean over the dimensions.
-        sentence_std: likewise of the sentences.
-    """
-
-    num_images: int
-    num_sentences: int
-    embed_dim: int
-    logit_scale: float
-    image_norms: Spread
-    sentence_norms: Spread
-    cosines: Spread
-    image_std: float
-    sentence_std: float
-
-    def lines(self) -> list[str]:
-        """What to show a user, a line for each finding."""
-        return [
-            f"teacher: {self.embed_dim} dimensions, logit scale {self.logit_scale:.2f}",
-            f"{self.num_images} images: norm {self.image_norms}; std over rows {self.image_std:.4f}",
-            f"{self.num_sentences} sentences: norm {self.sentence_norms}; std over rows {self.sentence_std:.4f}",
-            f"cosine of image and sentence: {self.cosines}",
-        ]
-
-
-def check_teacher(teacher: Teacher, crops: Sequence[np.ndarray], sentences: Sequence[str]) -> TeacherCheck:
+def check_teacher(teacher: Teacher, crops: Sequence[np.ndarray], sentences: Sequence[str]) -> list[str]:
     """Embed a few images and sentences and refuse a teacher that cannot be one.
 
     Args:
         crops: (H, W, 3) uint8 crops of images that differ from each other, as `teacher.crop` makes them, at least one.
         sentences: sentences that differ from each other, at least one.
+
+    Returns:
+        What to show a user, a line for each finding: the width and logit scale; of the images and of the sentences the
+        L2 norms before normalisation, and the standard deviation of the unit rows, mean over the dimensions; the
+        cosines of every image with every sentence.
 
     Raises:
         InputError: if a batch does not fit into the device's memory, or if embeddings have another width than the
@@ -80,17 +40,12 @@ def check_teacher(teacher: Teacher, crops: Sequence[np.ndarray], sentences: Sequ
     sentence_rows = _in_batches(lambda batch: teacher.encode_tokens(teacher.tokenize(batch)), sentences, teacher)
     image_units = _units(image_rows, "images", teacher)
     sentence_units = _units(sentence_rows, "sentences", teacher)
-    return TeacherCheck(
-        num_images=len(crops),
-        num_sentences=len(sentences),
-        embed_dim=teacher.embed_dim,
-        logit_scale=teacher.logit_scale,
-        image_norms=_spread(np.linalg.norm(image_rows, axis=1)),
-        sentence_norms=_spread(np.linalg.norm(sentence_rows, axis=1)),
-        cosines=_spread(image_units @ sentence_units.T),
-        image_std=float(image_units.std(axis=0).mean()),
-        sentence_std=float(sentence_units.std(axis=0).mean()),
-    )
+    return [
+        f"teacher: {teacher.embed_dim} dimensions, logit scale {teacher.logit_scale:.2f}",
+        _line(f"{len(crops)} images", image_rows, image_units),
+        _line(f"{len(sentences)} sentences", sentence_rows, sentence_units),
+        f"cosine of image and sentence: {_spread(image_units @ sentence_units.T)}",
+    ]
 
 
 def _in_batches(encode: Callable[[Any], Tensor], inputs: Sequence[Any], teacher: Teacher) -> np.ndarray:
@@ -123,5 +78,9 @@ def _units(rows: np.ndarray, what: str, teacher: Teacher) -> np.ndarray:
     return np.asarray(units)
 
 
-def _spread(values: np.ndarray) -> Spread:
-    return Spread(float(values.min()), float(values.mean()), float(values.max()))
+def _line(what: str, rows: np.ndarray, units: np.ndarray) -> str:
+    return f"{what}: norm {_spread(np.linalg.norm(rows, axis=1))}; std over rows {units.std(axis=0).mean():.4f}"
+
+
+def _spread(values: np.ndarray) -> str:
+    return f"{values.min():.3f} to {values.max():.3f}, mean {values.mean():.3f}"

@@ -36,7 +36,7 @@ def configured_embed_dim(settings: TeacherSettings) -> int | None:
         InputError: if there is no such model config, or no such function.
     """
     if settings.is_from_outside:
-        require_function(settings.model, "teacher.model")
+        require_function(settings.model, key="teacher.model")
         return None
     if settings.model.startswith("hf-hub:"):
         return None

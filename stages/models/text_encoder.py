@@ -30,8 +30,7 @@ class TextEncoder:
         blocks = []
         for first in range(0, len(sentences), BATCH_SIZE):
             emitted = self.tower(tokenize(self.tokenizer, sentences[first : first + BATCH_SIZE]).to(self.device))
-            embeddings = (
-                emitted[0] if isinstance(emitted, tuple) else emitted
-            )  # CoCa's tower returns its tokens as well
+            # CoCa's tower returns its tokens as well.
+            embeddings = emitted[0] if isinstance(emitted, tuple) else emitted
             blocks.append(embeddings.float().cpu().numpy())
         return np.concatenate(blocks)

@@ -91,22 +91,11 @@ def text_tokenizer(spec: str) -> Any:
 class TextStudent(TextEncoder):
     """A student's trained text tower."""
 
-    @property
-    def num_parameters(self) -> int:
-        """Numbers in the tower."""
-        return sum(parameter.numel() for parameter in self.tower.parameters())
-
     def class_head(self, prompts: Sequence[Sequence[str]]) -> NDArray[np.float32]:
-        """One vector for each class, as stage one makes the teacher's: each prompt normalised, their mean, normalised.
-
-        Args:
-            prompts: the prompts of each class, at least one.
-
-        Returns:
-            (classes, D) float32, unit rows.
+        """(classes, D) float32 unit rows from the prompts of each class, as stage one makes the teacher's.
 
         Raises:
-            InputError: if a class has no direction: a NaN among its embeddings, or a mean of zero.
+            InputError: as `ClassVectors.result`.
         """
         vectors = self.encode_sentences([text for texts in prompts for text in texts])
         head = ClassVectors(prompts, vectors.shape[1])

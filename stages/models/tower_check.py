@@ -8,16 +8,10 @@ from .weights_file import one_line
 
 
 def require_embeddings(tower: nn.Module, inputs: Tensor, embed_dim: int, shown: str, what: str) -> Tensor:
-    """What a tower emits for two inputs, in evaluation mode and without gradients.
+    """What a tower emits for a batch of two, (2, embed_dim), in evaluation mode and without gradients.
 
     Args:
-        inputs: a batch of 2.
-        embed_dim: width of the teacher's embeddings.
-        shown: what messages call the tower.
-        what: what they call its inputs.
-
-    Returns:
-        (2, embed_dim).
+        shown, what: what messages call the tower and its inputs.
 
     Raises:
         InputError: if it does not run, or emits something else or numbers that are not finite.

@@ -30,11 +30,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         InputError: if it is missing, damaged, holds no tensors, or cannot be read without running code from it.
     """
     with weights_errors(path):
-        document: Any
-        if path.suffix == ".safetensors":
-            document = load_file(path)
-        else:
-            document = torch.load(path, map_location="cpu", weights_only=True)
+        is_safe = path.suffix == ".safetensors"
+        document: Any = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(document, dict):
         nested = [document[key] for key in _NESTED if isinstance(document.get(key), dict)]
         document = nested[0] if nested else document
@@ -53,9 +50,8 @@ def weights_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except pickle.UnpicklingError as error:
-        raise _not_only_weights(path) from error
     except (
+        pickle.UnpicklingError,
         SafetensorError,
         zipfile.BadZipFile,
         EOFError,
@@ -64,19 +60,24 @@ def weights_errors(path: Path) -> Iterator[None]:
         TypeError,
         KeyError,
         ValueError,
+        RuntimeError,
     ) as error:
-        raise _damaged(path, error) from error
+        if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
+            found = (
+                "not plain weights (TorchScript, or Python objects that would run code when loaded); use the model's "
+                "safetensors or hub weights, or, where the file came from, load it and write its state_dict() with "
+                "safetensors.torch.save_file"
+            )
+        elif "loading state_dict" in str(error):
+            found = (
+                f"not the weights of this architecture ({one_line(error)}); choose the model config that they were "
+                "trained with"
+            )
+        else:
+            found = f"damaged or no checkpoint ({one_line(error)}); fetch the file again"
+        raise InputError(f"{path}: {found}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except RuntimeError as error:
-        if "TorchScript" in str(error):
-            raise _not_only_weights(path) from error
-        if "loading state_dict" in str(error):
-            raise InputError(
-                f"{path}: not the weights of this architecture ({one_line(error)}); choose the model config "
-                "that they were trained with"
-            ) from error
-        raise _damaged(path, error) from error
 
 
 def weights_digest(state: Mapping[str, Any]) -> str:
@@ -92,15 +93,3 @@ def one_line(error: BaseException) -> str:
     """The gist of an error whose text may run over many lines: its first two that are not blank."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300].removesuffix(": ")
-
-
-def _not_only_weights(path: Path) -> InputError:
-    return InputError(
-        f"{path}: not plain weights (TorchScript, or Python objects that would run code when loaded); use "
-        "the model's safetensors or hub weights, or, where the file came from, load it and write its state_dict() "
-        "with safetensors.torch.save_file"
-    )
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path}: damaged or no checkpoint ({one_line(error)}); fetch the file again")

@@ -156,15 +156,20 @@ def allowed(
         raise ValueError(f"cap = {cap}: wanted at least 1")
     keep = np.zeros((len(pairs), pairs.k), dtype=np.bool_)
     crowded = in_degrees(pairs, first, min_cosine) > cap
-    waiting = _Waiting(cap)
+    waiting: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]] = []
+    num_best = 0
     for rows in pairs.blocks():
         ids, cosines, scores = pairs.rank(rows)
         there = counts(ids, cosines, first, min_cosine)
         contested = there & crowded[np.where(there, ids, 0)]
         keep[rows] = there & ~contested
         row, place = np.nonzero(contested)
-        waiting.add(ids[row, place], scores[row, place], rows[row] * pairs.k + place)
-    keep.reshape(-1)[waiting.best()] = True
+        waiting.append((ids[row, place], scores[row, place], rows[row] * pairs.k + place))
+        if sum(len(part[0]) for part in waiting) > max(_PRUNE_ENTRIES, 2 * num_best):
+            waiting = [_best(waiting, cap)]
+            num_best = len(waiting[0][0])
+    if waiting:
+        keep.reshape(-1)[_best(waiting, cap)[2]] = True
     return keep
 
 
@@ -214,32 +219,16 @@ def largest_hubs(degrees: NDArray[np.int64], num: int) -> NDArray[np.int64]:
     return order[degrees[order] > 0].astype(np.int64)
 
 
-class _Waiting:
-    """Pairs of crowded sentences, the best `cap` of each kept so far; they come in the order of rows."""
-
-    def __init__(self, cap: int) -> None:
-        self._cap, self._kept = cap, 0
-        self._parts: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]] = []
-
-    def add(self, ids: NDArray[np.int64], scores: NDArray[np.float32], positions: NDArray[np.int64]) -> None:
-        self._parts.append((ids, scores, positions))
-        if sum(len(part[0]) for part in self._parts) > max(_PRUNE_ENTRIES, 2 * self._kept):
-            self._prune()
-
-    def _prune(self) -> None:
-        ids, scores, positions = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-        order = np.lexsort((positions, -scores, ids))
-        sorted_ids = ids[order]
-        begins = np.flatnonzero(np.diff(sorted_ids, prepend=-1))
-        lengths = np.diff(begins, append=len(ids))
-        order = order[np.arange(len(ids)) - np.repeat(begins, lengths) < self._cap]
-        self._parts = [(ids[order], scores[order], positions[order])]
-        self._kept = len(order)
-
-    def best(self) -> NDArray[np.int64]:
-        if self._parts:
-            self._prune()
-        return self._parts[0][2] if self._parts else np.empty(0, dtype=np.int64)
+def _best(
+    parts: list[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]], cap: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
+    """Of pairs (ids, scores, positions) the best `cap` of each id, the lower position first among equals."""
+    ids, scores, positions = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.lexsort((positions, -scores, ids))
+    begins = np.flatnonzero(np.diff(ids[order], prepend=-1))
+    lengths = np.diff(begins, append=len(ids))
+    order = order[np.arange(len(ids)) - np.repeat(begins, lengths) < cap]
+    return ids[order], scores[order], positions[order]
 
 
 def _as_bools(rows: EmbeddingSet) -> NDArray[np.bool_]:
@@ -252,7 +241,12 @@ def _correction(back: Pairs, ranking: Ranking, logit_scale: float) -> NDArray[np
     """For each sentence its r(y), or the log of its sum over images; 0 where it has no neighbours."""
     correction = np.zeros(len(back.scores), dtype=np.float32)
     for start, cosines in back.scores.blocks():
-        lowered = _mean(cosines) if ranking == "csls" else _log_sum_exp(logit_scale * cosines.astype(np.float64))
+        if ranking == "csls":
+            lowered = _mean(cosines)
+        else:
+            logits = np.where(np.isfinite(cosines), logit_scale * cosines.astype(np.float64), -np.inf)
+            lowered = logsumexp(logits, axis=1)
+            lowered[~np.isfinite(lowered)] = 0.0
         correction[start : start + len(cosines)] = lowered
     return correction
 
@@ -262,9 +256,3 @@ def _mean(cosines: NDArray[np.float32]) -> NDArray[np.float64]:
     there = np.isfinite(cosines)
     total = np.where(there, cosines, 0).sum(axis=1, dtype=np.float64)
     return np.asarray(total / np.maximum(there.sum(axis=1), 1))
-
-
-def _log_sum_exp(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Of each row's finite numbers; 0 where it has none."""
-    total = logsumexp(np.where(np.isfinite(logits), logits, -np.inf), axis=1)
-    return np.where(np.isfinite(total), total, 0.0)

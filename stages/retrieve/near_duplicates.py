@@ -10,6 +10,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ...cache.disk.cosine import TIE, Rows, cosines, unit_rows
 from ...cache.disk.index import Index, build_index
+from .pairs import RECALL_QUERIES
 
 FIRST_NEIGHBOURS = 16
 """Neighbours asked for at first; four times as many again for rows that have no fewer near ones."""
@@ -22,9 +23,6 @@ INDEX_ERROR = 0.002
 
 MAX_COPIES = 256
 """Copies of one embedding, byte for byte, above which an index without copies is worth building."""
-
-RECALL_QUERIES = 512
-"""Rows that the recall of an index built here is measured with."""
 
 QUERY_ROWS = 4096
 """Rows that are searched for at a time."""

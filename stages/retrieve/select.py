@@ -1,5 +1,6 @@
 """Sentences that fit the images: those that images retrieve, chosen so that as many images as possible have one."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +9,9 @@ from numpy.typing import NDArray
 from .hubs import PairScores, allowed, counts
 
 _NO_ROUND = np.iinfo(np.int16).max
+
+_Block = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]
+"""ids, cosines and scores of `rank`, and (B, k) bools: those near enough, and those that the images count for."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,16 @@ def select_sentences(
     Args:
         first: at least 1; more than there are candidates is all of them.
     """
-    counting = _Counting(pairs, first, min_cosine, None if cap is None else allowed(pairs, cap, first, min_cosine))
-    rounds, best = _rounds(counting)
+    kept_pairs = None if cap is None else allowed(pairs, cap, first, min_cosine)
+
+    def blocks() -> Iterator[_Block]:
+        for rows in pairs.blocks():
+            ids, cosines, scores = pairs.rank(rows)
+            near = counts(ids, cosines, first, min_cosine)
+            # With a cap, whoever counts is near enough as well: `allowed` has looked.
+            yield ids, cosines, scores, near, near.copy() if kept_pairs is None else kept_pairs[rows]
+
+    rounds, best = _rounds(blocks(), len(pairs.usable_sentences))
     candidates = np.flatnonzero(rounds < _NO_ROUND)
     keep = np.zeros(len(rounds), dtype=np.bool_)
     if target is None or len(candidates) <= target:
@@ -68,9 +80,8 @@ def select_sentences(
         keep[candidates[order[:target]]] = True
     degrees, scores = np.zeros(len(keep), dtype=np.int64), np.full(len(keep), -np.inf, dtype=np.float32)
     cosines, with_candidate, crowded_out, num_images = [], 0, 0, 0
-    for rows in pairs.blocks():
-        ids, found, score, near, there = counting.at(rows)
-        num_images += len(rows)
+    for ids, found, score, near, there in blocks():
+        num_images += len(ids)
         with_candidate += int(near.any(axis=1).sum())
         near &= keep[np.where(near, ids, 0)]
         there &= near
@@ -83,34 +94,11 @@ def select_sentences(
     return Selection(keep, len(candidates), num_images, with_candidate, crowded_out, covered, scores[keep], degrees)
 
 
-@dataclass(frozen=True)
-class _Counting:
-    """Which sentences each image counts for."""
-
-    pairs: PairScores
-    first: int
-    min_cosine: float | None
-    keep: NDArray[np.bool_] | None
-
-    def at(
-        self, rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_], NDArray[np.bool_]]:
-        """ids, cosines and scores of `rank`, and (B, k) bools: those near enough, and those that the images count for.
-
-        With a cap, whoever counts is near enough as well: `allowed` has looked.
-        """
-        ids, cosines, scores = self.pairs.rank(rows)
-        near = counts(ids, cosines, self.first, self.min_cosine)
-        return ids, cosines, scores, near, near.copy() if self.keep is None else self.keep[rows]
-
-
-def _rounds(counting: _Counting) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
+def _rounds(blocks: Iterator[_Block], num_sentences: int) -> tuple[NDArray[np.int16], NDArray[np.float32]]:
     """For each sentence the round in which it is first proposed, and its best score of those that propose it then."""
-    num_sentences = len(counting.pairs.usable_sentences)
     rounds = np.full(num_sentences, _NO_ROUND, dtype=np.int16)
     best = np.full(num_sentences, -np.inf, dtype=np.float32)
-    for rows in counting.pairs.blocks():
-        ids, _, scores, _, there = counting.at(rows)
+    for ids, _, scores, _, there in blocks:
         proposed = (np.cumsum(there, axis=1) - 1)[there].astype(np.int16)
         wanted, score = ids[there], scores[there]
         order = np.lexsort((-score, proposed, wanted))

@@ -69,15 +69,7 @@ def weights_to_use(state: dict[str, Any]) -> str:
 
 
 def load_weights(student: nn.Module, state: dict[str, Any], path: Path, key: str = "model") -> None:
-    """Give a student the weights of a state.
-
-    Args:
-        path: where the state came from, for the message.
-        key: of the weights in the state.
-
-    Raises:
-        InputError: if they are another model's.
-    """
+    """Give a student the weights under `key` of a state from `path`; InputError if they are another model's."""
     try:
         student.load_state_dict(state[key])
     except (KeyError, TypeError, RuntimeError) as error:

@@ -107,11 +107,7 @@ def write_run_record(run_dir: Path, record: dict[str, Any]) -> None:
 
 
 def read_run_record(run_dir: Path) -> dict[str, Any]:
-    """Read `run.json`.
-
-    Raises:
-        InputError: if it is missing or damaged.
-    """
+    """Read `run.json`; InputError if it is missing or damaged."""
     path, wanted = run_dir / RECORD, "the folder of a run of `dimefm distill`"
     record = read_json(path, wanted)
     try:
@@ -122,11 +118,7 @@ def read_run_record(run_dir: Path) -> dict[str, Any]:
 
 
 def check_same_training(run_dir: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Refuse to continue a run on other terms than it began with.
-
-    Args:
-        found: record of the run on disk.
-        wanted: record of the run that was asked for.
+    """Refuse to continue a run on other terms than it began with: `found` is its record on disk.
 
     Raises:
         InputError: naming every key that differs.

@@ -73,11 +73,9 @@ class Draw:
 
     def part(self, number: int, num_parts: int) -> "Draw":
         """One of equal parts, with all that is said of its rows."""
-        rows = _part(len(self.rows), number, num_parts)
-        views = None if self.views is None else self.views[rows]
-        cosines = None if self.cosines is None else self.cosines[rows]
-        weights = None if self.weights is None else self.weights.part(number, num_parts)
-        return Draw(self.rows[rows], self.passes[rows], views, cosines, weights)
+        arrays = (self.rows, self.passes, self.views, self.cosines)
+        rows, passes, views, cosines = (_part(array, number, num_parts) for array in arrays)
+        return Draw(rows, passes, views, cosines, self.weights and self.weights.part(number, num_parts))
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,7 @@ class DrawnWeights:
 
     def part(self, number: int, num_parts: int) -> "DrawnWeights":
         """Those of one of equal parts of the images and of the sentences."""
-        images = _part(len(self.places), number, num_parts)
-        sentences = self.sentences[_part(len(self.sentences), number, num_parts)]
-        return DrawnWeights(sentences, self.places[images], self.values[images])
+        return DrawnWeights(*(_part(array, number, num_parts) for array in (self.sentences, self.places, self.values)))
 
 
 class Drawn(Protocol):
@@ -109,7 +105,19 @@ class Drawn(Protocol):
         """The rows of a step, from 0; as many for each."""
 
 
-class Stream:
+class WholeDrawn(Drawn, Protocol):
+    """One that draws for all processes."""
+
+    batch: int
+    """Rows of one step."""
+    setting: str
+    """Full name of the key that says how many."""
+
+    def describe(self) -> dict[str, Any]:
+        """All that the order depends on, but the rows themselves, for the record of a run."""
+
+
+class Stream(WholeDrawn):
     """Endless passes over rows, cut into batches; every pass covers each row exactly once, in an order of its own."""
 
     def __init__(self, rows: NDArray[np.int64], batch: int, seed: int, name: str) -> None:
@@ -118,7 +126,7 @@ class Stream:
         Args:
             rows: (n,) the rows to draw from, distinct.
             batch: rows of one step.
-            seed: seed of the run.
+            seed: of the run.
             name: `images` or `sentences`: streams of other names have other orders.
 
         Raises:
@@ -136,11 +144,6 @@ class Stream:
         return len(self.rows)
 
     def draw(self, step: int) -> Draw:
-        """The rows of a step; a function of the step alone.
-
-        Args:
-            step: from 0.
-        """
         return self.at(np.arange(step * self.batch, (step + 1) * self.batch))
 
     def at(self, places: NDArray[np.int64]) -> Draw:
@@ -154,7 +157,6 @@ class Stream:
         return Draw(rows, passes)
 
     def describe(self) -> dict[str, Any]:
-        """All that the order depends on, but the rows themselves, for the record of a run."""
         return {
             "order": "a keyed permutation of the rows for each pass, cut into batches",
             **describe_permutation(self._seed, f"({self._name}, pass)"),
@@ -163,16 +165,11 @@ class Stream:
         }
 
 
-class BankStream:
+class BankStream(WholeDrawn):
     """More image rows for each step, whose targets alone are wanted; never one of the step's own images."""
 
     def __init__(self, image_stream: Stream, num_rows: int, seed: int) -> None:
-        """A stream beside that of the images.
-
-        Args:
-            image_stream: the images of each step, whole; its rows are drawn from.
-            num_rows: rows of one step.
-            seed: seed of the run.
+        """Draw `num_rows` of the rows of `image_stream` for each step.
 
         Raises:
             InputError: if there are too few rows beside a batch.
@@ -187,11 +184,7 @@ class BankStream:
         self.setting = "distill.bank_images"
 
     def draw(self, step: int) -> Draw:
-        """The rows of a step, distinct; a function of the step alone, in memory that grows with the batch alone.
-
-        Args:
-            step: from 0.
-        """
+        """Distinct rows, in memory that grows with the batch alone."""
         own = self._images.draw(step).rows
         permutation = KeyedPermutation(len(self._images), key_of(self._seed, "bank", step))
         some = self._images.rows[permutation[np.arange(self.batch + len(np.unique(own)))]]
@@ -199,7 +192,6 @@ class BankStream:
         return Draw(rows, np.zeros_like(rows))
 
     def describe(self) -> dict[str, Any]:
-        """All that the order depends on, but the rows themselves, for the record of a run."""
         return {
             "order": "the beginning of a keyed permutation of the images for each step, without the step's own",
             **describe_permutation(self._seed, "(bank, step)"),
@@ -208,52 +200,25 @@ class BankStream:
         }
 
 
-class WholeDrawn(Drawn, Protocol):
-    """One that draws for all processes."""
-
-    batch: int
-    """Rows of one step."""
-    setting: str
-    """Full name of the key that says how many."""
-
-    def describe(self) -> dict[str, Any]:
-        """All that the order depends on, but the rows themselves, for the record of a run."""
-
-
-class Beginning:
-    """The first rows of every step."""
+class Beginning(WholeDrawn):
+    """The first rows of every step of a stream, which has at least as many."""
 
     def __init__(self, stream: Drawn, num_rows: int, setting: str) -> None:
-        """The beginning of every draw of a stream, which has at least as many rows.
-
-        Args:
-            setting: key of `num_rows`, for errors.
-        """
         self._stream, self.batch, self.setting = stream, num_rows, setting
 
     def draw(self, step: int) -> Draw:
-        """The rows of a step; a function of the step alone.
-
-        Args:
-            step: from 0.
-        """
         whole = self._stream.draw(step)
         return Draw(whole.rows[: self.batch], whole.passes[: self.batch])
 
     def describe(self) -> dict[str, Any]:
-        """Where they are found, for the record of a run."""
         return {"order": "the first of each step's sentences", "batch": self.batch}
 
 
-class Share:
+class Share(Drawn):
     """One rank's part of every step: of as many equal parts as there are ranks, in order, the one that is its own."""
 
     def __init__(self, stream: WholeDrawn, rank: int, num_ranks: int) -> None:
-        """A part of a stream.
-
-        Args:
-            rank: from 0.
-            num_ranks: how many parts there are.
+        """The part of a rank, from 0.
 
         Raises:
             InputError: if the rows of a step do not divide evenly.
@@ -264,24 +229,14 @@ class Share:
                 f"wanted a multiple of {num_ranks}"
             )
         self._stream, self._rank, self._num_ranks = stream, rank, num_ranks
-        self.batch = stream.batch // num_ranks
 
     def draw(self, step: int) -> Draw:
-        """This rank's rows of a step.
-
-        Args:
-            step: from 0.
-        """
         return self._stream.draw(step).part(self._rank, self._num_ranks)
 
-    def describe(self) -> dict[str, Any]:
-        """The whole stream's: a share is no order of its own."""
-        return self._stream.describe()
 
-
-def _part(num_rows: int, number: int, num_parts: int) -> slice:
-    size = num_rows // num_parts
-    return slice(number * size, (number + 1) * size)
+def _part(array: NDArray[Any] | None, number: int, num_parts: int) -> Any:
+    size = 0 if array is None else len(array) // num_parts
+    return None if array is None else array[number * size : (number + 1) * size]
 
 
 def describe_permutation(seed: int, key: str) -> dict[str, Any]:

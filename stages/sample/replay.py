@@ -64,14 +64,13 @@ class Replay:
         return {"policy": "replay", "count": self.count, "crops": self.crops.settings.model_dump(mode="json")}
 
 
-class Replayed:
+class Replayed(Drawn):
     """A stream whose draws say which view of each row they take."""
 
     def __init__(self, stream: Drawn, replay: Replay) -> None:
         self._stream, self._replay = stream, replay
 
     def draw(self, step: int) -> Draw:
-        """The rows of a step and their views, a function of the step alone."""
         draw = self._stream.draw(step)
         return replace(draw, views=self._replay.views(draw.rows, draw.passes))
 

@@ -14,57 +14,10 @@ from ..counter_random import key_of, uniforms
 from ..retrieve.hubs import PairScores, allowed
 from ..settings.distill import PairSampling
 from .inclusion import SamplingRates
-from .order import Draw, DrawnWeights, KeyedPermutation, Stream, describe_permutation
+from .order import Draw, DrawnWeights, KeyedPermutation, Stream, WholeDrawn, describe_permutation
 
 
-class Candidates:
-    """The sentences that each image may bring along, and how it chooses among them."""
-
-    def __init__(self, cache: FeatureCache, settings: PairSampling, logit_scale: float) -> None:
-        """Read what the ranking and the cap need to know.
-
-        Args:
-            cache: its masks choose images and sentences.
-            logit_scale: multiplies cosines where an image chooses by score.
-
-        Raises:
-            InputError: if the cache has no pairs.
-            CacheError: if they are missing or damaged.
-        """
-        self._settings, self._logit_scale = settings, logit_scale
-        self.pairs = PairScores.of(cache, settings.rank, logit_scale)
-        self._keep = None if settings.cap is None else allowed(self.pairs, settings.cap, min_cosine=settings.min_score)
-        mixture = cache.sentences.mixture
-        self._drawn = None if mixture is None else mixture.drawn
-
-    def of(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float64]]:
-        """The candidates of some images.
-
-        Args:
-            rows: (B,) image rows.
-
-        Returns:
-            ids (B, k) int64 sentence rows, cosines (B, k) float32 and logits (B, k) float64: an image takes the first
-            sentence with probability softmax(logits), the next one likewise among the rest. -inf is no candidate.
-
-            By score, the logits are logit_scale x cosine; half of logit_scale x CSLS, which has the cosine twice; or
-            the inverted softmax, which is a logarithm already. They differ by what is taken from popular sentences.
-        """
-        ids, cosines, scores = self.pairs.rank(rows)
-        there = ids >= 0
-        if self._settings.min_score is not None:
-            there &= cosines >= self._settings.min_score
-        if self._keep is not None:
-            there &= self._keep[rows]
-        if self._drawn is not None:
-            there &= self._drawn[ids]  # a source of weight 0 gives no retrieved sentence either
-        if self._settings.sampling == "uniform":
-            return ids, cosines, np.where(there, 0.0, -np.inf)
-        factor = {"cosine": self._logit_scale, "csls": self._logit_scale / 2, "inverted_softmax": 1.0}
-        return ids, cosines, np.where(there, factor[self._settings.rank] * scores.astype(np.float64), -np.inf)
-
-
-class PairStream:
+class PairStream(WholeDrawn):
     """The sentences of each step: what its images retrieve, as many random ones as are then missing, none twice."""
 
     def __init__(
@@ -91,8 +44,11 @@ class PairStream:
             CacheError: if they are missing or damaged.
         """
         self._images, self._random, self._settings, self._seed = image_stream, sentence_stream, settings, seed
-        self._candidates = Candidates(cache, settings, logit_scale)
-        if settings.correct and (cache.images.mixture is not None or cache.sentences.mixture is not None):
+        self._logit_scale, self.pairs = logit_scale, PairScores.of(cache, settings.rank, logit_scale)
+        self._keep = None if settings.cap is None else allowed(self.pairs, settings.cap, min_cosine=settings.min_score)
+        mixture = cache.sentences.mixture
+        self._drawn = None if mixture is None else mixture.drawn
+        if settings.correct and (cache.images.mixture is not None or mixture is not None):
             raise InputError(
                 "distill.pairs.correct = true: makes up for retrieval among rows that are drawn alike, not for "
                 "images.weights or sentences.weights; leave one of them out"
@@ -101,33 +57,52 @@ class PairStream:
         self.rates: SamplingRates | None = None
         if settings.correct:
             self.rates = SamplingRates(
-                self._candidates.of,
-                self._candidates.pairs.blocks(),
+                self.candidates,
+                self.pairs.blocks(),
                 settings.per_image,
                 images=(image_stream.batch, len(image_stream)),
                 sentences=(self.batch, sentence_stream.rows),
                 num_rows=len(cache.sentences),
             )
 
-    def draw(self, step: int) -> Draw:
-        """The rows of a step, distinct; retrieved ones spread evenly among the others, so that equal parts have alike.
+    def candidates(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float64]]:
+        """The sentences that each of some images may bring along, and how it chooses among them.
 
         Args:
-            step: from 0.
+            rows: (B,) image rows.
+
+        Returns:
+            ids (B, k) int64 sentence rows, cosines (B, k) float32 and logits (B, k) float64: an image takes the first
+            sentence with probability softmax(logits), the next one likewise among the rest. -inf is no candidate.
+
+            By score, the logits are logit_scale x cosine; half of logit_scale x CSLS, which has the cosine twice; or
+            the inverted softmax, which is a logarithm already. They differ by what is taken from popular sentences.
         """
+        ids, cosines, scores = self.pairs.rank(rows)
+        there = ids >= 0
+        if self._settings.min_score is not None:
+            there &= cosines >= self._settings.min_score
+        if self._keep is not None:
+            there &= self._keep[rows]
+        if self._drawn is not None:
+            there &= self._drawn[ids]  # a source of weight 0 gives no retrieved sentence either
+        if self._settings.sampling == "uniform":
+            return ids, cosines, np.where(there, 0.0, -np.inf)
+        factor = {"cosine": self._logit_scale, "csls": self._logit_scale / 2, "inverted_softmax": 1.0}
+        return ids, cosines, np.where(there, factor[self._settings.rank] * scores.astype(np.float64), -np.inf)
+
+    def draw(self, step: int) -> Draw:
+        """Distinct rows; retrieved ones spread evenly among the others, so that equal parts have alike."""
         images = self._images.draw(step)
-        candidates = self._candidates.of(images.rows)
-        retrieved, found_cosines = self._retrieve(images, *candidates)
-        filling = self._fill(step, retrieved)
+        ids, candidate_cosines, logits = self.candidates(images.rows)
+        retrieved, found_cosines = self._retrieve(images, ids, candidate_cosines, logits)
         places = np.arange(len(retrieved)) * self.batch // max(1, len(retrieved))
         rows = np.empty(self.batch, dtype=np.int64)
         cosines = np.full(self.batch, np.nan, dtype=np.float32)
-        others = np.ones(self.batch, dtype=np.bool_)
-        others[places] = False
-        rows[places], cosines[places], rows[others] = retrieved, found_cosines, filling
+        others = np.setdiff1d(np.arange(self.batch), places)
+        rows[places], cosines[places], rows[others] = retrieved, found_cosines, self._fill(step, retrieved)
         weights = None
         if self.rates is not None:
-            ids, _, logits = candidates
             own = self.rates.own_log_weights(ids, logits)
             weights = DrawnWeights(self.rates.sentence_log_weights(rows), _places(ids, rows), own)
         return Draw(rows, np.zeros_like(rows), cosines=cosines, weights=weights)
@@ -158,11 +133,10 @@ class PairStream:
         return random[:wanted]
 
     def describe(self) -> dict[str, Any]:
-        """All that the order depends on, but the rows themselves, for the record of a run."""
         return {
             "order": "what the step's images retrieve, spread evenly among as many of the random ones as are missing",
             "retrieved": {
-                "candidates": self._candidates.pairs.k,
+                "candidates": self.pairs.k,
                 "choice": "the largest of logits + Gumbel noise, from SplitMix64 of (key, image row, pass)",
                 "seed": self._seed,
                 "key": "BLAKE2b of the seed and pairs",

@@ -21,22 +21,10 @@ THE_OTHERS = "(others)"
 
 
 def row_stream(rows: EmbeddingSet, batch: int, seed: int, name: str) -> Stream:
-    """The order in which a run draws the usable rows of one side: by its weights, where it has some.
-
-    Args:
-        batch: rows of one step.
-        seed: seed of the run.
-        name: `images` or `sentences`.
-
-    Raises:
-        InputError: if there are fewer rows than a step takes, of all or of one source.
-    """
-    mixture = rows.mixture
-    return (
-        Stream(rows.usable, batch, seed, name)
-        if mixture is None
-        else MixtureStream(rows.usable, batch, seed, name, mixture)
-    )
+    """A `Stream` of the usable rows of one side, or a `MixtureStream` where they have weights."""
+    if rows.mixture is None:
+        return Stream(rows.usable, batch, seed, name)
+    return MixtureStream(rows.usable, batch, seed, name, rows.mixture)
 
 
 class MixtureStream(Stream):
@@ -51,10 +39,7 @@ class MixtureStream(Stream):
     """
 
     def __init__(self, rows: NDArray[np.int64], batch: int, seed: int, name: str, mixture: Mixture) -> None:
-        """A stream over rows of several weights.
-
-        Args:
-            rows: (n,) the rows to draw from, distinct; those of weight 0 are left out.
+        """As a `Stream`; rows of weight 0 are left out.
 
         Raises:
             InputError: if there are fewer rows than a batch holds, or of one source fewer than its share of a batch.
@@ -71,12 +56,12 @@ class MixtureStream(Stream):
                 key = f"{name}, others" if code == OTHERS else f"{name}, source {of}"
                 sources.append((Fraction(weight) * len(own), of, Stream(own, 1, seed, key)))
         self._sources = sorted(sources, key=lambda item: (-item[0], item[1]))
-        total = sum(mass for mass, _, _ in self._sources)
-        self._shares, left = [], total
+        self._total = left = sum(mass for mass, _, _ in self._sources)
+        self._shares = []
         for mass, of, stream in self._sources:
             self._shares.append(mass / left)
             left -= mass
-            taken = batch * mass / total
+            taken = batch * mass / self._total
             if taken > len(stream):
                 raise InputError(
                     f"{name}.weights: {of} would give {float(taken):,.0f} rows to each batch of {batch} but has only "
@@ -84,11 +69,6 @@ class MixtureStream(Stream):
                 )
 
     def draw(self, step: int) -> Draw:
-        """The rows of a step; a function of the step alone.
-
-        Args:
-            step: from 0.
-        """
         before, after = self._taken(step * self.batch), self._taken((step + 1) * self.batch)
         parts = [
             stream.at(np.arange(first, end))
@@ -100,14 +80,14 @@ class MixtureStream(Stream):
         return Draw(rows[places], np.concatenate([part.passes for part in parts])[places])
 
     def describe(self) -> dict[str, Any]:
-        """All that the order depends on, but the rows themselves, for the record of a run."""
-        total = sum(mass for mass, _, _ in self._sources)
         return super().describe() | {
             "order": "a keyed permutation of the rows of each source for each of its passes; counts of the sources by "
             "nested rounding of their shares, the largest first; each batch shuffled by a keyed permutation",
             "key": f'BLAKE2b of the seed and ("{self._name}, source NAME" or "{self._name}, others", pass); of a '
             f'batch ("{self._name}, mixture", step)',
-            "sources": {of: {"rows": len(stream), "share": float(mass / total)} for mass, of, stream in self._sources},
+            "sources": {
+                of: {"rows": len(stream), "share": float(mass / self._total)} for mass, of, stream in self._sources
+            },
         }
 
     def _taken(self, drawn: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .metrics import Hits, retention
+from .metrics import Hits
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -108,25 +108,21 @@ def paired_interval(
         return interval(statistic(means[:, 0], means[:, 1]), level)
 
 
-def compared(student: Hits, teacher: Hits, key: str) -> dict[str, Any]:
-    """Accuracy of both, and what the student retains, each with its interval, from the same draws."""
+def compared(key: str, student: Hits, teacher: Hits) -> dict[str, Any]:
+    """Accuracy of both and their ratio, the retention, each with its interval, from the same draws; None for x / 0."""
     means = bootstrap_means(np.stack([student, teacher], axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = means[:, 0] / means[:, 1]
     return {
         f"student_{key}": float(student.mean()),
-        f"student_{key}_interval": pair(interval(means[:, 0])),
+        f"student_{key}_interval": list(interval(means[:, 0])),
         f"teacher_{key}": float(teacher.mean()),
-        f"teacher_{key}_interval": pair(interval(means[:, 1])),
-        "retention": number(retention(float(student.mean()), float(teacher.mean()))),
-        "retention_interval": pair(interval(ratios)),
+        f"teacher_{key}_interval": list(interval(means[:, 1])),
+        "retention": float(student.mean()) / float(teacher.mean()) if teacher.any() else None,
+        "retention_interval": list(interval(ratios)) if np.isfinite(ratios).all() else None,
     }
 
 
 def number(value: float) -> float | None:
     """JSON has no NaN."""
     return None if math.isnan(value) else value
-
-
-def pair(bounds: Interval) -> list[float] | None:
-    return None if math.isnan(bounds[0]) else list(bounds)

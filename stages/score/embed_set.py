@@ -68,14 +68,7 @@ def embed_pictures(
     device: torch.device,
     stopped: Callable[[], bool] | None = None,
 ) -> EmbeddedSet:
-    """The same, of pictures that are at hand.
-
-    Args:
-        stopped: asked before each batch, whether to give up.
-
-    Raises:
-        Stopped: if it said so.
-    """
+    """The same, of pictures that are at hand; raises Stopped if `stopped`, asked before each batch, says so."""
     embeddings = np.full(labelled.images.embeddings.shape, np.nan, dtype=np.float32)
     student = student.to(device).eval()
     with torch.inference_mode():
@@ -87,11 +80,7 @@ def embed_pictures(
 
 
 def labelled_set(cache: FeatureCache, name: str) -> EvaluateSet:
-    """A labelled set of a cache.
-
-    Raises:
-        InputError: if the cache has no such set.
-    """
+    """A labelled set of a cache; InputError if it has no such set."""
     if name not in cache.evaluate:
         there = ", ".join(sorted(cache.evaluate)) or "none"
         raise InputError(

@@ -1,8 +1,8 @@
 """The pictures of a labelled set as a student of one size sees them: decoded by threads, kept in memory if small."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +58,16 @@ class LabelledPictures:
         self._kept: list[Pictures] | None = None
 
     def __iter__(self) -> Iterator[Pictures]:
-        """Batches in the order of rows, without the images that cannot be read."""
+        """Batches of the images that can be read, in the order of rows, each decoded during the one before it."""
         if self._kept is not None:
             yield from self._kept
             return
         kept = []
         with ThreadPoolExecutor(self._workers) as pool:
-            for rows, images in _a_batch_ahead(pool, self._load, self._batches):
-                read = {row: image for row, image in zip(rows, images) if image is not None}
+            ahead = deque(pool.map(self._load, rows) for rows in self._batches[:1])
+            for i, rows in enumerate(self._batches):
+                ahead.extend(pool.map(self._load, following) for following in self._batches[i + 1 : i + 2])
+                read = {row: image for row, image in zip(rows, ahead.popleft()) if image is not None}
                 if read:
                     pictures = list(read), torch.stack(list(read.values()))
                     if self._keep:
@@ -85,14 +87,3 @@ class LabelledPictures:
         except ImageError:
             return None
         return picture
-
-
-def _a_batch_ahead(
-    pool: ThreadPoolExecutor, load: Callable[[int], Tensor | None], batches: Sequence[list[int]]
-) -> Iterator[tuple[list[int], list[Tensor | None]]]:
-    """Load batches in order, each while the one before it is used."""
-    pending: deque[list[Future[Tensor | None]]] = deque()
-    for i, rows in enumerate(batches):
-        for following in batches[i + len(pending) : i + 2]:
-            pending.append([pool.submit(load, row) for row in following])
-        yield rows, [future.result() for future in pending.popleft()]

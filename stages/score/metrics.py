@@ -14,9 +14,9 @@ Labels = NDArray[np.int64]
 Hits = NDArray[np.bool_]
 
 
-def unit_rows(embeddings: Matrix) -> NDArray[np.float32]:
-    """Rows of length 1, in float32; rows of zeros stay, rows with NaN stay NaN."""
-    rows = embeddings.astype(np.float32)
+def unit_rows(embeddings: Matrix, dtype: type[np.floating[Any]] = np.float32) -> NDArray[Any]:
+    """Rows of length 1, computed in `dtype`; rows of zeros stay, rows with NaN stay NaN."""
+    rows = embeddings.astype(dtype)
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
@@ -50,24 +50,6 @@ def per_class_accuracy(hits: Hits, labels: Labels, num_classes: int) -> NDArray[
     counts = np.bincount(labels, minlength=num_classes)
     right = np.bincount(labels, weights=hits, minlength=num_classes)
     return np.where(counts > 0, right / np.maximum(counts, 1), np.nan)
-
-
-def mean_class_accuracy(hits: Hits, labels: Labels, num_classes: int) -> float:
-    """Mean of `per_class_accuracy` over the classes that have images: each class counts the same, however many it has.
-
-    >>> mean_class_accuracy(np.array([True, False, True]), np.array([0, 0, 1]), num_classes=3)
-    0.75
-    """
-    return float(np.nanmean(per_class_accuracy(hits, labels, num_classes)))
-
-
-def retention(student: float, teacher: float) -> float:
-    """What is left of the teacher's score in the student's, their ratio; NaN where the teacher's is 0.
-
-    >>> retention(0.25, 0.5)
-    0.5
-    """
-    return student / teacher if teacher > 0 else float("nan")
 
 
 def agreement(first: Matrix, second: Matrix) -> float:

@@ -1,11 +1,11 @@
 """Which class was chosen for each image, `RUN/predictions/<set>.parquet`: what holds runs against each other."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -17,14 +17,13 @@ from .score_inputs import ScoreInputs
 
 def versus_first_run(inputs: ScoreInputs) -> dict[str, Any] | None:
     """The score of the table: the run against the first one of the call; None of that one, or of other images."""
-    first = inputs.memo.once("first run", lambda: inputs.run)
+    first, baselines = inputs.memo.once("predictions of the first run", lambda: (inputs.run, {}))
     mine = zero_shot_predictions(inputs.set)
-    baselines = inputs.memo.once("predictions of the first run", dict)
     if inputs.run == first:
         baselines[inputs.name] = mine
         return None
     difference = versus(mine, baselines[inputs.name]) if inputs.name in baselines else None
-    return None if difference is None else {"run": str(first), **difference}
+    return difference and {"run": str(first), **difference}
 
 
 COLUMNS = pa.schema([(name, pa.string()) for name in ("source", "class_id", "student", "teacher")])
@@ -36,14 +35,8 @@ def zero_shot_predictions(embedded: EmbeddedSet) -> pa.Table:
     The last two are null for an image that could not be read.
     """
     ids = np.array(embedded.class_ids, dtype=object)
-
-    def chosen(logits: NDArray[np.float32]) -> Sequence[Any]:
-        return [str(ids[i]) if ok else None for i, ok in zip(logits.argmax(axis=1), embedded.readable)]
-
-    student, teacher = embedded.logits()
-    labels = [str(class_id) for class_id in ids[embedded.labels]]
-    columns = [list(embedded.sources), labels, chosen(student), chosen(teacher)]
-    return pa.Table.from_arrays([pa.array(column, pa.string()) for column in columns], schema=COLUMNS)
+    chosen = [pa.array(ids[logits.argmax(axis=1)], mask=~embedded.readable) for logits in embedded.logits()]
+    return pa.table([list(embedded.sources), ids[embedded.labels], *chosen], schema=COLUMNS)
 
 
 def write_predictions(path: Path, predictions: pa.Table) -> None:
@@ -60,8 +53,8 @@ def hits(predictions: pa.Table, model: str = "student") -> NDArray[np.bool_]:
     >>> hits(table).tolist()
     [True, False, False]
     """
-    pairs = zip(predictions.column(model).to_pylist(), predictions.column("class_id").to_pylist())
-    return np.array([chosen == true for chosen, true in pairs], dtype=np.bool_)
+    right = pc.equal(predictions.column(model), predictions.column("class_id"))
+    return np.asarray(pc.fill_null(right, False), dtype=np.bool_)
 
 
 def versus(run: pa.Table, baseline: pa.Table) -> dict[str, Any] | None:

@@ -57,10 +57,10 @@ def knn_scores(
     >>> knn_scores(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([1, 0]), np.array([[2.0, 0.0]]), 2, k=1).tolist()
     [[0.0, 1.0]]
     """
-    bank = _unit(fitting)
+    bank = unit_rows(fitting, np.float64)
     k = min(k, len(bank))
     scores = np.full((len(queries), num_classes), np.nan)
-    rows = _unit(queries)
+    rows = unit_rows(queries, np.float64)
     usable = np.flatnonzero(np.isfinite(rows).all(axis=1))
     step = max(1, _COSINES_AT_ONCE // len(bank))
     for first in range(0, len(usable), step):
@@ -93,7 +93,7 @@ class LinearProbe:
 
     def scores(self, queries: Matrix) -> NDArray[np.float64]:
         """(N, num_classes) logits; a row of NaN gets NaN."""
-        logits: NDArray[np.float64] = _unit(queries) @ self.weight.T + self.bias
+        logits: NDArray[np.float64] = unit_rows(queries, np.float64) @ self.weight.T + self.bias
         return logits
 
 
@@ -118,25 +118,21 @@ def fit_linear_probe(fitting: Matrix, labels: Labels, num_classes: int, seed: in
     held = held_out(labels, seed)
     if not held.any() or len(np.unique(labels)) < 2:
         raise ValueError("wanted images of two classes or more, and at least two of one class")
-    unit = _unit(fitting)
+    unit = unit_rows(fitting, np.float64)
     mean, scale = unit.mean(axis=0), np.sqrt(unit.shape[1])
     rows = (unit - mean) * scale
     tried: dict[float, float] = {}
-
-    def try_at(decade: float) -> None:
-        if decade not in tried and _DECADES[0] <= decade <= _DECADES[1]:
-            model = _fit(rows[~held], labels[~held], 10.0**decade)[0]
-            tried[decade] = float(np.mean(model.predict(rows[held]) == labels[held]))
-
-    step = _FIRST_STEP
-    for decade in np.arange(_DECADES[0], _DECADES[1] + step, step):
-        try_at(float(decade))
-    while step > _LAST_STEP:
+    step, asked = _FIRST_STEP, np.arange(_DECADES[0], _DECADES[1] + _FIRST_STEP, _FIRST_STEP).tolist()
+    while True:
+        for decade in asked:
+            if decade not in tried and _DECADES[0] <= decade <= _DECADES[1]:
+                model = _fit(rows[~held], labels[~held], 10.0**decade)[0]
+                tried[decade] = float(np.mean(model.predict(rows[held]) == labels[held]))
+        decade = max(sorted(tried), key=tried.__getitem__)
+        if step <= _LAST_STEP:
+            break
         step /= 2
-        best = _best(tried)
-        try_at(best - step)
-        try_at(best + step)
-    decade = _best(tried)
+        asked = [decade - step, decade + step]
     model, converged = _fit(rows, labels, 10.0**decade)
     weight, bias = np.zeros((num_classes, rows.shape[1])), np.full(num_classes, -np.inf)
     two = len(model.classes_) == 2  # scikit-learn folds two classes into one row
@@ -166,15 +162,6 @@ def held_out(labels: Labels, seed: int = 0) -> NDArray[np.bool_]:
         count = int(np.ceil(HELD_OUT * len(members))) if len(members) > 1 else 0
         held[numbers.permutation(members)[:count]] = True
     return held
-
-
-def _unit(embeddings: Matrix) -> NDArray[np.float64]:
-    rows = embeddings.astype(np.float64)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def _best(tried: dict[float, float]) -> float:
-    return max(sorted(tried), key=lambda decade: tried[decade])
 
 
 def _fit(rows: NDArray[np.float64], labels: Labels, c: float) -> tuple[Any, bool]:
@@ -236,30 +223,25 @@ def probe_scores(scored: EmbeddedSet, fitted_on: EmbeddedSet, name: str, fit_nam
     """
     usable, num_classes = fitted_on.readable, len(scored.class_ids)
     labels = fitted_on.labels[usable]
-    knn: dict[str, Hits] = {}
-    linear: dict[str, Hits] = {}
+    knn: list[Hits] = []
+    linear: list[Hits] = []
     made: dict[str, float | bool] = {}
     try:
         for side in ("student", "teacher"):
             fitting, queries = getattr(fitted_on, side)[usable], getattr(scored, side)
             fitted = fitted_once(memo, fitting, labels, num_classes)
             made |= {f"{side}_c": fitted.c, f"{side}_converged": fitted.converged}
-            linear[side] = top_k_hits(fitted.scores(queries), scored.labels, 1)
-            knn[side] = top_k_hits(knn_scores(fitting, labels, queries, num_classes), scored.labels, 1)
+            linear.append(top_k_hits(fitted.scores(queries), scored.labels, 1))
+            knn.append(top_k_hits(knn_scores(fitting, labels, queries, num_classes), scored.labels, 1))
     except ValueError as error:
         raise InputError(f"evaluate.{name}.probe: {fit_name} has {len(labels)} readable images: {error}") from error
-    nearest = _nearest_cosines(scored.teacher[scored.readable], fitted_on.teacher[usable])
+    rows, others = unit_rows(scored.teacher[scored.readable]), unit_rows(fitted_on.teacher[usable])
+    blocks = (rows[first : first + 1024] @ others.T for first in range(0, len(rows), 1024))
     made_knn = {"k": min(NEIGHBOURS, len(labels)), "temperature": NEIGHBOUR_TEMPERATURE}
     return {
         "fitted_on": fit_name,
         "fit_images": len(labels),
-        "near_duplicates": int((nearest >= NEAR_DUPLICATE).sum()),
-        "knn": {**compared(knn["student"], knn["teacher"], "top1"), **made_knn},
-        "linear": {**compared(linear["student"], linear["teacher"], "top1"), **made},
+        "near_duplicates": sum(int((block.max(axis=1) >= NEAR_DUPLICATE).sum()) for block in blocks),
+        "knn": {**compared("top1", *knn), **made_knn},
+        "linear": {**compared("top1", *linear), **made},
     }
-
-
-def _nearest_cosines(queries: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np.float32]:
-    rows, others = unit_rows(queries), unit_rows(bank)
-    blocks = [rows[first : first + 1024] @ others.T for first in range(0, len(rows), 1024)]
-    return np.concatenate([block.max(axis=1) for block in blocks]) if blocks else np.zeros(0, np.float32)

@@ -1,13 +1,17 @@
 """Whether captions find their images and images their captions: recall at k, where pairs are known."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...cache.disk.durable import read_json
+from ...cache.errors import InputError
+from ..devices import resolve_device
+from ..models.frozen_text_tower import load_text_tower
 from .bootstrap import bootstrap_means, interval
-from .captions import Captions, embed_captions, read_captions
 from .embedded_set import EmbeddedSet
 from .metrics import Matrix, unit_rows
 from .score_inputs import ScoreInputs
@@ -23,28 +27,57 @@ def retrieval(inputs: ScoreInputs) -> dict[str, Any]:
 
     Captions are embedded by the cache's text tower, once for all runs, and by the student's own, where it has one.
     """
-    captions = _captions(inputs)
+    texts, image_of = require_captions(inputs)
+    folder = inputs.cache.text_tower
 
     def embed() -> NDArray[np.float32]:
-        inputs.note(f"embedding {len(captions.texts):,} captions of {inputs.name}")
-        return embed_captions(inputs.cache.text_tower, captions)
+        inputs.note(f"embedding {len(texts):,} captions of {inputs.name}")
+        return load_text_tower(folder, resolve_device("auto")).encode_sentences(texts)
 
-    key = ("embedded captions", inputs.cache.text_tower.resolve(), inputs.name, tuple(captions.texts))
-    own = None if inputs.text is None else inputs.text.encode_sentences(captions.texts)
-    return recall_scores(inputs.set, inputs.memo.once(key, embed), captions.image_of, own)
-
-
-def require_captions(inputs: ScoreInputs) -> None:
-    """Raises InputError if the file of captions cannot be read, or names an image that the set has not."""
-    _captions(inputs)
+    captions = inputs.memo.once(("embedded captions", folder.resolve(), inputs.name, tuple(texts)), embed)
+    own = None if inputs.text is None else inputs.text.encode_sentences(texts)
+    return recall_scores(inputs.set, captions, image_of, own)
 
 
-def _captions(inputs: ScoreInputs) -> Captions:
+def require_captions(inputs: ScoreInputs) -> tuple[list[str], Rows]:
+    """As `read_captions`, once for all runs, of the file that the set's setting names; errors likewise."""
     path, images = Path(inputs.settings["captions"]), inputs.labelled.images
     sources = images.rows.column("source").slice(0, len(images)).to_pylist()
     key = ("captions", path, inputs.name, tuple(sources))
-    captions: Captions = inputs.memo.once(key, lambda: read_captions(path, sources, inputs.name))
+    captions: tuple[list[str], Rows] = inputs.memo.once(key, lambda: read_captions(path, sources, inputs.name))
     return captions
+
+
+def read_captions(path: Path, sources: Sequence[str], name: str) -> tuple[list[str], Rows]:
+    """Read a JSON object, image -> its captions.
+
+    Args:
+        sources: paths of the set's images below its folder, in the order of their rows.
+        name: of the set, for errors.
+
+    Returns:
+        M captions, those of an image one after the other; and (M,) the row of the image that each belongs to.
+
+    Raises:
+        InputError: if the file is missing or holds anything else, or names an image that the set has not.
+    """
+    wanted = 'a JSON object such as {"birds/1.jpg": ["a small bird on a branch"]}'
+    document = read_json(path, wanted)
+    if not isinstance(document, dict) or not document:
+        raise InputError(f"{path}: no captions; wanted {wanted}")
+    rows = {source: row for row, source in enumerate(sources)}
+    texts, image_of = [], []
+    for source, captions in document.items():
+        if source not in rows:
+            raise InputError(f"{path}: {source!r} is no image of evaluate.{name} (its first is {sources[0]!r})")
+        if not isinstance(captions, list) or not captions:
+            raise InputError(f"{path}: {source!r}: found {captions!r}; wanted a list of captions, at least one")
+        for caption in captions:
+            if not isinstance(caption, str) or not caption.strip():
+                raise InputError(f"{path}: {source!r}: the caption {caption!r} is no text")
+            texts.append(caption)
+            image_of.append(rows[source])
+    return texts, np.array(image_of, dtype=np.int64)
 
 
 def best_own_ranks(queries: Matrix, candidates: Matrix, pairs: Rows) -> Rows:
@@ -64,7 +97,7 @@ def best_own_ranks(queries: Matrix, candidates: Matrix, pairs: Rows) -> Rows:
     """
     rows, others = unit_rows(queries), unit_rows(candidates)
     num_candidates = len(others)
-    ranks = np.full(len(rows), num_candidates, dtype=np.int64)
+    ranks = np.empty(len(rows), dtype=np.int64)
     ordered = pairs[np.argsort(pairs[:, 0], kind="stable")]
     step = max(1, _COSINES_AT_ONCE // num_candidates)
     for first in range(0, len(rows), step):
@@ -76,8 +109,7 @@ def best_own_ranks(queries: Matrix, candidates: Matrix, pairs: Rows) -> Rows:
         best = theirs.argmax(axis=1)[:, None]
         nearest = np.take_along_axis(theirs, best, axis=1)
         before = (cosines > nearest) | ((cosines == nearest) & (np.arange(num_candidates) < best))
-        found = np.isfinite(nearest[:, 0])
-        ranks[first : first + step][found] = before.sum(axis=1)[found]
+        ranks[first : first + step] = np.where(np.isfinite(nearest[:, 0]), before.sum(axis=1), num_candidates)
     return ranks
 
 
@@ -110,18 +142,14 @@ def recall_scores(
         caption_ranks = best_own_ranks(texts, images, pairs[:, ::-1])
         for k in AT:
             found = np.bincount(image_of, weights=caption_ranks < k, minlength=num_images)
-            to_text |= _recall(f"{side}_r{k}", image_ranks[drawn] < k, np.ones(int(drawn.sum())))
+            to_text |= _recall(f"{side}_r{k}", image_ranks[drawn] < k, np.ones(drawn.sum()))
             to_image |= _recall(f"{side}_r{k}", found[drawn], counts[drawn])
     sizes = {"images": int(drawn.sum()), "captions": len(captions)}
     return {**sizes, "image_to_text": to_text, "text_to_image": to_image}
 
 
 def _recall(key: str, found: NDArray[Any], asked: NDArray[Any]) -> dict[str, Any]:
-    """Share of queries that found, with its interval over images.
-
-    Args:
-        found, asked: of each image, how many of its queries found and how many there are.
-    """
+    """Share of queries that found, with its interval; `found` and `asked` count the queries of each image."""
     table: NDArray[np.float64] = np.stack([found, asked], axis=1).astype(np.float64)
     means = bootstrap_means(table)
     return {key: float(found.sum() / asked.sum()), f"{key}_interval": list(interval(means[:, 0] / means[:, 1]))}

@@ -4,10 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from .bootstrap import LEVEL, RESAMPLES, SEED, compared, mean_interval, number, pair
+from .bootstrap import LEVEL, RESAMPLES, SEED, compared, mean_interval, number
 from .embedded_set import EmbeddedSet
-from .metrics import agreement, mean_class_accuracy, mean_cosine, per_class_accuracy, top_k_hits, unit_rows
+from .metrics import agreement, mean_cosine, per_class_accuracy, top_k_hits, unit_rows
 from .score_inputs import ScoreInputs
+
+_SIDES = ("student", "teacher")
 
 
 def zero_shot(inputs: ScoreInputs) -> dict[str, Any]:
@@ -26,24 +28,21 @@ def zero_shot_scores(embedded: EmbeddedSet) -> dict[str, Any]:
     """
     student, teacher = embedded.logits()
     labels, num_classes = embedded.labels, len(embedded.class_ids)
-    first = compared(top_k_hits(student, labels, 1), top_k_hits(teacher, labels, 1), "top1")
-    fifth = compared(top_k_hits(student, labels, 5), top_k_hits(teacher, labels, 5), "top5")
-    by_class = {}
-    for name, logits in (("student", student), ("teacher", teacher)):
-        hits = top_k_hits(logits, labels, 1)
-        first[f"{name}_class_mean"] = mean_class_accuracy(hits, labels, num_classes)
-        by_class[f"{name}_top1"] = per_class_accuracy(hits, labels, num_classes)
+    first, fifth = ([top_k_hits(logits, labels, k) for logits in (student, teacher)] for k in (1, 5))
+    by_class = {side: per_class_accuracy(hits, labels, num_classes) for side, hits in zip(_SIDES, first)}
     counts = np.bincount(labels, minlength=num_classes)
     return {
         "n": len(labels),
         "unreadable": int((~embedded.readable).sum()),
-        **first,
-        **{key: value for key, value in fifth.items() if not key.startswith("retention")},
+        **compared("top1", *first),
+        # The mean over the classes that have images: each counts the same, however many it has.
+        **{f"{side}_class_mean": float(np.nanmean(accuracy)) for side, accuracy in by_class.items()},
+        **{key: value for key, value in compared("top5", *fifth).items() if not key.startswith("retention")},
         **_with_teachers_text(embedded),
         "agreement": number(agreement(student, teacher)),
         "cosine": number(mean_cosine(embedded.student, embedded.teacher)),
         "per_class": {
-            class_id: {"n": int(counts[i]), **{key: number(float(of[i])) for key, of in by_class.items()}}
+            class_id: {"n": int(counts[i]), **{f"{side}_top1": number(float(of[i])) for side, of in by_class.items()}}
             for i, class_id in enumerate(embedded.class_ids)
         },
         "bootstrap": {"resamples": RESAMPLES, "level": LEVEL, "seed": SEED},
@@ -71,4 +70,4 @@ def _with_teachers_text(embedded: EmbeddedSet) -> dict[str, Any]:
         return {}
     hits = top_k_hits(unit_rows(embedded.student) @ embedded.head.T, embedded.labels, 1)
     key = "student_top1_teacher_text"
-    return {key: float(hits.mean()), f"{key}_interval": pair(mean_interval(hits))}
+    return {key: float(hits.mean()), f"{key}_interval": list(mean_interval(hits))}

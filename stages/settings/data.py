@@ -7,14 +7,8 @@ from pydantic import AfterValidator, Discriminator, Field, Tag
 from .base import FilePath, Fraction, Settings, Templates, Weight
 from .plugins import is_function, require_function
 
-
-def _is_there(spec: str) -> str:
-    require_function(spec)
-    return spec
-
-
 ImageLocation = Annotated[
-    Annotated[FilePath, Tag("[path]")] | Annotated[str, AfterValidator(_is_there), Tag("[function]")],
+    Annotated[FilePath, Tag("[path]")] | Annotated[str, AfterValidator(require_function), Tag("[function]")],
     Discriminator(lambda value: "[function]" if isinstance(value, str) and is_function(value) else "[path]"),
 ]
 """A folder, or `package.module:function` that makes a source of images; a folder of such a name is written `./a:b`."""
@@ -78,6 +72,6 @@ class EvaluateSettings(Settings):
     captions: FilePath | None = None
     """JSON, path of an image below `images` -> list of its captions: retrieval is scored both ways. No part of the
     cache either."""
-    scores: list[Annotated[str, AfterValidator(_is_there)]] = Field(default_factory=list)
+    scores: list[Annotated[str, AfterValidator(require_function)]] = Field(default_factory=list)
     """More scores, each a function of your own, `package.module:function` (docs/scores.md). No part of the cache
     either."""

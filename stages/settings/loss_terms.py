@@ -116,25 +116,14 @@ LOSS_TERMS = (
 
 
 @dataclass(frozen=True)
-class ActiveLoss:
-    """A loss that is on, built-in or from outside.
+class ActiveLoss(LossTerm):
+    """A loss that is on, built-in or from outside: weight, temperature and the options' values are the config's.
 
     Attributes:
-        temperature: None for a loss without one.
         learned: whether the factor that it multiplies cosines by is learned.
-        options: keyword arguments of its function.
-
-    The others are those of `LossTerm`.
     """
 
-    name: str
-    function: str
-    weight: float
-    temperature: float | None
-    learned: bool
-    wants: tuple[Want, ...]
-    options: Mapping[str, Any]
-    diagnostics: str | None
+    learned: bool = False
 
 
 class OutsideLoss(Settings):
@@ -149,13 +138,6 @@ class OutsideLoss(Settings):
     """Keyword arguments of the function."""
 
 
-def _weight_keys() -> dict[str, Any]:
-    """A weight of each built-in loss, then the options."""
-    weights = {term.name: (Weight, Field(default=0.0, description=term.summary)) for term in LOSS_TERMS}
-    options = {f"{term.name}_{key}": (kind, None) for term in LOSS_TERMS for key, kind in term.options.items()}
-    return {**weights, **options}
-
-
 def _temperature_keys() -> dict[str, Any]:
     keys: dict[str, Any] = {}
     for term in LOSS_TERMS:
@@ -167,7 +149,11 @@ def _temperature_keys() -> dict[str, Any]:
     return keys
 
 
-_Weights: Any = create_model("_Weights", __base__=Settings, **_weight_keys())
+_WEIGHTS: dict[str, Any] = {
+    term.name: (Weight, Field(default=0.0, description=term.summary)) for term in LOSS_TERMS
+} | {f"{term.name}_{key}": (kind, None) for term in LOSS_TERMS for key, kind in term.options.items()}
+"""A weight of each built-in loss, then the options."""
+_Weights: Any = create_model("_Weights", __base__=Settings, **_WEIGHTS)
 _Temperatures: Any = create_model("_Temperatures", __base__=Settings, **_temperature_keys())
 
 
@@ -224,18 +210,20 @@ def active_losses(loss: LossSettings, temperature: TemperatureSettings) -> list[
         ActiveLoss(
             term.name,
             term.function,
-            weight=weight,
-            temperature=None if term.temperature is None else getattr(temperature, term.name),
+            term.summary,
+            weight,
+            None if term.temperature is None else getattr(temperature, term.name),
+            term.wants,
+            {key: getattr(loss, f"{term.name}_{key}") for key in term.options},
+            term.learnable,
+            term.diagnostics,
             learned=term.learnable and getattr(temperature, f"{term.name}_learned"),
-            wants=term.wants,
-            options={key: getattr(loss, f"{term.name}_{key}") for key in term.options},
-            diagnostics=term.diagnostics,
         )
         for term in LOSS_TERMS
         if (weight := getattr(loss, term.name))
     ]
     return active + [
-        ActiveLoss(name, name, one.weight, one.temperature, False, tuple(one.wants), one.options, None)
+        ActiveLoss(name, name, "", one.weight, one.temperature, tuple(one.wants), one.options)
         for name, one in loss.outside.items()
     ]
 

@@ -24,8 +24,8 @@ def is_function(spec: str) -> bool:
     return FUNCTION.fullmatch(spec) is not None
 
 
-def require_function(spec: str, key: str = "") -> None:
-    """Refuse a function that is not there, importing nothing: config loading stays fast and without torch.
+def require_function(spec: str, *, key: str = "") -> str:
+    """Give `spec` back if there is such a function, importing nothing: config loading stays fast and without torch.
 
     Args:
         spec: `package.module:function`.
@@ -45,6 +45,7 @@ def require_function(spec: str, key: str = "") -> None:
     names = _top_level_names(found)
     if names is not None and name not in names:
         raise InputError(f"{where}{spec}: {found.origin} defines no {name!r}; wanted a function at its top level")
+    return spec
 
 
 def load_function(spec: str, takes: Iterable[str] = ()) -> Callable[..., Any]:
@@ -60,7 +61,7 @@ def load_function(spec: str, takes: Iterable[str] = ()) -> Callable[..., Any]:
     module, _, name = spec.partition(":")
     _search_working_directory()
     try:
-        function = getattr(importlib.import_module(module), name)
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{spec}: cannot be imported ({reason}); wanted package.module:function") from error
@@ -70,8 +71,7 @@ def load_function(spec: str, takes: Iterable[str] = ()) -> Callable[..., Any]:
     except (TypeError, ValueError) as error:
         call = ", ".join(f"{name}=…" for name in names)
         raise InputError(f"{spec}: cannot be called as function({call}) ({error})") from error
-    loaded: Callable[..., Any] = function
-    return loaded
+    return function
 
 
 def _search_working_directory() -> None:

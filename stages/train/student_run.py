@@ -204,7 +204,7 @@ class StudentRun:
             with suppress(Stopped):
                 scores = dev.score(self.student, self._record, stopped)
                 is_best = self._best.offer(scores, *self.student.chosen_weights())
-                self._log.write_scores({**scores, "best": is_best})  # after the weights: a line never says too much
+                self._log.write_scores({**scores, "best": is_best})  # after the weights that it is about
         self._world.wait_for_first()
 
     def score_if_due(self, dev: DevScores) -> None:

@@ -219,8 +219,8 @@ class Store(RuleBasedStateMachine):
     @invariant()
     def every_file_has_its_checksum(self):
         if self.finished and not self.layout.next.manifest.exists():
-            for name, entry in read_manifest(self.layout)["files"].items():
-                assert digest((self.layout.root / name).read_bytes()) == entry["digest"], name
+            for name, entry in read_manifest(self.layout).files.items():
+                assert digest((self.layout.root / name).read_bytes()) == entry.digest, name
 
     @invariant()
     def masks_are_what_they_were(self):

@@ -12,6 +12,7 @@ from dimefm.cache.disk.row_tables import FAILED, IMAGE_COLUMNS, LABELLED_COLUMNS
 from dimefm.cache.reader.feature_cache import FeatureCache
 from dimefm.cache.version.manifest import write_manifest
 from dimefm.cache.version.plan_file import identity, write_plan
+from dimefm.cache.version.schema import Manifest, Plan
 
 EMBED_DIM = 16
 CHUNK_ROWS = 16
@@ -116,9 +117,9 @@ def make_cache(
     write_rows(layout.sentence_rows, SENTENCE_COLUMNS, ({"text": f"s{i}"} for i in range(num_sentences)), CHUNK_ROWS)
     dev = {"class_ids": CLASSES, "class_names": [[name] for name in CLASSES]}
     inputs = {"images": {"rows": num_images}, "sentences": {"rows": num_sentences}, "evaluate": {"dev": dev}}
-    write_plan(layout, {"shard_rows": CHUNK_ROWS, "teacher": TEACHER, "inputs": inputs})
+    write_plan(layout, Plan.model_validate({"shard_rows": CHUNK_ROWS, "teacher": TEACHER, "inputs": inputs}))
     counts = {name: {"rows": len(array)} for name, array in arrays.items()}
     manifest = {"version": 1, "plan": identity(layout), "arrays": counts, "files": {}}
     manifest |= {"transductive": [], "pairs": None, "pairs_settings": None}
-    write_manifest(layout, manifest)
+    write_manifest(layout, Manifest.model_validate(manifest))
     return FeatureCache.open(layout.root)

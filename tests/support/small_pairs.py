@@ -5,6 +5,7 @@ import numpy as np
 from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
 from dimefm.cache.reader.feature_cache import FeatureCache
 from dimefm.cache.version.manifest import read_manifest, write_manifest
+from dimefm.cache.version.schema import PairStore
 
 CHUNK_ROWS = 16
 
@@ -43,6 +44,6 @@ def add_pairs(cache, k=4, **given):
                 write_chunk(
                     cache.layout.root / "pairs.zarr", name, spec, chunk, array[chunk * CHUNK_ROWS :][:CHUNK_ROWS]
                 )
-    manifest = read_manifest(cache.layout) | {"pairs": {"store": "pairs.zarr", "k": k, "counted": "pairs.zarr/"}}
+    manifest = read_manifest(cache.layout).replace(pairs=PairStore(store="pairs.zarr", k=k, counted="pairs.zarr/"))
     write_manifest(cache.layout, manifest)
     return FeatureCache.open(cache.layout.root)

@@ -1,6 +1,6 @@
 """What a repair works with, and what it has done so far."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ....cache.audit.findings import BYTES, Finding, Report, Runs
@@ -9,8 +9,10 @@ from ....cache.disk.arrays import ArraySpec
 from ....cache.disk.layout import Layout
 from ....cache.version.journal import ShardRecord
 from ....cache.version.schema import Manifest, Origin, Plan
-from ...config.load import Config
+from ...stage_one.sources import Sources
 from ..live_teacher import LiveTeacher
+
+SAME_BYTES = "computed again: the same bytes"
 
 
 @dataclass(frozen=True)
@@ -57,38 +59,36 @@ class Outcome:
 
     Attributes:
         mended: file -> how.
+        left: file -> why it could not be repaired.
         lost: array -> rows that are marked as lost, those of earlier repairs among them.
-        left: what could not be repaired, each with the reason.
     """
 
     mended: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
     lost: dict[str, Runs] = field(default_factory=dict)
-    left: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def leave(self, damage: Damage, names: Collection[str], why: str) -> None:
+    def leave(self, names: Iterable[str], why: str) -> None:
         """Record files that cannot be repaired; the first reason given for a file stands."""
-        known = {finding.where for finding in self.left}
-        self.left += [
-            replace(finding, repair=why) for finding in damage.findings if finding.where in set(names) - known
-        ]
+        self.left = dict.fromkeys(names, why) | self.left
 
 
 @dataclass
-class ShardResults:
-    """What became of damaged shards and packs.
+class NewBytes:
+    """What has other bytes than before, and waits in `mend/` for a new version.
 
     Attributes:
-        same: files that have the manifest's bytes again.
-        changed: files in `mend/` with other bytes: their piece, record, and the manifest's note of their origin.
+        shards: shards and packs: their piece, record, and the manifest's note of their origin.
         states: for each array, rows and why they failed; None for one that is good again.
-        left: files that could not be repaired, and why.
     """
 
-    same: list[str] = field(default_factory=list)
-    changed: list[tuple[Piece, ShardRecord, Origin]] = field(default_factory=list)
+    shards: list[tuple[Piece, ShardRecord, Origin]] = field(default_factory=list)
     states: dict[str, dict[int, str | None]] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
+
+    def mark(self, piece: Piece, record: ShardRecord) -> None:
+        """Record the rows of a shard that failed."""
+        states = self.states.setdefault(piece.array, {})
+        states |= {piece.first + row: reason for row, reason in record.failures}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,8 @@ class RepairContext:
         staged: the version in the making over it, in `mend/`.
         specs: the arrays of the plan.
         pieces: every file of the manifest, and packs that it should list.
-        config: None where it is not wanted or not at hand.
+        sources: of the rows; None where they are not wanted or there is no config.
+        workers: threads that read and decode images.
         live: teacher and sources over `staged`; None where they are not wanted or not at hand.
         without: why something is not at hand.
     """
@@ -111,14 +112,10 @@ class RepairContext:
     plan: Plan
     specs: Mapping[str, ArraySpec]
     pieces: Sequence[Piece]
-    config: Config | None = None
+    sources: Sources | None = None
+    workers: int = 0
     live: LiveTeacher | None = None
     without: str = ""
-
-    @property
-    def shard_rows(self) -> int:
-        """Rows of a shard."""
-        return self.plan.shard_rows
 
     @property
     def shares_rows(self) -> bool:

@@ -110,11 +110,11 @@ def list_tables_again(context: RepairContext, names: Collection[str]) -> dict[st
         other times, say) waits in `mend/`.
     """
     layout, plan = context.layout, context.plan
-    if context.config is None or not names or plan.grown or context.shares_rows:
+    if context.sources is None or not names or plan.grown or context.shares_rows:
         return {}
     scratch, done = Layout(context.staged.root / "sources"), {}
     try:
-        found = list_inputs(Sources.of(context.config), scratch, context.config.cache.shard_rows)
+        found = list_inputs(context.sources, scratch, plan.shard_rows)
     except (InputError, CacheError):
         return {}
     inputs, journal = plan.inputs, Journal(layout)
@@ -127,11 +127,11 @@ def list_tables_again(context: RepairContext, names: Collection[str]) -> dict[st
             continue
         made = scratch.root / name
         failures = {
-            record.shard * context.shard_rows + row: reason
+            record.shard * context.plan.shard_rows + row: reason
             for record in journal.of(array)
             for row, reason in record.failures
         }
-        mark_failures(made, failures, context.shard_rows)
+        mark_failures(made, failures, context.plan.shard_rows)
         is_equal = file_entry(made) == context.manifest.files.get(name)
         move_file(made, (layout if is_equal else context.staged).root / name)
         what = "the same bytes" if is_equal else "the same rows, other sizes or times"
@@ -171,28 +171,20 @@ def settle_journal(layout: Layout, manifest: Manifest, pieces: list[Piece], spec
         Whether it did not.
     """
     journal = Journal(layout)
-    records = {(record.array, record.shard): record for record in journal}
-    changed = False
-    for piece in pieces:
-        if piece.chunk < 0:
-            continue
-        key = journal_key(piece, manifest)
-        record = records.get(key)
-        if record is not None and record.digest == piece.digest:
-            continue
+    digests = {(record.array, record.shard): record.digest for record in journal}
+    chunks = {journal_key(piece, manifest): piece for piece in pieces if piece.chunk >= 0}
+    wrong = {key: piece for key, piece in chunks.items() if digests.get(key) != piece.digest}
+    for key, piece in wrong.items():
+        num_rows = piece.num_rows
         failures: tuple[tuple[int, str], ...] = ()
-        if piece.content == "embeddings" and piece.array in manifest.arrays:
-            failures = _failures(layout, piece)
-        num_rows = piece.num_rows if piece.content != "head" else specs[piece.array].shape[0]
+        if piece.content == "head":
+            num_rows = specs[piece.array].shape[0]
+        elif piece.content == "embeddings" and piece.array in manifest.arrays:
+            rows = RowTable(table_of(layout, piece.array)).shard(piece.chunk, ["status", "reason"])
+            states = list(zip(rows["status"], rows["reason"], strict=True))[:num_rows]
+            failures = tuple((row, str(reason)) for row, (status, reason) in enumerate(states) if status == FAILED)
         journal.add(ShardRecord(*key, num_rows, piece.digest, failures), {})
-        changed = True
-    return changed
-
-
-def _failures(layout: Layout, piece: Piece) -> tuple[tuple[int, str], ...]:
-    rows = RowTable(table_of(layout, piece.array)).shard(piece.chunk, ["status", "reason"])
-    both = list(zip(rows["status"], rows["reason"], strict=True))[: piece.num_rows]
-    return tuple((row, str(reason)) for row, (status, reason) in enumerate(both) if status == FAILED)
+    return bool(wrong)
 
 
 def lost_rows(layout: Layout, manifest: Manifest) -> dict[str, dict[int, str]]:

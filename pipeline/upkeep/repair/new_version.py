@@ -17,33 +17,33 @@ from ....cache.version.versions import put_in_force
 from ....stages.settings.cache import PairsSettings
 from ...stage_one.finish import count_failures, files_of
 from ...stage_one.pseudo_pairs import write_pairs
-from .context import Damage, Outcome, RepairContext, ShardResults
+from .context import Damage, NewBytes, Outcome, RepairContext
 
 PAIRED = ("teacher.zarr/zarr.json", "teacher.zarr/images/", "teacher.zarr/sentences/", "rows/images", "rows/sentences")
 """What indexes and pairs are made from."""
 
 
-def make_version(context: RepairContext, results: ShardResults, damage: Damage, outcome: Outcome) -> None:
+def make_version(context: RepairContext, new: NewBytes, damage: Damage, outcome: Outcome) -> None:
     """Put what has other bytes than before into force, with indexes and pairs that agree with it."""
     manifest, staged = context.manifest, context.staged
-    changed = {piece.name for piece, _, _ in results.changed}
+    changed = {piece.name for piece, _, _ in new.shards}
     is_unsound = bool(damage.below(*PAIRED, "failed.parquet") - changed)
-    needs_pairs = bool(manifest.pairs) and any(piece.array in (IMAGES, SENTENCES) for piece, _, _ in results.changed)
+    needs_pairs = bool(manifest.pairs) and any(piece.array in (IMAGES, SENTENCES) for piece, _, _ in new.shards)
     if needs_pairs and is_unsound:
         # Indexes and pairs of what is half repaired would be wrong, and the old ones are wrong already.
-        outcome.leave(damage, changed, "the rest of its side has to be mended first")
+        outcome.leave(changed, "the rest of its side has to be mended first")
         return
     rewritten = {name for name in outcome.mended if name.startswith(("text_tower/", "teacher.zarr/"))}
     files = {name: file_entry(context.layout.root / name) for name in rewritten & manifest.files.keys()}
-    tables = _write_states(context, results)
+    tables = _write_states(context, new)
     following = manifest.replace(files={**manifest.files, **files, **tables})
-    if results.changed:
-        following = _record_origins(following, results, outcome)
+    if new.shards:
+        following = _record_origins(following, new, outcome)
     if needs_pairs:
         following = _pair_again(context, following, damage, outcome)
     elif manifest.pairs:
         following = _restore_pairs(context, following, damage, is_unsound, outcome)
-    is_new = bool(results.changed or tables)
+    is_new = bool(new.shards or tables)
     if is_new:
         own = read_own_failures(staged.find(staged.own_failures))
         rows = {array: RowTable(table_of(staged, array), context.specs[array].shape[0]) for array in manifest.arrays}
@@ -55,10 +55,10 @@ def make_version(context: RepairContext, results: ShardResults, damage: Damage, 
         put_in_force(staged if is_new else context.layout, following.replace(version=manifest.version + 1))
 
 
-def _record_origins(following: Manifest, results: ShardResults, outcome: Outcome) -> Manifest:
+def _record_origins(following: Manifest, new: NewBytes, outcome: Outcome) -> Manifest:
     """Note in the manifest where shards with other bytes come from."""
     files, origins = dict(following.files), {array: dict(chunks) for array, chunks in following.origins.items()}
-    for piece, record, origin in results.changed:
+    for piece, record, origin in new.shards:
         files[piece.name] = FileEntry(bytes=piece.num_bytes, digest=record.digest)
         origins.setdefault(piece.array, {})[str(piece.chunk)] = origin
         if lost := sum(reason.startswith(LOST) for _, reason in record.failures):
@@ -72,15 +72,15 @@ def _record_origins(following: Manifest, results: ShardResults, outcome: Outcome
     return following.replace(files=files, origins=origins)
 
 
-def _write_states(context: RepairContext, results: ShardResults) -> dict[str, FileEntry]:
+def _write_states(context: RepairContext, new: NewBytes) -> dict[str, FileEntry]:
     """Write the rows that failed or are good again into the tables; returns the entries of tables that wait."""
     layout, staged = context.layout, context.staged
-    states = {array: of_array for array, of_array in results.states.items() if of_array}
+    states = {array: of_array for array, of_array in new.states.items() if of_array}
     waiting = [staged.own_failures]
     if not context.shares_rows:
         for array, of_array in states.items():
             name = layout.name_of(table_of(layout, array))
-            restate_rows(table_of(staged, array), staged.root / name, of_array, context.shard_rows)
+            restate_rows(table_of(staged, array), staged.root / name, of_array, context.plan.shard_rows)
         waiting += sorted((staged.root / "rows").rglob("*.parquet"))
     elif states:
         own = read_own_failures(layout.own_failures)
@@ -114,7 +114,7 @@ def _restore_pairs(
     bad = {finding.where for finding in damage.findings if finding.kind in ("pairs", "index")}
     bad |= damage.below(f"{pairs.store}/", "index/")
     if is_unsound:
-        outcome.leave(damage, bad, "the embeddings have to be mended first")
+        outcome.leave(bad, "the embeddings have to be mended first")
     if is_unsound or not bad:
         return following
     journal = Journal(layout)

@@ -15,19 +15,19 @@ from ....cache.version.versions import move_file
 from ....stages.embed.pack_pixels import pack_shard
 from ...stage_one.kept_packs import pack_task, packed_images
 from ..live_teacher import image_source
-from .context import RepairContext, ShardResults
+from .context import SAME_BYTES, NewBytes, Outcome, RepairContext
 
 
-def repair_packs(context: RepairContext, packs: Iterable[Piece], results: ShardResults) -> None:
+def repair_packs(context: RepairContext, packs: Iterable[Piece], new: NewBytes, outcome: Outcome) -> None:
     """Write damaged packs again.
 
     Args:
-        results: of the shards; those of packs join them. Rows that are lost by now may do without pixels.
+        new: takes packs with other bytes. Rows that it marks as lost may do without pixels.
     """
-    setting, states = kept_setting(context.manifest), results.states.get(IMAGES, {})
+    setting, states = kept_setting(context.manifest), new.states.get(IMAGES, {})
     for piece in packs:
-        assert context.config is not None and setting is not None
-        source = image_source(context.config, IMAGES)
+        assert context.sources is not None and setting is not None
+        source = image_source(context.sources, IMAGES)
         assert source is not None
         num_rows = context.specs[IMAGES].shape[0]
         table = table_of(context.staged, IMAGES)
@@ -37,14 +37,14 @@ def repair_packs(context: RepairContext, packs: Iterable[Piece], results: ShardR
         ]
         task = pack_task(context.staged, setting, piece.chunk, context.plan)
         try:
-            record = pack_shard(task, source, images, context.config.teacher.workers)
+            record = pack_shard(task, source, images, context.workers)
         except InputError as error:
-            results.left[piece.name] = str(error)
+            outcome.leave({piece.name}, str(error))
             continue
         if record.digest == piece.digest:
             move_file(task.path, context.layout.root / piece.name)
-            results.same.append(piece.name)
+            outcome.mended[piece.name] = SAME_BYTES
         else:
             Journal(context.staged).add(record, {})
             origin = Origin(by="repair", libraries={"pillow": version("pillow")})
-            results.changed.append((replace(piece, num_bytes=task.path.stat().st_size), record, origin))
+            new.shards.append((replace(piece, num_bytes=task.path.stat().st_size), record, origin))

@@ -17,6 +17,7 @@ from ....cache.disk.layout import Layout
 from ....cache.errors import CacheError
 from ....cache.version.lock import writer_lock
 from ....cache.version.manifest import read_manifest
+from ....cache.version.spares import renew_spares
 from ...config.remembered import ConfigChoice
 from ...progress import say
 from ..verify import read_all
@@ -46,25 +47,36 @@ def repair(folder: Path, config: ConfigChoice | Path | None = None) -> dict[str,
         report = read_all(folder)
         found = len(report.findings) + len(outcome.mended)
         repair_cache(layout, report, outcome, config)
+        _repair_spares(layout, report, outcome)
+        findings = [finding for finding in report.findings if finding.where in outcome.left]
         if outcome.mended:
             say("looking whether the cache is sound now")
-            why = {finding.where: finding.repair for finding in outcome.left}
-            again = read_all(folder).findings
-            outcome.left = [replace(finding, repair=why.get(finding.where, finding.repair)) for finding in again]
+            findings = read_all(folder).findings
         manifest = read_manifest(layout)
         assert manifest is not None
         for name, how in outcome.mended.items():
             append_line(layout.root / "log" / "repairs.jsonl", {"file": name, "how": how, "version": manifest.version})
+    left = [replace(finding, repair=outcome.left.get(finding.where, finding.repair)) for finding in findings]
     return {
         "cache": str(folder),
         "version": manifest.version,
         "found": found,
         "mended": outcome.mended,
         "lost": {array: [list(run) for run in runs] for array, runs in outcome.lost.items()},
-        "left": [finding.document() for finding in outcome.left],
-        "lines": [finding.line() for finding in outcome.left],
+        "left": [finding.document() for finding in left],
+        "lines": [finding.line() for finding in left],
         "notes": outcome.notes,
     }
+
+
+def _repair_spares(layout: Layout, report: Report, outcome: Outcome) -> None:
+    """Make damaged spare copies again, now that their originals are in order."""
+    manifest, prefix = read_manifest(layout), f"{layout.name_of(layout.spares)}/"
+    assert manifest is not None
+    damaged = {finding.where: finding.repair for finding in report.findings if finding.where.startswith(prefix)}
+    if damaged:
+        outcome.mended |= renew_spares(layout, manifest.files, list(damaged))
+    outcome.left |= {name: why for name, why in damaged.items() if name not in outcome.mended}
 
 
 def outcome_lines(found: dict[str, Any]) -> list[str]:

@@ -6,8 +6,9 @@ in the journal there, until the repair puts a new version into force; a repair t
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,42 +25,55 @@ from ....cache.version.schema import Origin, Plan
 from ....cache.version.versions import move_file
 from ....stages.images.decode import ImageError
 from ....stages.inputs.image_source import keys_of
-from ...config.load import Config
-from ...stage_one.inputs import class_prompts_of, classes_document
+from ....stages.inputs.prompts import class_prompts
+from ...stage_one.inputs import classes_document
+from ...stage_one.sources import Sources
 from ..live_teacher import SAME_ROW, LiveTeacher, crops_of, image_source
 from .actions import Actions
-from .context import RepairContext, ShardResults
+from .context import SAME_BYTES, Damage, NewBytes, Outcome, RepairContext
 
 if TYPE_CHECKING:
     from ....stages.embed.shard import ShardTask
 
 
-def repair_shards(context: RepairContext, actions: Actions) -> ShardResults:
+Compare = Callable[[str], dict[str, Any]]
+"""From an array to the comparison of its sound rows with the live teacher."""
+
+
+def repair_shards(context: RepairContext, actions: Actions, damage: Damage, outcome: Outcome) -> NewBytes:
     """Bring damaged shards back: reuse what a killed repair has embedded, give up rows, embed the rest again."""
-    results = ShardResults(states={array: dict.fromkeys(rows) for array, rows in actions.retry.items()})
-    comparisons = _Comparisons(context, actions)
+    new = NewBytes(states={array: dict.fromkeys(rows) for array, rows in actions.retry.items()})
+
+    @cache
+    def compare(array: str) -> dict[str, Any]:
+        """How near the teacher comes to the sound rows of an array."""
+        assert context.live is not None
+        damaged = (piece.chunk for piece in actions.shards if piece.array == array)
+        return context.live.compare(array, context.specs[array].shape[0], damaged)
+
     for piece, record in actions.reuse.items():
-        _keep(context, results, piece, record, comparisons.origin(piece))
+        _keep(context, new, piece, record, _origin(context, piece, compare))
     for piece, rows in actions.give_up.items():
-        _give_up(context, results, piece, rows)
+        _give_up(context, new, piece, rows)
     if actions.embed:
         from ...stage_one.cluster import run_shards
 
         assert context.live is not None
-        tasks = [_task(context, context.live, piece, results.states) for piece in actions.embed]
+        tasks = [_task(context, context.live, piece, new.states) for piece in actions.embed]
         pieces = {(piece.array, piece.chunk): piece for piece in actions.embed}
         weights = context.plan.teacher.weights
-        for done in run_shards(tasks, context.live.config.teacher, weights, None):
+        for done in run_shards(tasks, context.live.settings, weights, None):
             piece = pieces[done.record.array, done.record.shard]
             if done.record.digest == piece.digest:
                 move_file(context.staged.root / piece.name, context.layout.root / piece.name)
-                results.same.append(piece.name)
+                if piece.name in damage.files:  # else it was embedded for its lost rows, and they are lost still
+                    outcome.mended[piece.name] = SAME_BYTES
                 if done.record.failures:  # a row that the teacher cannot embed and that was not marked
-                    _mark(results, piece, done.record)
+                    new.mark(piece, done.record)
             else:
-                _settle_changed(context, results, piece, done.record, comparisons)
-    _keep_old_reasons(results, actions)
-    return results
+                _settle_changed(context, new, outcome, piece, done.record, compare)
+    _keep_old_reasons(new, actions, outcome)
+    return new
 
 
 def keep_waiting(staged: Layout) -> dict[tuple[str, int], ShardRecord]:
@@ -86,41 +100,24 @@ def keep_waiting(staged: Layout) -> dict[tuple[str, int], ShardRecord]:
     return waiting
 
 
-def is_source_at_hand(config: Config, plan: Plan, array: str) -> bool:
+def is_source_at_hand(sources: Sources, plan: Plan, array: str) -> bool:
     """Whether the sources of an array are there: images, or the classes and templates of a head."""
     if not array.endswith("/head"):
-        return array == SENTENCES or image_source(config, array) is not None
+        return array == SENTENCES or image_source(sources, array) is not None
     name = array.split("/")[1]
-    settings = config.evaluate.get(name)
-    if settings is None or not settings.classes.is_file():
+    if name not in sources.evaluate or not sources.evaluate[name].settings.classes.is_file():
         return False
-    return bool(classes_document(settings)["prompts"] == plan.inputs.evaluate[name].prompts)
+    return bool(classes_document(sources.evaluate[name].settings)["prompts"] == plan.inputs.evaluate[name].prompts)
 
 
-class _Comparisons:
-    """How near the teacher comes to the sound rows of an array; embedded once for each array."""
-
-    def __init__(self, context: RepairContext, actions: Actions) -> None:
-        self._context, self._actions = context, actions
-        self._found: dict[str, dict[str, Any]] = {}
-
-    def of(self, array: str) -> dict[str, Any]:
-        live = self._context.live
-        assert live is not None
-        if array not in self._found:
-            damaged = np.array([piece.chunk for piece in self._actions.shards if piece.array == array])
-            self._found[array] = live.compare(array, self._context.specs[array].shape[0], damaged)
-        return self._found[array]
-
-    def origin(self, piece: Piece) -> Origin:
-        """The manifest's note on a shard that was embedded again: by which libraries, and how near it is."""
-        live = self._context.live
-        assert live is not None
-        libraries = live.teacher.identity()["libraries"]
-        if piece.content == "head":
-            return Origin(by="repair", libraries=libraries)
-        compared = self.of(piece.array)
-        return Origin(by="repair", libraries=libraries, cosine=compared["cosine"], compared=compared["rows"])
+def _origin(context: RepairContext, piece: Piece, compare: Compare) -> Origin:
+    """The manifest's note on a shard that was embedded again: by which libraries, and how near sound rows come."""
+    assert context.live is not None
+    libraries = context.live.teacher.identity()["libraries"]
+    if piece.content == "head":
+        return Origin(by="repair", libraries=libraries)
+    compared = compare(piece.array)
+    return Origin(by="repair", libraries=libraries, cosine=compared["cosine"], compared=compared["rows"])
 
 
 def _task(
@@ -131,8 +128,8 @@ def _task(
 
     store, spec = context.staged.teacher_zarr, context.specs[piece.array]
     if piece.content == "head":
-        settings = live.config.evaluate[piece.array.split("/")[1]]
-        prompts = tuple(tuple(of_class) for of_class in class_prompts_of(settings))
+        settings = live.sources.evaluate[piece.array.split("/")[1]].settings
+        prompts = tuple(map(tuple, class_prompts(settings)))
         return ShardTask("head", store, piece.array, spec, piece.chunk, prompts=prompts)
     table = table_of(context.staged, piece.array)
     again = dict(states.get(piece.array, {}))  # rows that were given up are tried again
@@ -141,27 +138,28 @@ def _task(
         again = dict.fromkeys(row for row, reason in enumerate(reasons) if reason and reason.startswith(LOST))
     if again and not table.is_relative_to(context.staged.root):
         target = context.staged.root / context.layout.name_of(table)
-        restate_rows(table, target, again, context.shard_rows)
+        restate_rows(table, target, again, context.plan.shard_rows)
         table = target
     kind: Literal["images", "sentences"] = "sentences" if piece.array == SENTENCES else "images"
     crops = crops_of(context.plan, piece.array)
-    source = image_source(live.config, piece.array)
+    source = image_source(live.sources, piece.array)
     return ShardTask(kind, store, piece.array, spec, piece.chunk, table=table, source=source, crops=crops)
 
 
 def _settle_changed(
-    context: RepairContext, results: ShardResults, piece: Piece, record: ShardRecord, comparisons: _Comparisons
+    context: RepairContext, new: NewBytes, outcome: Outcome, piece: Piece, record: ShardRecord, compare: Compare
 ) -> None:
     """Keep or leave a shard with other bytes: made on another machine, or from sources that have changed."""
     if piece.content == "head":
-        _keep(context, results, piece, record, comparisons.origin(piece))
+        _keep(context, new, piece, record, _origin(context, piece, compare))
         return
-    compared = comparisons.of(piece.array)
+    compared = compare(piece.array)
     if 2 * len(compared["differ"]) > compared["rows"]:
-        results.left[piece.name] = (
+        why = (
             f"computed again, sound rows of {piece.array} have a cosine of {compared['cosine']['mean']:.4f} with what "
             f"is there, wanted {SAME_ROW}: these are not the sources or not the teacher that made it"
         )
+        outcome.leave({piece.name}, why)
         return
     lost = {row: f"{LOST}{reason}" for row, reason in record.failures} | _changed_sources(context, piece)
     if lost:
@@ -171,7 +169,7 @@ def _settle_changed(
     block[sorted(lost)] = np.nan
     written = write_chunk(store, piece.array, spec, piece.chunk, block)
     record = ShardRecord(piece.array, piece.chunk, piece.num_rows, written, tuple(sorted(lost.items())))
-    _keep(context, results, piece, record, comparisons.origin(piece))
+    _keep(context, new, piece, record, _origin(context, piece, compare))
 
 
 def _changed_sources(context: RepairContext, piece: Piece) -> dict[int, str]:
@@ -179,7 +177,7 @@ def _changed_sources(context: RepairContext, piece: Piece) -> dict[int, str]:
     if piece.array == SENTENCES:
         return {}
     assert context.live is not None
-    source = image_source(context.live.config, piece.array)
+    source = image_source(context.live.sources, piece.array)
     assert source is not None
     table = RowTable(table_of(context.staged, piece.array))
     columns = [name for name in (*source.columns, "bytes", "status", "digest") if table.has(name)]
@@ -198,7 +196,7 @@ def _changed_sources(context: RepairContext, piece: Piece) -> dict[int, str]:
     return changed
 
 
-def _give_up(context: RepairContext, results: ShardResults, piece: Piece, rows: Runs | None) -> None:
+def _give_up(context: RepairContext, new: NewBytes, piece: Piece, rows: Runs | None) -> None:
     """Mark rows of a shard as lost: NaN, even where the damaged file, which the log keeps, still holds numbers.
 
     Args:
@@ -218,33 +216,31 @@ def _give_up(context: RepairContext, results: ShardResults, piece: Piece, rows: 
     reason = f"{LOST}damaged, and {context.without or 'its source is not at hand'}"
     failures = tuple((row - piece.first, reason) for row in gone if good[row])
     record = ShardRecord(piece.array, piece.chunk, piece.num_rows, written, failures)
-    _keep(context, results, piece, record, Origin(by="repair"))
+    _keep(context, new, piece, record, Origin(by="repair"))
 
 
-def _keep(context: RepairContext, results: ShardResults, piece: Piece, record: ShardRecord, origin: Origin) -> None:
+def _keep(context: RepairContext, new: NewBytes, piece: Piece, record: ShardRecord, origin: Origin) -> None:
     """Count a shard that waits in `mend/`."""
     if record.digest == piece.digest:  # rows that were lost are lost still
         (context.staged.root / piece.name).unlink(missing_ok=True)
     else:
         Journal(context.staged).add(record, {})
-        results.changed.append((piece, record, origin))
-    _mark(results, piece, record)
+        new.shards.append((piece, record, origin))
+    new.mark(piece, record)
 
 
-def _mark(results: ShardResults, piece: Piece, record: ShardRecord) -> None:
-    states = results.states.setdefault(piece.array, {})
-    states |= {piece.first + row: reason for row, reason in record.failures}
-
-
-def _keep_old_reasons(results: ShardResults, actions: Actions) -> None:
+def _keep_old_reasons(new: NewBytes, actions: Actions, outcome: Outcome) -> None:
     """A row that was lost and is lost still keeps its reason: its table stays as it is."""
-    left = [piece for piece in actions.shards if piece.name in results.left]
+    left = {(piece.array, row) for piece in actions.shards if piece.name in outcome.left for row in _rows(piece)}
     for array, rows in actions.retry.items():
-        states = results.states[array]
+        states = new.states[array]
         for row, reason in rows.items():
-            in_left = any(piece.array == array and 0 <= row - piece.first < piece.num_rows for piece in left)
-            if in_left or states.get(row) is not None:
+            if (array, row) in left or states.get(row) is not None:
                 states[row] = reason
+
+
+def _rows(piece: Piece) -> range:
+    return range(piece.first, piece.first + piece.num_rows)
 
 
 def _keep_in_log(layout: Layout, name: str) -> None:

@@ -21,9 +21,10 @@ from ...config.remembered import ConfigChoice, config_of
 from ...progress import say
 from ...stage_one.embed_shards import teacher_at_hand
 from ...stage_one.planned import planned_specs
+from ...stage_one.sources import Sources
 from ..live_teacher import LiveTeacher, image_source, require_loaded_teacher
 from .actions import Actions, AtHand, LostRows, plan_actions
-from .context import Damage, Outcome, RepairContext, ShardResults
+from .context import Damage, NewBytes, Outcome, RepairContext
 from .files import list_tables_again, lost_rows, move_away, restore_known_bytes, settle_journal
 from .new_version import make_version
 from .packs import repair_packs
@@ -49,7 +50,7 @@ def repair_cache(layout: Layout, report: Report, outcome: Outcome, config_path: 
             mended[name] = "put back from its spare copy"
     damage = damage.but(mended)
     if manifest.plan_file in damage.files:
-        outcome.leave(damage, damage.files, "the plan and its spare copy are lost; restore it from a backup")
+        outcome.leave(damage.files, "the plan and its spare copy are lost; restore it from a backup")
         return
     plan = read_plan(layout)
     assert plan is not None
@@ -67,14 +68,14 @@ def repair_cache(layout: Layout, report: Report, outcome: Outcome, config_path: 
         damage = damage.but(mended)
         lost = lost_rows(layout, manifest)
         at_hand = replace(_find_at_hand(context, damage, lost), waiting=waiting)
-        results = _apply(context, plan_actions(layout, damage, wanted, lost, at_hand), damage, outcome)
-        make_version(context, results, damage.but(mended), outcome)
+        new = _apply(context, plan_actions(layout, damage, wanted, lost, at_hand), damage, outcome)
+        make_version(context, new, damage.but(mended), outcome)
     shutil.rmtree(layout.mend.root, ignore_errors=True)
     after = read_manifest(layout)
     assert after is not None
     if settle_journal(layout, after, pieces(after, shard_rows), specs):
         mended["log/shards.jsonl"] = "agrees with the manifest again"
-    outcome.leave(damage, damage.but(mended).files, context.without or "could not be made again")
+    outcome.leave(damage.but(mended).files, context.without or "could not be made again")
     outcome.lost = {array: runs_of(sorted(rows)) for array, rows in lost_rows(layout, after).items() if rows}
 
 
@@ -88,34 +89,35 @@ def _load_what_is_needed(
     )
     if not needs_teacher and not damage.below("rows/", "pixels/"):
         return context
-    config = live = None
-    without = ""
     try:
         config = config_of(context.layout, config_path)
+        sources = Sources.of(config)
+        context = replace(context, sources=sources, workers=config.teacher.workers)
         if needs_teacher:
             teacher = stack.enter_context(teacher_at_hand(config.teacher))
             require_loaded_teacher(context.layout.root, context.plan, teacher)
-            live = LiveTeacher(config, context.staged, context.plan, teacher)
+            live = LiveTeacher(sources, config.teacher, context.staged, context.plan, teacher)
+            context = replace(context, live=live)
     except DimefmError as error:
-        without = " ".join(str(error).split())
-        say(f"without the teacher: {without}")
-    return replace(context, config=config, live=live, without=without)
+        context = replace(context, without=" ".join(str(error).split()))
+        say(f"without the teacher: {context.without}")
+    return context
 
 
 def _find_at_hand(context: RepairContext, damage: Damage, lost: LostRows) -> AtHand:
-    config, arrays = context.config, {array for array, rows in lost.items() if rows}
+    sources, arrays = context.sources, {array for array, rows in lost.items() if rows}
     arrays |= {piece.array for piece in context.pieces if piece.is_teachers and piece.name in damage.files}
-    if config is None or context.live is None:
-        arrays = set()
     return AtHand(
         teacher=context.live is not None,
-        arrays={array for array in arrays if config and is_source_at_hand(config, context.plan, array)},
-        pictures=config is not None and image_source(config, IMAGES) is not None,
+        arrays={
+            array for array in arrays if sources and context.live and is_source_at_hand(sources, context.plan, array)
+        },
+        pictures=sources is not None and image_source(sources, IMAGES) is not None,
         without=context.without,
     )
 
 
-def _apply(context: RepairContext, actions: Actions, damage: Damage, outcome: Outcome) -> ShardResults:
+def _apply(context: RepairContext, actions: Actions, damage: Damage, outcome: Outcome) -> NewBytes:
     """Take the actions, in their order."""
     layout = context.layout
     if actions.metadata:
@@ -127,12 +129,10 @@ def _apply(context: RepairContext, actions: Actions, damage: Damage, outcome: Ou
         assert context.live is not None
         save_text_tower(context.live.teacher, layout.text_tower)
         outcome.mended |= _written(context, actions.text_tower, "saved again from the teacher")
-    results = repair_shards(context, actions)
-    repair_packs(context, actions.packs, results)
-    outcome.mended |= {name: "computed again: the same bytes" for name in results.same if name in damage.files}
-    for name, why in (actions.left | results.left).items():
-        outcome.leave(damage, {name}, why)
-    return results
+    outcome.left |= actions.left
+    new = repair_shards(context, actions, damage, outcome)
+    repair_packs(context, actions.packs, new, outcome)
+    return new
 
 
 def _written(context: RepairContext, names: list[str], how: str) -> dict[str, str]:

@@ -1,10 +1,11 @@
 """Cores that a process may use: hand-made affinity and cgroup files."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dimefm.cache.disk.cores import usable_cores
+from dimefm.cache.disk.cores import map_ahead, usable_cores
 
 
 @pytest.fixture
@@ -65,3 +66,13 @@ def test_a_container_that_sees_its_hosts_path_finds_its_quota_at_the_mount(machi
 
 def test_without_cgroups_the_affinity_counts(tmp_path):
     assert usable_cores(tmp_path) == len(os.sched_getaffinity(0))
+
+
+def test_a_lazy_map_keeps_order_and_takes_no_more_items_than_it_was_allowed():
+    taken = []
+    with ThreadPoolExecutor(2) as pool:
+        results = map_ahead(pool, lambda item: -item, (taken.append(i) or i for i in range(9)), 3)
+        assert next(results) == 0 and taken == [0, 1, 2]
+        assert next(results) == -1 and taken == [0, 1, 2, 3]
+        assert [*results] == [-2, -3, -4, -5, -6, -7, -8]
+        assert [*map_ahead(pool, abs, [], 3)] == []

@@ -35,8 +35,8 @@ def test_a_mask_selects_the_rows_it_keeps_of_those_that_are_usable(cache):
     assert masked.images.usable.tolist() == [1, 39]  # row 3 failed
     assert len(masked.images) == 40 and len(masked.sentences.usable) == 30
     assert len(again.images.usable) == 39
-    entry = again.manifest["files"]["masks/images/few.parquet"]
-    assert masked.masks == {"images": {"name": "few", "digest": entry["digest"]}} and again.masks == {}
+    entry = again.manifest.files["masks/images/few.parquet"]
+    assert masked.masks == {"images": {"name": "few", "digest": entry.digest}} and again.masks == {}
 
 
 def test_a_mask_is_a_plain_table_of_rows_and_bools_and_a_version_of_its_own(cache):
@@ -44,8 +44,8 @@ def test_a_mask_is_a_plain_table_of_rows_and_bools_and_a_version_of_its_own(cach
     table = pq.read_table(cache.layout.root / "masks/images/even.parquet")
     assert table.to_pydict() == {"row": list(range(40)), "keep": EVEN.tolist()}
     after = FeatureCache.open(cache.layout.root)
-    assert after.manifest["version"] == 2 and after.identity == cache.identity
-    assert after.manifest["arrays"] == cache.manifest["arrays"]
+    assert after.manifest.version == 2 and after.identity == cache.identity
+    assert after.manifest.arrays == cache.manifest.arrays
 
 
 def test_sides_and_names_do_not_meet(cache):
@@ -59,7 +59,7 @@ def test_sides_and_names_do_not_meet(cache):
 def test_a_mask_never_changes(cache):
     add_mask(cache.layout, "images", "even", EVEN)
     add_mask(cache.layout, "images", "even", EVEN)  # the same again is no change
-    assert read_manifest(cache.layout)["version"] == 2
+    assert read_manifest(cache.layout).version == 2
     with pytest.raises(InputError, match="choose another name"):
         add_mask(cache.layout, "images", "even", ~EVEN)
     assert np.array_equal(read_mask(cache.layout, read_manifest(cache.layout), "images", "even", 40), EVEN)

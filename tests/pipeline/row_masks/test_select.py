@@ -189,7 +189,7 @@ def test_what_cannot_be_is_refused_in_one_line_and_nothing_is_saved(tmp_path, ar
     with pytest.raises(InputError, match=message) as refusal:
         select(cache.layout.root, "none", **arguments)
     assert "\n" not in str(refusal.value)
-    assert FeatureCache.open(cache.layout.root).manifest["files"] == {}
+    assert FeatureCache.open(cache.layout.root).manifest.files == {}
 
 
 def test_a_choice_of_nothing_is_refused(tmp_path):

@@ -2,8 +2,11 @@
 
 import io
 import json
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +14,11 @@ import torch
 from PIL import ExifTags, Image, ImageDraw
 
 from dimefm.cache import FeatureCache, InputError
+from dimefm.cache.disk.layout import IMAGES, SENTENCES
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.stage_two.distill import distill
+from dimefm.pipeline.upkeep.plan import describe_plan
 from dimefm.stages.devices import resolve_device
 from dimefm.stages.embed.image_rows import RowCrops, embed_image_shard
 from dimefm.stages.embed.pack_pixels import make_small
@@ -284,3 +289,29 @@ def test_kept_pictures_are_replayed_on_the_same_part_of_the_picture():
         on_original = np.asarray(original.resize((32, 32), BICUBIC, box=crop.on((403, 301)))).astype(float)
         seen = make_views([maker], small, numbers)[0].astype(float)
         assert np.abs(seen - on_original).mean() < 8 < 20 < np.abs(seen[:, ::-1] - on_original).mean()
+
+
+def test_time_left_counts_an_image_once_for_each_of_its_views(config, tmp_path, monkeypatch):
+    bars = []
+
+    @contextmanager
+    def watched(title, total, unit, done=0, **_):
+        bars.append((title, total, done, updates := []))
+        yield SimpleNamespace(update=updates.append)
+
+    monkeypatch.setattr("dimefm.pipeline.stage_one.embed_shards.bar", watched)
+    shutil.copytree(config.parent, tmp_path / "again", ignore=shutil.ignore_patterns("manifest*", "pairs*", "index"))
+    again = load_config(tmp_path / "again" / config.name)
+    journal, timings = (again.cache.dir / "log" / name for name in ("shards.jsonl", "timings.jsonl"))
+    lines = [line for line in journal.read_text().splitlines(keepends=True) if '"pairs' not in line]
+    # 18 images of 1 + 3 views, 12 sentences, 12 labelled images, 4 class vectors; left: 2 images, 12 sentences
+    shards = [(json.loads(line)["array"], json.loads(line)["shard"]) for line in lines]
+    kept = [line for line, (array, shard) in zip(lines, shards) if array != SENTENCES and (array, shard) != (IMAGES, 4)]
+    journal.write_text("".join(kept))
+    timings.write_text(json.dumps({"array": IMAGES, "shard": 0, "infer": 6.0, "wait": 2.0}) + "\n")
+    # 4 rows of 4 views took 8 s, so 2 rows of 4 views and 12 rows of one take 0.5 s each
+    assert describe_plan(again)["seconds_left"] == pytest.approx((2 * 4 + 12) * 0.5)
+    cache_teacher(again)
+    ((_, total, done, updates),) = bars
+    assert (total, done) == (18 * 4 + 12 + 12 + 4, 16 * 4 + 12 + 4) and updates[-1] == total
+    assert sorted(np.diff([done, *updates])) == [4, 4, 4, 8]

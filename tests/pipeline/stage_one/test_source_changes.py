@@ -8,10 +8,12 @@ import xxhash
 from PIL import Image
 
 from dimefm.cache import CacheError, FeatureCache
+from dimefm.cache.disk.durable import digest
 from dimefm.cache.disk.layout import Layout
 from dimefm.cache.disk.row_tables import RowTable
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
+from dimefm.pipeline.stage_one.inputs import LineCount
 from dimefm.pipeline.stage_one.source_changes import compare_images
 from dimefm.pipeline.upkeep.plan import describe_plan
 from dimefm.pipeline.upkeep.verify import verify
@@ -131,3 +133,13 @@ def test_another_folder_is_refused(world):
     Image.new("RGB", (32, 32)).save(world.parent / "images/other.png")
     with pytest.raises(CacheError, match="holds none of the 9 images"):
         compare(world)
+
+
+def test_lines_of_a_file_are_counted_with_the_digest_of_its_beginning(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_bytes(b"one\r\n\ntwo")
+    whole = LineCount(path, upto=2).read_all()
+    assert whole.document().to_dict() == {"name": "lines.txt", "rows": 3, "digest": digest(b"one\n\ntwo\n")}
+    assert (whole.num_good, whole.digest_upto) == (2, digest(b"one\n\n"))
+    assert LineCount(path, upto=0).read_all().digest_upto == digest()
+    assert LineCount(path, upto=4).read_all().digest_upto is None

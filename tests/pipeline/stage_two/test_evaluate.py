@@ -15,11 +15,11 @@ from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.stage_two.distill import distill
 from dimefm.pipeline.stage_two.evaluate import evaluate
 from dimefm.pipeline.stage_two.score_table import score_table
+from dimefm.stages.models.frozen_text_tower import load_text_tower
 from dimefm.stages.models.load_teacher import load_teacher
 from dimefm.stages.score.bootstrap import paired_interval
-from dimefm.stages.score.captions import embed_captions, read_captions
 from dimefm.stages.score.predictions import hits
-from dimefm.stages.score.recall import best_own_ranks
+from dimefm.stages.score.recall import best_own_ranks, read_captions
 
 from ...support.commands import refused, run_dimefm
 from ...support.worlds import COLOURS, make_world, picture
@@ -111,11 +111,11 @@ def test_captions_are_embedded_as_the_teacher_embeds_them(trained):
     found = evaluate([run])[str(run)]["test"]["retrieval"]
     cache = FeatureCache.open(config.cache.dir)
     images = cache.evaluate["test"].images
-    captions = read_captions(config.evaluate["test"].captions, images.rows.column("source").to_pylist(), "test")
-    embeddings = embed_captions(cache.text_tower, captions, "cpu")
+    texts, image_of = read_captions(config.evaluate["test"].captions, images.rows.column("source").to_pylist(), "test")
+    embeddings = load_text_tower(cache.text_tower, torch.device("cpu")).encode_sentences(texts)
     live = load_teacher(config.teacher, torch.device("cpu"))
-    np.testing.assert_allclose(embeddings, live.encode_tokens(live.tokenize(captions.texts)), rtol=1e-5, atol=1e-6)
-    pairs = np.stack([np.arange(40), captions.image_of], axis=1)
+    np.testing.assert_allclose(embeddings, live.encode_tokens(live.tokenize(texts)), rtol=1e-5, atol=1e-6)
+    pairs = np.stack([np.arange(40), image_of], axis=1)
     ranks = best_own_ranks(embeddings, images.embeddings[:], pairs)
     assert (found["images"], found["captions"]) == (20, 40)
     for k in (1, 5, 10):

@@ -1,6 +1,5 @@
 """Repair: the same bytes where the sources are at hand, marked rows where they are not, and nothing else lost."""
 
-import json
 import os
 import shutil
 from importlib.util import module_from_spec, spec_from_file_location
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from PIL import Image
 
 import dimefm
@@ -23,7 +23,7 @@ from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.upkeep.repair.repair import outcome_lines, repair, require_mended
 from dimefm.pipeline.upkeep.verify import verify
 
-from ...support.worlds import make_world
+from ...support.damage import change_byte, replace_index, rewrite_rows
 
 CHUNK = "teacher.zarr/images/embedding/c/2/0"
 """Rows 8 to 11."""
@@ -38,28 +38,6 @@ def load_benchmark(name):
 
 corruption = load_benchmark("corruption")
 tree = corruption.tree
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_teacher):
-    config = make_world(tmp_path_factory.mktemp("whole"), tiny_teacher)
-    cache_teacher(load_config(config))
-    return config
-
-
-@pytest.fixture
-def root(finished, tmp_path):
-    """The cache of a copied world, with its own config and sources beside it."""
-    world = tmp_path / "world"
-    shutil.copytree(finished.parent, world, copy_function=shutil.copy2)
-    (world / "cache/log/config.json").write_text(json.dumps({"config": str(world / "run.toml")}))
-    return world / "cache"
-
-
-def flip(path, at=0):
-    data = bytearray(path.read_bytes())
-    data[at] ^= 0x10
-    path.write_bytes(data)
 
 
 def lose_sources(root):
@@ -107,9 +85,9 @@ def test_only_the_bad_shard_is_computed_again(root, monkeypatch):
 
 def test_a_row_table_comes_back_from_its_spare_copy_and_without_one_from_the_sources(root):
     whole = tree(root)
-    flip(root / "rows/images.parquet", 200)
+    change_byte(root / "rows/images.parquet", 200)
     assert "spare" in repair(root)["mended"]["rows/images.parquet"]
-    flip(root / "rows/images.parquet", 200)
+    change_byte(root / "rows/images.parquet", 200)
     (root / "rows/sentences.parquet").unlink()
     shutil.rmtree(root / "log/spare")
     found = repair(root)
@@ -120,7 +98,7 @@ def test_a_row_table_comes_back_from_its_spare_copy_and_without_one_from_the_sou
 def test_a_table_of_copied_sources_is_a_new_version_with_the_same_rows(root):
     before = pq.read_table(root / "rows/images.parquet").column("source").to_pylist()
     os.utime(root.parent / "images" / before[0], ns=(1, 1))
-    flip(root / "rows/images.parquet", 200)
+    change_byte(root / "rows/images.parquet", 200)
     shutil.rmtree(root / "log/spare")
     found = repair(root)
     assert "other sizes or times" in found["mended"]["rows/images.parquet"] and found["version"] == 2
@@ -138,8 +116,6 @@ def test_strangers_are_moved_to_the_log_and_kept(root):
 
 
 def test_an_index_of_other_embeddings_is_built_again_and_the_manifest_says_so(root):
-    from .test_verify import replace_index
-
     images = FeatureCache.open(root).images
     replace_index(root, -np.array(images.embeddings[:]), images.usable)
     assert not verify(root)["sound"]
@@ -148,8 +124,6 @@ def test_an_index_of_other_embeddings_is_built_again_and_the_manifest_says_so(ro
 
 
 def test_a_row_that_was_written_wrong_is_computed_again_with_its_pairs(root):
-    from .test_verify import rewrite_rows
-
     whole = FeatureCache.open(root).images.embeddings[:]
     rewrite_rows(root, 2, lambda block: block.__setitem__(1, 0))
     assert repair(root)["version"] == 2  # the manifest vouched for the zeros
@@ -172,12 +146,12 @@ def other_machine(monkeypatch):
 
 def test_on_another_machine_the_manifest_says_where_a_shard_came_from_and_how_near_it_is(root, other_machine):
     whole = FeatureCache.open(root).images.embeddings[:].astype(np.float32)
-    flip(root / CHUNK, 70)
+    change_byte(root / CHUNK, 70)
     found = repair(root)
     assert found["mended"][CHUNK].startswith("computed again: other bytes, cosine at least ")
     assert found["version"] == 2 and found["lost"] == {}
-    origin = read_manifest(Layout(root))["origins"][IMAGES]["2"]
-    assert origin["by"] == "repair" and origin["cosine"]["least"] > 0.999 and origin["libraries"]["torch"]
+    origin = read_manifest(Layout(root)).origins[IMAGES]["2"]
+    assert origin.by == "repair" and origin.cosine["least"] > 0.999 and origin.libraries["torch"]
     now = FeatureCache.open(root).images.embeddings[:].astype(np.float32)
     cosine = (whole * now).sum(1) / np.linalg.norm(whole, axis=1) / np.linalg.norm(now, axis=1)
     assert cosine.min() > 0.999 and np.array_equal(np.flatnonzero((now != whole).any(1)), [8, 9, 10, 11])
@@ -193,7 +167,7 @@ def test_a_teacher_that_disagrees_with_sound_rows_mends_nothing(root, monkeypatc
         return done
 
     monkeypatch.setattr(dimefm.stages.embed.image_rows.ShardRows, "result", result)
-    flip(root / CHUNK)
+    change_byte(root / CHUNK)
     before = tree(root)
     found = repair(root)
     assert "wanted 0.999" in found["left"][0]["repair"] and found["mended"] == {}
@@ -205,7 +179,7 @@ def test_a_teacher_that_disagrees_with_sound_rows_mends_nothing(root, monkeypatc
 def test_without_sources_rows_are_marked_as_lost_and_nothing_else_is(root):
     whole = FeatureCache.open(root)
     embeddings, pairs = whole.images.embeddings[:], whole.pairs("sentence_to_image").ids[:]
-    flip(root / CHUNK)
+    change_byte(root / CHUNK)
     damaged = (root / CHUNK).read_bytes()
     lose_sources(root)
     found = repair(root)
@@ -240,9 +214,9 @@ def test_damage_to_what_is_known_anyway_costs_no_row_even_without_sources(root, 
     whole = tree(root)
     lose_sources(root)
     if what == "padding":
-        flip(path, 2 * 64 + 5)
+        change_byte(path, 2 * 64 + 5)
     elif what == "failed row":
-        flip(path, 64 + 5)
+        change_byte(path, 64 + 5)
     elif what == "cut padding":
         path.write_bytes(path.read_bytes()[: 2 * 64 + 7])
     else:
@@ -259,8 +233,8 @@ def test_damage_to_what_is_known_anyway_costs_no_row_even_without_sources(root, 
 
 def test_lost_rows_come_back_when_their_sources_do(root):
     whole = tree(root)
-    flip(root / CHUNK)
-    flip(root / "teacher.zarr/sentences/embedding/c/1/0")
+    change_byte(root / CHUNK)
+    change_byte(root / "teacher.zarr/sentences/embedding/c/1/0")
     lose_sources(root)
     assert repair(root)["lost"] == {IMAGES: [[8, 11]], SENTENCES: [[4, 7]]}
     assert repair(root)["version"] == 2  # again without them: nothing new
@@ -277,7 +251,7 @@ def test_an_image_that_is_gone_or_changed_costs_its_own_row(root):
     (root.parent / "images" / sources[8]).unlink()
     Image.new("RGB", (64, 64)).save(root.parent / "images" / sources[10])
     whole = FeatureCache.open(root).images.embeddings[:]
-    flip(root / CHUNK)
+    change_byte(root / CHUNK)
     found = repair(root)
     assert found["lost"] == {IMAGES: [[8, 8], [10, 10]]}
     cache = FeatureCache.open(root)
@@ -291,7 +265,7 @@ def test_a_row_that_stays_lost_does_not_make_new_versions(root):
     source = pq.read_table(root / "rows/images.parquet").column("source").to_pylist()[8]
     (root.parent / "images" / source).rename(root.parent / "away.jpg")
     whole = FeatureCache.open(root).images.embeddings[:]
-    flip(root / CHUNK)
+    change_byte(root / CHUNK)
     assert repair(root)["version"] == 2
     before = tree(root)
     found = repair(root)
@@ -303,8 +277,8 @@ def test_a_row_that_stays_lost_does_not_make_new_versions(root):
 
 
 def test_lost_images_are_unpaired_even_when_class_vectors_cannot_be_mended(root):
-    flip(root / CHUNK)
-    flip(root / "teacher.zarr/evaluate/dev/head/c/0/0")
+    change_byte(root / CHUNK)
+    change_byte(root / "teacher.zarr/evaluate/dev/head/c/0/0")
     lose_sources(root)
     found = repair(root)
     assert found["lost"] == {IMAGES: [[8, 11]]} and len(found["left"]) == 1
@@ -312,7 +286,7 @@ def test_lost_images_are_unpaired_even_when_class_vectors_cannot_be_mended(root)
 
 
 def test_class_vectors_without_sources_are_left_and_said_to_be(root):
-    flip(root / "teacher.zarr/evaluate/dev/head/c/0/0")
+    change_byte(root / "teacher.zarr/evaluate/dev/head/c/0/0")
     lose_sources(root)
     found = repair(root)
     assert [finding["where"] for finding in found["left"]] == ["teacher.zarr/evaluate/dev/head/c/0/0"]
@@ -322,7 +296,7 @@ def test_class_vectors_without_sources_are_left_and_said_to_be(root):
 def test_a_manifest_and_its_checksum_both_damaged_come_back_from_the_spare_copy(root):
     whole = tree(root)
     for name in ("manifest.json", "manifest.xxh3"):
-        flip(root / name, 3)
+        change_byte(root / name, 3)
     assert len(repair(root)["mended"]) == 2
     assert tree(root) == whole
 
@@ -330,8 +304,8 @@ def test_a_manifest_and_its_checksum_both_damaged_come_back_from_the_spare_copy(
 def test_of_two_spare_manifests_the_later_one_is_put_back(root):
     add_mask(Layout(root), "images", "half", np.arange(30) % 2 == 0)
     whole = tree(root)
-    flip(root / "manifest.json", 3)
-    flip(root / "manifest.xxh3", 40)  # the line of version 2; that of version 1 is as it was
+    change_byte(root / "manifest.json", 3)
+    change_byte(root / "manifest.xxh3", 40)  # the line of version 2; that of version 1 is as it was
     repair(root)
     assert tree(root) == whole
 
@@ -347,9 +321,9 @@ def test_a_damaged_mask_comes_back(root):
 
 def test_a_manifest_without_a_spare_copy_is_made_again_from_plan_journal_and_files(root):
     whole = tree(root)
-    flip(root / "manifest.json", 30)
+    change_byte(root / "manifest.json", 30)
     shutil.rmtree(root / "log/spare")
-    flip(root / CHUNK)
+    change_byte(root / CHUNK)
     with pytest.raises(CacheError, match="so is its spare copy"):
         verify(root)
     repair(root)
@@ -358,7 +332,7 @@ def test_a_manifest_without_a_spare_copy_is_made_again_from_plan_journal_and_fil
 
 def test_damaged_evaluation_images_leave_the_pairs_alone(root):
     whole = tree(root)
-    flip(root / "teacher.zarr/evaluate/dev/images/embedding/c/1/0")
+    change_byte(root / "teacher.zarr/evaluate/dev/images/embedding/c/1/0")
     lose_sources(root)
     assert repair(root)["lost"] == {"evaluate/dev/images/embedding": [[4, 7]]}
     now = tree(root)
@@ -379,7 +353,7 @@ def sibling(root):
 
 def test_a_sibling_marks_lost_rows_for_itself_and_takes_them_back(root, sibling):
     first, second = tree(root), tree(sibling)
-    flip(sibling / CHUNK)
+    change_byte(sibling / CHUNK)
     config = sibling.parent / "second.toml"
     config.rename(sibling.parent / "elsewhere.toml")
     assert repair(sibling)["lost"] == {IMAGES: [[8, 11]]}
@@ -393,13 +367,13 @@ def test_a_sibling_marks_lost_rows_for_itself_and_takes_them_back(root, sibling)
 def test_a_sibling_is_mended_to_the_same_bytes(sibling):
     whole = tree(sibling)
     for name in ("failed.parquet", CHUNK, "index/images.faiss", "text_tower/open_clip_config.json"):
-        flip(sibling / name, 20)
+        change_byte(sibling / name, 20)
     assert repair(sibling)["left"] == []
     assert tree(sibling) == whole
 
 
 def test_rows_that_its_owner_lost_are_still_good_in_a_sibling(root, sibling):
-    flip(root / CHUNK)
+    change_byte(root / CHUNK)
     lose_sources(root)
     assert repair(root)["lost"] == {IMAGES: [[8, 11]]}
     assert verify(sibling)["findings"] == []
@@ -411,7 +385,7 @@ def test_a_second_writer_is_refused(root):
 
 
 def test_a_repair_that_was_decided_is_finished_by_whoever_writes_next(root, monkeypatch):
-    flip(root / CHUNK)
+    change_byte(root / CHUNK)
     lose_sources(root)
     with monkeypatch.context() as broken:
         broken.setattr("dimefm.cache.version.versions.complete_change", killed)
@@ -422,8 +396,8 @@ def test_a_repair_that_was_decided_is_finished_by_whoever_writes_next(root, monk
     shutil.copytree(root / "mend", stale)
     add_mask(Layout(root), "images", "all", np.ones(30, dtype=bool))
     after = FeatureCache.open(root)
-    assert after.manifest["version"] == 3 and len(after.images.usable) == 26
-    assert after.manifest["files"].keys() >= {"masks/images/all.parquet"} and not (root / "mend").exists()
+    assert after.manifest.version == 3 and len(after.images.usable) == 26
+    assert after.manifest.files.keys() >= {"masks/images/all.parquet"} and not (root / "mend").exists()
     # One that was decided for a version that is no longer in force must not take what came since.
     shutil.copytree(stale, root / "mend")
     add_mask(Layout(root), "images", "none", np.zeros(30, dtype=bool))
@@ -437,3 +411,20 @@ class Killed(BaseException):
 
 def killed(*_):
     raise Killed
+
+
+@pytest.mark.parametrize("name", ["rows/images.parquet", "plan.json", "manifest.json"])
+def test_a_damaged_spare_copy_is_made_again_from_its_original(root, name):
+    before = tree(root)
+    copy = root / "log/spare" / xxhash.xxh3_128((root / name).read_bytes()).hexdigest()
+    copy.write_bytes(copy.read_bytes()[:-1] + b"?")
+    assert repair(root)["mended"] == {f"log/spare/{copy.name}": "copied again from the original"}
+    assert copy.read_bytes() == (root / name).read_bytes() and tree(root) == before
+    assert repair(root)["found"] == 0
+
+
+def test_a_spare_copy_and_its_original_both_damaged_are_both_left(root):
+    copy = root / "log/spare" / xxhash.xxh3_128((root / "plan.json").read_bytes()).hexdigest()
+    for path in (copy, root / "plan.json"):
+        path.write_bytes(path.read_bytes()[:-3] + b"?\n}")
+    assert {finding["where"] for finding in repair(root)["left"]} == {"plan.json", f"log/spare/{copy.name}"}

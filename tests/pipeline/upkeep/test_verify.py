@@ -15,36 +15,14 @@ from dimefm.cache import CacheError, FeatureCache
 from dimefm.cache.audit.findings import runs_of
 from dimefm.cache.audit.inventory import pieces
 from dimefm.cache.audit.scan import BLOCK_BYTES, Piece, scan_file
-from dimefm.cache.disk.arrays import ArraySpec, chunk_path, read_spec, write_chunk
-from dimefm.cache.disk.index import build_index
 from dimefm.cache.disk.layout import IMAGES, Layout
 from dimefm.cache.disk.row_tables import RowTable, restate_rows
-from dimefm.cache.version.manifest import file_entry, read_manifest, write_manifest
+from dimefm.cache.version.manifest import file_entry, read_manifest
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.upkeep.verify import report_lines, require_sound, verify
 
-from ...support.worlds import make_world
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_teacher):
-    config = make_world(tmp_path_factory.mktemp("sound"), tiny_teacher)
-    cache_teacher(load_config(config))
-    return config
-
-
-@pytest.fixture
-def root(finished, tmp_path):
-    """The cache of a copied world, config and sources beside it."""
-    shutil.copytree(finished.parent, tmp_path / "world", copy_function=shutil.copy2)
-    return tmp_path / "world" / "cache"
-
-
-def change_byte(path, at=0):
-    data = bytearray(path.read_bytes())
-    data[at] ^= 0x10
-    path.write_bytes(data)
+from ...support.damage import change_byte, replace_index, rewrite, rewrite_pairs, rewrite_rows
 
 
 def findings(root, **options):
@@ -54,28 +32,6 @@ def findings(root, **options):
 def only(root):
     (finding,) = findings(root)
     return finding
-
-
-def rewrite(root, *names):
-    """Put files as they are now into the manifest: what a wrong program would have left, checksums and all."""
-    layout = Layout(root)
-    manifest = read_manifest(layout)
-    files = manifest["files"] | {name: file_entry(root / name) for name in names}
-    journal = (root / "log/shards.jsonl").read_text()
-    for name in names:
-        journal = journal.replace(manifest["files"][name]["digest"], files[name]["digest"])
-    (root / "log/shards.jsonl").write_text(journal)
-    write_manifest(layout, manifest | {"files": files})
-
-
-def rewrite_rows(root, shard, change, array=IMAGES):
-    """Change the rows of a chunk file and its checksum in the manifest."""
-    store = root / "teacher.zarr"
-    spec = read_spec(store, array)
-    block = np.fromfile(chunk_path(store, array, shard), dtype=spec.disk_dtype).reshape(-1, *spec.shape[1:]).copy()
-    change(block)
-    write_chunk(store, array, spec, shard, block)
-    rewrite(root, f"teacher.zarr/{array}/c/{shard}/0")
 
 
 def test_a_sound_cache_has_no_findings_and_every_byte_of_it_is_read(root):
@@ -207,15 +163,6 @@ def test_a_table_that_is_shorter_than_its_array_is_found(root):
     assert "holds 20 rows, the manifest counts 22" in only(root)["message"]
 
 
-def rewrite_pairs(root, part, change):
-    store, name = root / "pairs.zarr", f"image_to_sentence/{part}"
-    spec: ArraySpec = read_spec(store, name)
-    block = np.fromfile(chunk_path(store, name, 1), dtype=spec.disk_dtype).reshape(4, 3).copy()
-    change(block)
-    write_chunk(store, name, spec, 1, block)
-    rewrite(root, f"pairs.zarr/{name}/c/1/0")
-
-
 def test_a_pair_out_of_range_is_found(root):
     rewrite_pairs(root, "ids", lambda block: block.__setitem__((2, 0), 22))
     kinds = [(f["kind"], f["rows"]) for f in findings(root)]
@@ -226,12 +173,6 @@ def test_a_score_that_is_not_the_cosine_of_its_pair_is_found(root):
     rewrite_pairs(root, "scores", lambda block: block.__setitem__((0, 1), block[0, 1] - 0.01))
     finding = only(root)
     assert (finding["kind"], finding["where"], finding["rows"]) == ("pairs", "pairs.zarr/image_to_sentence", [[4, 4]])
-
-
-def replace_index(root, embeddings, usable):
-    index, _ = build_index(embeddings, usable, embeddings[:4].astype(np.float32), 3)
-    index.save(root / "index/images.faiss")
-    rewrite(root, "index/images.faiss")
 
 
 def test_an_index_of_other_embeddings_is_found(root):
@@ -252,7 +193,7 @@ def test_an_index_over_other_rows_is_found(root):
 
 def test_a_journal_that_disagrees_is_found_before_the_next_version_believes_it(root):
     journal = root / "log/shards.jsonl"
-    wanted = read_manifest(Layout(root))["files"]["teacher.zarr/images/embedding/c/1/0"]["digest"]
+    wanted = read_manifest(Layout(root)).files["teacher.zarr/images/embedding/c/1/0"].digest
     journal.write_text(journal.read_text().replace(wanted, wanted[::-1]))
     assert (only(root)["kind"], only(root)["where"]) == ("journal", "log/shards.jsonl")
 
@@ -278,6 +219,13 @@ def test_the_live_teacher_agrees_with_its_cache_and_another_image_under_a_name_d
     found = verify(root, config, teacher=True)
     (finding,) = found["findings"]
     assert (finding["kind"], finding["array"], finding["rows"]) == ("teacher", IMAGES, [[4, 4]])
+
+
+def test_where_no_sampled_image_can_be_read_there_is_nothing_to_compare(root):
+    for path in (root.parent / "images").rglob("*.jpg"):
+        path.unlink()
+    compared = verify(root, teacher=True)["teacher"][IMAGES]
+    assert compared == {"rows": 0, "cosine": None, "unreadable": list(range(30)), "differ": []}
 
 
 def test_another_teacher_is_refused(root, tmp_path):
@@ -351,7 +299,7 @@ def test_rows_are_looked_at_across_the_blocks_that_a_file_is_read_in(tmp_path):
 def test_every_file_of_the_manifest_is_a_piece_and_chunks_know_their_rows(root):
     manifest = read_manifest(Layout(root))
     by_name = {piece.name: piece for piece in pieces(manifest, 4)}
-    assert set(by_name) == set(manifest["files"])
+    assert set(by_name) == set(manifest.files)
     last = by_name["teacher.zarr/images/embedding/c/7/0"]
     assert (last.array, last.chunk, last.first, last.num_rows, last.row_bytes) == (IMAGES, 7, 28, 2, 64)
     assert by_name["pairs.zarr/image_to_sentence/ids/c/7/0"].runs == ((28, 29),)
@@ -372,5 +320,5 @@ def test_a_checksum_file_without_a_checksum_of_its_own_still_vouches(root):
     """As the first caches had it."""
     path = root / "manifest.xxh3"
     path.write_text(path.read_text().splitlines()[-2] + "\n")
-    assert FeatureCache.open(root).manifest["version"] == 1
+    assert FeatureCache.open(root).manifest.version == 1
     assert [finding["where"] for finding in verify(root)["findings"]] == ["manifest.xxh3"]

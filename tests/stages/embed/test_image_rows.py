@@ -12,7 +12,8 @@ from PIL import Image
 from dimefm.cache import InputError
 from dimefm.stages.embed.image_rows import ShardResult, embed_image_shard
 from dimefm.stages.embed.sentence_rows import class_head, embed_sentence_shard
-from dimefm.stages.inputs.image_folder import ImageFolder, read_image
+from dimefm.stages.images.decode import decode_image
+from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.models.load_teacher import load_teacher
 from dimefm.stages.models.open_clip_teacher import OpenClipTeacher as Teacher
 from dimefm.stages.settings.models import TeacherSettings
@@ -62,7 +63,7 @@ def spy(monkeypatch: pytest.MonkeyPatch, teacher: Teacher, name: str) -> list[to
 
 def test_an_embedding_is_the_teachers_own_in_its_full_batch(teacher: Teacher, files: list[Path]) -> None:
     result = images(teacher, [*files[:3], files[4]])
-    batch = torch.stack([teacher.preprocess(read_image(path)) for path in (*files[:3], files[4])])
+    batch = torch.stack([teacher.preprocess(decode_image(path.read_bytes())) for path in (*files[:3], files[4])])
     assert result.embeddings.dtype == np.float16
     assert np.array_equal(result.embeddings, teacher.encode_images(batch).numpy().astype(np.float16))
     assert result.failures == []

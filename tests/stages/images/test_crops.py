@@ -16,7 +16,7 @@ from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
 from dimefm.cache.disk.layout import IMAGES, Layout
 from dimefm.cache.disk.mapped import MappedArray
 from dimefm.cache.reader.feature_cache import draws_from_rounded_sizes
-from dimefm.cache.version.schema import Views
+from dimefm.cache.version.schema import Plan, Views
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.upkeep.append import append
@@ -225,9 +225,9 @@ def test_the_teacher_is_held_against_every_view(copy):
     assert found["sound"] and found["teacher"][IMAGES]["rows"] == 9
     assert found["teacher"][IMAGES]["cosine"]["least"] > 0.99999
     # Other crops than those that the plan names: the centre is right, every crop is not.
-    plan = json.loads((root / "plan.json").read_text())
-    plan["views"]["crops"]["seed"] = 5
-    (root / "plan.json").write_text(json.dumps(plan))
+    plan = Plan.read(root / "plan.json")
+    plan = plan.replace(views=plan.views.replace(crops={**plan.views.crops, "seed": 5}))
+    (root / "plan.json").write_bytes(plan.to_bytes())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dimefm.pipeline.upkeep.verify.read_trusted", trusted_with(plan))
         assert not verify(root, teacher=True)["sound"]
@@ -237,8 +237,9 @@ def trusted_with(plan):
     from dataclasses import replace
 
     from dimefm.cache.audit.verify import read_trusted
+    from dimefm.cache.version.schema import Plan
 
-    return lambda layout, report: replace(read_trusted(layout, report), plan=plan)
+    return lambda layout, report: replace(read_trusted(layout, report), plan=Plan.model_validate(plan))
 
 
 def test_a_second_policy_is_a_sibling_over_the_same_rows(copy, finished):

@@ -15,6 +15,7 @@ import dimefm.stages.models.load_teacher
 from dimefm.cache import CacheError, DimefmError, FeatureCache, InputError
 from dimefm.cache.disk.layout import Layout
 from dimefm.cache.version.manifest import file_entry, read_manifest, write_manifest
+from dimefm.cache.version.schema import FileEntry, Origin
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.stage_two.distill import distill
@@ -105,12 +106,12 @@ def rewrite(root, name, data):
     """A pack as a wrong program would have left it, checksums and all."""
     layout = Layout(root)
     manifest = read_manifest(layout)
-    old = manifest["files"][name]["digest"]
+    old = manifest.files[name].digest
     (root / name).write_bytes(data)
     entry = file_entry(root / name)
     journal = (root / "log/shards.jsonl").read_text()
-    (root / "log/shards.jsonl").write_text(journal.replace(old, entry["digest"]))
-    write_manifest(layout, manifest | {"files": manifest["files"] | {name: entry}})
+    (root / "log/shards.jsonl").write_text(journal.replace(old, entry.digest))
+    write_manifest(layout, manifest.replace(files=manifest.files | {name: entry}))
 
 
 def test_stage_one_keeps_every_training_image_that_has_an_embedding_and_no_other(config):
@@ -128,10 +129,10 @@ def test_stage_one_keeps_every_training_image_that_has_an_embedding_and_no_other
             means = [np.asarray(picture.convert("RGB")).mean(axis=(0, 1)) for picture in (small, image)]
             np.testing.assert_allclose(*means, atol=4)
     manifest = read_manifest(cache.layout)
-    assert sorted(name for name in manifest["files"] if "pixels" in name) == PACKS
+    assert sorted(name for name in manifest.files if "pixels" in name) == PACKS
     for name in PACKS:
         data = (config.parent / "cache" / name).read_bytes()
-        assert manifest["files"][name] == {"bytes": len(data), "digest": xxhash.xxh3_128(data).hexdigest()}
+        assert manifest.files[name] == FileEntry(bytes=len(data), digest=xxhash.xxh3_128(data).hexdigest())
     assert json.loads((config.parent / "cache/plan.json").read_bytes())["pixels"] == "jpeg-24"
 
 
@@ -147,7 +148,7 @@ def test_pixels_are_added_to_a_finished_cache_without_the_teacher_as_the_same_by
     cache = stage_one(bare)
     after = tree(root)
     assert {name for name in before if after.get(name) != before[name]} == {"manifest.json", "manifest.xxh3"}
-    assert cache.manifest["version"] == 2 and cache.identity == FeatureCache.open(root).identity
+    assert cache.manifest.version == 2 and cache.identity == FeatureCache.open(root).identity
     assert verify(root)["sound"]
     stage_one(bare)
     assert tree(root) == after
@@ -262,12 +263,12 @@ def test_a_pack_that_the_manifest_does_not_list_is_missed_and_made(config, no_te
     root = config.parent / "cache"
     layout = Layout(root)
     manifest = read_manifest(layout)
-    write_manifest(layout, manifest | {"files": {n: e for n, e in manifest["files"].items() if n != PACKS[3]}})
+    write_manifest(layout, manifest.replace(files={n: e for n, e in manifest.files.items() if n != PACKS[3]}))
     (root / PACKS[3]).unlink()
     (finding,) = verify(root)["findings"]
     assert (finding["kind"], finding["where"], finding["rows"]) == ("pixels", PACKS[3], [[12, 15]])
     assert repair(root)["left"] == [] and verify(root)["sound"]
-    assert read_manifest(layout)["files"][PACKS[3]] == manifest["files"][PACKS[3]]
+    assert read_manifest(layout).files[PACKS[3]] == manifest.files[PACKS[3]]
 
 
 def test_a_pack_whose_images_are_gone_is_left_and_said_to_be(config, no_teacher):
@@ -291,8 +292,8 @@ def test_another_encoder_makes_a_new_version_that_says_so(config, no_teacher, mo
     monkeypatch.setattr(dimefm.stages.embed.pack_pixels, "QUALITY", 60)
     done = repair(root)
     assert done["left"] == [] and done["version"] == 2 and verify(root)["sound"]
-    origin = read_manifest(Layout(root))["origins"]["pixels/jpeg-24"]["5"]
-    assert origin == {"by": "repair", "libraries": {"pillow": version("pillow")}}
+    origin = read_manifest(Layout(root)).origins["pixels/jpeg-24"]["5"]
+    assert origin == Origin(by="repair", libraries={"pillow": version("pillow")})
     assert FeatureCache.open(root).pixels.read(20).startswith(b"\xff\xd8")
 
 
@@ -420,7 +421,7 @@ def test_a_manifest_that_was_lost_comes_back_with_pixels_that_were_added_later(b
     ask(bare, None)
     assert repair(root)["left"] == []
     found = read_manifest(Layout(root))
-    assert found["pixels"] == wanted["pixels"] and found["files"].keys() == wanted["files"].keys()
+    assert found.pixels == wanted.pixels and found.files.keys() == wanted.files.keys()
 
 
 def test_a_run_takes_kept_pixels_where_there_are_any_and_stays_with_what_it_began_with(config):

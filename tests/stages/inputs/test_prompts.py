@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from dimefm.cache import InputError
-from dimefm.stages.inputs.prompts import class_prompts, prompts_for, read_classes, read_templates
+from dimefm.stages.inputs.prompts import (
+    class_names,
+    class_prompts,
+    prompt_lines,
+    prompts_for,
+    read_classes,
+    read_templates,
+)
+from dimefm.stages.settings.data import PromptSettings
 
 
 def test_classes_come_sorted_by_id_with_their_names_in_order(tmp_path: Path) -> None:
@@ -39,7 +47,7 @@ def test_anything_but_ids_with_names_is_refused(tmp_path: Path, text: str, words
 
 
 def test_a_missing_class_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="no such file"):
         read_classes(tmp_path / "none.json")
 
 
@@ -51,7 +59,7 @@ def test_openai_stands_for_open_clips_80_templates() -> None:
 
 def test_templates_of_a_file_may_have_other_braces_and_blank_lines(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("\ufeffa photo of {}.\r\n\n{} {not a slot}\n", encoding="utf-8", newline="")
-    templates = read_templates("t.txt", tmp_path)
+    templates = read_templates(str(tmp_path / "t.txt"))
     assert prompts_for(["a {b}"], templates) == ["a photo of a {b}.", "a {b} {not a slot}"]
 
 
@@ -72,17 +80,21 @@ def test_a_template_file_without_slots_is_refused(tmp_path: Path, data: bytes, w
 
 def test_a_missing_template_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="wanted 'openai' or a file of templates"):
-        read_templates("open ai", tmp_path)
+        read_templates(str(tmp_path / "open ai"))
 
 
 def test_prompts_are_every_name_in_every_template() -> None:
     assert prompts_for(["cat", "dog"], ["a {}", "{}!"]) == ["a cat", "cat!", "a dog", "dog!"]
 
 
-def test_class_prompts_use_the_first_name_or_all() -> None:
-    classes = {"b": ["bee", "Apis"], "a": ["ant"]}
-    assert class_prompts(classes, ["a {}"]) == [("a", ["a ant"]), ("b", ["a bee"])]
-    assert class_prompts(classes, ["a {}"], names="all") == [("a", ["a ant"]), ("b", ["a bee", "a Apis"])]
+@pytest.mark.parametrize(("names", "of_bee"), [("first", ["bee"]), ("all", ["bee", "Apis"])])
+def test_class_prompts_use_the_first_name_or_all_in_the_order_of_class_ids(tmp_path: Path, names, of_bee) -> None:
+    (tmp_path / "classes.json").write_text('{"b": ["bee", "Apis"], "a": ["ant"]}')
+    (tmp_path / "t.txt").write_text("a {}\n")
+    settings = PromptSettings(classes=tmp_path / "classes.json", templates=str(tmp_path / "t.txt"), names=names)
+    assert class_names(settings) == {"a": ["ant"], "b": of_bee}
+    assert class_prompts(settings) == [["a ant"], [f"a {name}" for name in of_bee]]
+    assert prompt_lines(settings) == ["a ant", *(f"a {name}" for name in of_bee)]
 
 
 def test_a_class_file_may_start_with_a_byte_order_mark(tmp_path: Path) -> None:

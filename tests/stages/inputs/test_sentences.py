@@ -4,10 +4,9 @@ import codecs
 from pathlib import Path
 
 import pytest
-import xxhash
 
 from dimefm.cache import InputError
-from dimefm.stages.inputs.sentences import MAX_LINE_BYTES, SourceDigest, read_sentences
+from dimefm.stages.inputs.sentences import MAX_LINE_BYTES, read_sentences
 
 
 def texts(path: Path, data: bytes) -> list[str]:
@@ -69,12 +68,9 @@ def test_files_follow_each_other_and_name_their_lines(tmp_path: Path) -> None:
     assert found == [("a", "first.txt"), ("b", "first.txt"), ("c", "second.txt")]
 
 
-def test_a_digest_is_of_the_bytes_as_they_lie_on_disk(tmp_path: Path) -> None:
-    path, data = tmp_path / "a.txt", b"\xef\xbb\xbfone\r\n" + b"z" * (2 * MAX_LINE_BYTES) + b"\n\nend"
-    path.write_bytes(data)
-    digests: list[SourceDigest] = []
-    assert len(list(read_sentences([path], digests))) == 4
-    assert digests == [SourceDigest("a.txt", 4, xxhash.xxh3_128_hexdigest(data))]
+def test_a_byte_order_mark_and_an_overlong_line_cost_no_other_line(tmp_path: Path) -> None:
+    found = texts(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\n" + b"z" * (2 * MAX_LINE_BYTES) + b"\n\nend")
+    assert found == ["one", "z" * 80, "", "end"]
 
 
 @pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])

@@ -120,9 +120,9 @@ def test_what_cannot_be_called_or_is_no_scalar_is_refused_in_one_line(mine, name
         ('"my_losses:huber"]\nweight = 0.5', None),
         ('"my_losses:absent"]\nweight = 0.5', "distill.loss: my_losses:absent: .*my_losses.py defines no 'absent'"),
         ('"absent.module:loss"]\nweight = 0.5', "distill.loss: absent.module:loss: no module 'absent.module'"),
-        ('"my_losses:huber"]\nweight = 0.0', "distill.loss.my_losses:huber.weight: .* greater than 0"),
-        ('"my_losses:huber"]\nweight = 1.0\ndelta = 1.0', "my_losses:huber.delta: no such key"),
-        ("feture]\nweight = 1.0", "distill.loss.feture: no such key; did you mean 'feature'"),
+        ('"my_losses:huber"]\nweight = 0.0', r'distill\.loss\."my_losses:huber"\.weight: .* greater than 0'),
+        ('"my_losses:huber"]\nweight = 1.0\ndelta = 1.0', r'"my_losses:huber"\.delta: no such key'),
+        ("feture]\nweight = 1.0", "distill.loss.feture: no such key; did you mean feature"),
     ],
 )
 def test_a_config_is_refused_without_importing_anything(mine, table, message):

@@ -8,7 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dimefm.cache import CacheError, InputError
 from dimefm.stages.models.frozen_text_tower import WEIGHTS_NAME, load_text_tower, save_text_tower
@@ -40,8 +40,9 @@ def test_it_gives_the_teachers_embeddings_bit_for_bit(tmp_path: Path, precision:
     save_text_tower(teacher, tmp_path / "tower")
     tower = load_text_tower(tmp_path / "tower", CPU)
     assert np.array_equal(tower.encode_sentences(SENTENCES), teacher.encode_sentences(SENTENCES).numpy())
-    assert tower.logit_scale == teacher.logit_scale
-    assert tower.preprocess_cfg == teacher.preprocess_cfg
+    assert load_file(tmp_path / "tower" / WEIGHTS_NAME)["logit_scale"].exp().item() == teacher.logit_scale
+    written = json.loads((tmp_path / "tower/open_clip_config.json").read_text())
+    assert written == {"model_cfg": teacher.model_cfg, "preprocess_cfg": teacher.preprocess_cfg}
 
 
 def test_a_coca_teacher_gives_its_pooled_embedding(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dimefm.cache.disk.layout import Layout
 from dimefm.cache.version.manifest import read_manifest
 from dimefm.pipeline.config.load import load_config
 from dimefm.stages.models.load_teacher import load_teacher
-from dimefm.stages.models.teacher import SavesTextTower, Teacher
+from dimefm.stages.models.teacher import ImageTeacher, SavesTextTower, Teacher
 from dimefm.stages.models.teacher_identity import configured_embed_dim, configured_identity
 from dimefm.stages.settings.models import TEACHERS, TeacherSettings
 
@@ -28,7 +28,7 @@ WRONG = """
 from formula_teacher import FormulaTeacher
 
 class NoTokens:
-    settings = device = embed_dim = logit_scale = image_size = preprocess_cfg = None
+    settings = device = embed_dim = image_size = preprocess_cfg = None
     crop = view = normalise = encode_images = encode_tokens = identity = None
 
 class NoWeights(FormulaTeacher):
@@ -98,7 +98,7 @@ def test_a_teacher_from_outside_goes_through_both_stages(config, capfd):
 def test_without_a_text_tower_what_needs_one_says_so(config, capfd):
     assert run_dimefm(capfd, "cache-teacher", config).code == 0
     assert not (config.parent / "cache/text_tower").exists()
-    assert read_manifest(Layout(config.parent / "cache"))["text_tower"] is None
+    assert read_manifest(Layout(config.parent / "cache")).text_tower is None
     (config.parent / "captions.json").write_text('{"c_red/0.png": ["something red"]}')
     config.write_text(config.read_text() + 'captions = "captions.json"\n')
     assert run_dimefm(capfd, "distill", config, "--student", "small", "--steps", "1").code == 0
@@ -123,7 +123,10 @@ def test_a_cache_of_a_teacher_from_outside_is_not_another_ones(config, capfd):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        ("no_tokens", "returned a NoTokens without tokenize; wanted all of dimefm.stages.models.teacher.Teacher"),
+        (
+            "no_tokens",
+            "returned a NoTokens without logit_scale, tokenize; wanted all of dimefm.stages.models.teacher",
+        ),
         ("no_weights", "its identity() lacks libraries, weights; wanted `weights` and all of basic_identity"),
         ("no_json", "its identity() is not JSON (Object of type object is not JSON serializable)"),
         ("no_halves", "does not run in fp16 on cpu (RuntimeError: not implemented for 'Half'); try teacher.precision"),
@@ -151,6 +154,7 @@ def test_the_kind_of_a_teacher_is_told_by_its_name():
 def test_every_loader_of_the_table_gives_what_the_protocol_asks_for(tiny_teacher):
     settings = TeacherSettings(model=str(tiny_teacher[0]), pretrained=str(tiny_teacher[1]))
     teacher = load_teacher(settings, CPU)
-    assert all(hasattr(teacher, name) for name in dir(Teacher) if not name.startswith("_"))
-    assert isinstance(teacher, SavesTextTower)
+    names = [*ImageTeacher.__annotations__, *(name for name in dir(Teacher) if not name.startswith("_"))]
+    assert {"embed_dim", "crop", "encode_tokens", "identity"} <= set(names)
+    assert all(hasattr(teacher, name) for name in names) and isinstance(teacher, SavesTextTower)
     assert configured_embed_dim(settings) == teacher.embed_dim

@@ -39,6 +39,12 @@ def refusal(model: str | Path, pretrained: str | Path | None = None) -> str:
     return text
 
 
+def wrap(config: Path, path: Path, **preprocess: Any) -> Path:
+    """Write a model config as the document of open_clip's folders, with preprocessing."""
+    path.write_text(json.dumps({"model_cfg": json.loads(config.read_text()), "preprocess_cfg": preprocess}))
+    return path
+
+
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
@@ -92,9 +98,7 @@ def test_of_a_sliver_the_middle_is_seen_without_resizing_all_of_it(teacher: Open
 
 def test_an_image_that_would_lose_its_width_is_an_image_error(tiny_teacher: tuple[Path, Path], tmp_path: Path) -> None:
     config, weights = tiny_teacher
-    document = {"model_cfg": json.loads(config.read_text()), "preprocess_cfg": {"resize_mode": "longest"}}
-    (tmp_path / "wrapped.json").write_text(json.dumps(document))
-    longest = load(tmp_path / "wrapped.json", weights)
+    longest = load(wrap(config, tmp_path / "wrapped.json", resize_mode="longest"), weights)
     with pytest.raises(ImageError, match="too narrow to resize"):
         longest.crop(Image.new("RGB", (1, MAX_ASPECT + 1)))
 
@@ -157,23 +161,17 @@ def test_a_config_named_like_a_built_in_does_not_replace_it(tiny_teacher: tuple[
 def test_two_configs_of_one_name_stay_apart(tmp_path: Path) -> None:
     gelu, quick = make_teacher(tmp_path / "a"), make_teacher(tmp_path / "b", quick_gelu=True)
     image = noise(40, 40)
-    outputs = [
-        teacher.encode_images(teacher.preprocess(image)[None])
-        for teacher in (load(*files) for files in (gelu, quick, gelu))
-    ]
+    teachers = (load(*files) for files in (gelu, quick, gelu))
+    outputs = [teacher.encode_images(teacher.preprocess(image)[None]) for teacher in teachers]
     assert torch.equal(outputs[0], outputs[2])
     assert not torch.equal(outputs[0], outputs[1])
 
 
 def test_preprocessing_comes_from_an_open_clip_config(tiny_teacher: tuple[Path, Path], tmp_path: Path) -> None:
     config, weights = tiny_teacher
-    document = {
-        "model_cfg": json.loads(config.read_text()),
-        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize_mode": "squash", "size": 99},
-    }
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(document))
+    said = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize_mode": "squash", "size": 99}
     (tmp_path / "open_clip_model.safetensors").write_bytes(weights.read_bytes())
-    by_file = load(tmp_path / "open_clip_config.json", weights)
+    by_file = load(wrap(config, tmp_path / "open_clip_config.json", **said), weights)
     by_folder = load(f"local-dir:{tmp_path}")
     for teacher in (by_file, by_folder):
         assert teacher.preprocess_cfg["mean"] == [0.5, 0.5, 0.5]
@@ -183,14 +181,13 @@ def test_preprocessing_comes_from_an_open_clip_config(tiny_teacher: tuple[Path, 
     assert by_file.identity()["weights"] == by_folder.identity()["weights"]
 
 
-@pytest.mark.parametrize("wrap", [False, True], ids=["state dict", "training checkpoint"])
+@pytest.mark.parametrize("is_checkpoint", [False, True], ids=["state dict", "training checkpoint"])
 def test_pt_files_of_plain_weights_load(
-    teacher: OpenClipTeacher, tiny_teacher: tuple[Path, Path], tmp_path: Path, wrap: bool
+    teacher: OpenClipTeacher, tiny_teacher: tuple[Path, Path], tmp_path: Path, is_checkpoint: bool
 ) -> None:
     state = load_file(tiny_teacher[1])
-    torch.save(
-        {"epoch": 3, "state_dict": {f"module.{k}": v for k, v in state.items()}} if wrap else state, tmp_path / "w.pt"
-    )
+    checkpoint = {"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}
+    torch.save(checkpoint if is_checkpoint else state, tmp_path / "w.pt")
     assert load(tiny_teacher[0], tmp_path / "w.pt").identity()["weights"] == teacher.identity()["weights"]
 
 
@@ -253,9 +250,8 @@ def test_without_a_network_a_download_says_what_to_fetch_by_hand(
 def hub(monkeypatch: pytest.MonkeyPatch, tiny_teacher: tuple[Path, Path], tmp_path: Path) -> Path:
     """A hub with one repository: the tiny teacher, with preprocessing of its own."""
     config, weights = tiny_teacher
-    document = {"model_cfg": json.loads(config.read_text()), "preprocess_cfg": {"resize_mode": "squash"}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(document))
-    files = {"open_clip_config.json": tmp_path / "open_clip_config.json", None: weights}
+    document = wrap(config, tmp_path / "open_clip_config.json", resize_mode="squash")
+    files = {"open_clip_config.json": document, None: weights}
 
     def fetch(repository: str, filename: str | None = None) -> str:
         assert repository == "org/tiny"
@@ -282,7 +278,7 @@ def test_a_model_that_brings_weights_takes_no_others(tiny_teacher: tuple[Path, P
 
 def test_a_folder_without_one_clear_weights_file_is_refused(tiny_teacher: tuple[Path, Path], tmp_path: Path) -> None:
     assert "no such file" in refusal(f"local-dir:{tmp_path}")
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": json.loads(tiny_teacher[0].read_text())}))
+    wrap(tiny_teacher[0], tmp_path / "open_clip_config.json")
     assert "weights found: none" in refusal(f"local-dir:{tmp_path}")
     for name in ("a.safetensors", "b.safetensors"):
         (tmp_path / name).write_bytes(tiny_teacher[1].read_bytes())

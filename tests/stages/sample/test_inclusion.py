@@ -210,7 +210,7 @@ def test_steps_hold_sentences_and_cells_as_often_as_the_rates_say(tmp_path, batc
     assert pairs.rates.held(np.arange(60)).sum() == pytest.approx(num_sentences, rel=1e-4)
     # Images come in passes, not independently, and the number that is retrieved varies: a few percent beside chance.
     assert held / steps == pytest.approx(pairs.rates.held(np.arange(60)), rel=0.03, abs=0.07)
-    ids, _, logits = pairs._candidates.of(cache.images.usable)
+    ids, _, logits = pairs.candidates(cache.images.usable)
     own = pairs.rates.own_log_weights(ids, logits)
     wanted = pairs.rates.held(ids) / np.exp(own)
     found = np.take_along_axis(together[cache.images.usable], ids, 1) / there[cache.images.usable, None]
@@ -269,7 +269,7 @@ def test_parts_of_the_weights_are_those_of_their_sentences_and_images(tmp_path):
     parts = [Share(pairs, rank, 4).draw(3).weights for rank in range(4)]
     for name in ("sentences", "places", "values"):
         assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
-    ids, _, _ = pairs._candidates.of(pairs._images.draw(3).rows)
+    ids, _, _ = pairs.candidates(pairs._images.draw(3).rows)
     rows = pairs.draw(3).rows
     assert (np.where(whole.places >= 0, rows[whole.places], ids) == ids).all()
     assert np.isin(ids[whole.places < 0], rows).sum() == 0

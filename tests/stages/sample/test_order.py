@@ -113,7 +113,6 @@ def test_an_order_describes_itself_for_the_record():
     for stream in (images, BankStream(images, 6, seed=3)):
         found = json.loads(json.dumps(stream.describe()))
         assert (found["seed"], found["rounds"], found["rows"]) == (3, 8, 50) and "Feistel" in found["permutation"]
-    assert Share(images, 1, 2).describe() == images.describe()
 
 
 def test_uniforms_belong_to_their_row_and_pass_and_are_uniform():

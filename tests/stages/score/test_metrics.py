@@ -8,13 +8,11 @@ from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
 from dimefm.stages.score import bootstrap, metrics
-from dimefm.stages.score.bootstrap import bootstrap_means, interval, mean_interval, paired_interval
+from dimefm.stages.score.bootstrap import bootstrap_means, compared, interval, mean_interval, paired_interval
 from dimefm.stages.score.metrics import (
     agreement,
-    mean_class_accuracy,
     mean_cosine,
     per_class_accuracy,
-    retention,
     top_k_hits,
     unit_rows,
 )
@@ -77,8 +75,8 @@ def test_the_mean_over_classes_is_scikit_learns_balanced_accuracy(guesses):
     chosen = logits.argmax(axis=1)
     keep = chosen != 11  # scikit-learn warns of a class that is only ever guessed
     wanted = sklearn_metrics.balanced_accuracy_score(labels[keep], chosen[keep])
-    found = mean_class_accuracy(top_k_hits(logits, labels, 1)[keep], labels[keep], 12)
-    assert found == pytest.approx(wanted, rel=1e-6)
+    found = per_class_accuracy(top_k_hits(logits, labels, 1)[keep], labels[keep], 12)
+    assert np.nanmean(found) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_agreement_and_cosine_leave_out_what_one_could_not_read():
@@ -95,7 +93,10 @@ def test_unit_rows_are_of_length_1_and_zeros_stay():
 
 
 def test_nothing_is_retained_of_a_teacher_that_is_never_right():
-    assert retention(0.3, 0.4) == pytest.approx(0.75) and np.isnan(retention(0.3, 0.0))
+    four, three = np.arange(5) < 4, np.arange(5) < 3
+    assert compared("top1", three, four)["retention"] == pytest.approx(0.75)
+    scores = compared("top1", three, np.zeros(5, dtype=bool))
+    assert scores["retention"] is scores["retention_interval"] is None
 
 
 def test_intervals_are_scipys_on_the_same_draws():

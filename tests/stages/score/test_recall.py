@@ -10,9 +10,8 @@ from sklearn.metrics import top_k_accuracy_score
 
 from dimefm.cache import InputError
 from dimefm.stages.score import recall
-from dimefm.stages.score.captions import read_captions
 from dimefm.stages.score.embedded_set import EmbeddedSet
-from dimefm.stages.score.recall import best_own_ranks, recall_scores
+from dimefm.stages.score.recall import best_own_ranks, read_captions, recall_scores
 
 DIM = 6
 
@@ -125,8 +124,8 @@ def test_intervals_are_scipys_with_images_drawn_and_their_captions_with_them():
 def test_captions_are_read_with_the_rows_of_their_images(tmp_path):
     path = tmp_path / "captions.json"
     path.write_text(json.dumps({"b/2.jpg": ["two", "second"], "a/1.jpg": ["one"]}))
-    captions = read_captions(path, ["a/1.jpg", "b/2.jpg", "b/3.jpg"], "dev")
-    assert captions.texts == ["two", "second", "one"] and captions.image_of.tolist() == [1, 1, 0]
+    texts, image_of = read_captions(path, ["a/1.jpg", "b/2.jpg", "b/3.jpg"], "dev")
+    assert texts == ["two", "second", "one"] and image_of.tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def folder(tmp_path, monkeypatch):
     "spec", ["mine.deep.module:function", "works:other", "works:renamed", "lazy:whatever", "math:sqrt"]
 )
 def test_a_function_is_found_without_importing_its_module_or_the_packages_above(folder, spec):
-    require_function(spec, "a.key")
+    require_function(spec, key="a.key")
     assert "mine" not in sys.modules and "works" not in sys.modules
 
 
@@ -56,7 +56,7 @@ def test_a_function_is_found_without_importing_its_module_or_the_packages_above(
 )
 def test_what_is_not_there_is_refused_in_one_line_with_its_key(folder, spec, message):
     with pytest.raises(InputError, match=message) as refused:
-        require_function(spec, "a.key")
+        require_function(spec, key="a.key")
     assert "\n" not in str(refused.value) and isinstance(refused.value, ValueError)
 
 

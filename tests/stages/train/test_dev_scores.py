@@ -18,7 +18,8 @@ from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.stage_two.distill import distill
 from dimefm.pipeline.stage_two.score_table import score_table
-from dimefm.stages.inputs.image_folder import ImageFolder, read_image
+from dimefm.stages.images.decode import decode_image
+from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.run_folder import best_weights
 from dimefm.stages.run_folder.best_weights import BEFORE, BEST, BestWeights, load_best
 from dimefm.stages.run_folder.checkpoint import load_checkpoint
@@ -308,7 +309,7 @@ def test_a_set_that_is_small_is_decoded_once_to_what_open_clip_gives(world):
     first = list(kept)
     assert [rows for rows, _ in first] == [[0, 2], [3, 4, 5], [6, 7, 8]]  # row 1 cannot be read
     for rows, pictures in first:
-        wanted = torch.stack([transform(read_image(folder / "dev" / sources[row])) for row in rows])
+        wanted = torch.stack([transform(decode_image((folder / "dev" / sources[row]).read_bytes())) for row in rows])
         assert pictures.dtype == torch.uint8 and torch.equal(kept.normalise(pictures), wanted)
     assert len(list(not_kept)) == 3
     shutil.rmtree(folder / "dev")
