@@ -68,7 +68,7 @@ class ReadyViews(ViewPool):
     def __exit__(self, *_: object) -> None:
         pass
 
-    def start(self, slot: int, rows: Any, passes: Any, tickets: Sequence[Any]) -> list[Future[None]]:
+    def start(self, slot: int, rows: Any, passes: Any, keys: Sequence[Any]) -> list[Future[None]]:
         return []
 
 

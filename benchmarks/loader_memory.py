@@ -10,6 +10,7 @@ for views, are not in it; they are part of what is shown for the loader's own pr
 one column that has the names.
 
     python benchmarks/loader_memory.py [--rows 100000,1000000,10000000] [--workers 4] [--check]
+    python benchmarks/loader_memory.py --dataloader      # ours against torch's DataLoader with the same views
 """
 
 import argparse
@@ -17,23 +18,30 @@ import multiprocessing
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from loader import PHOTOS, picture
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
 from dimefm.cache.disk.mapped import MappedArray
 from dimefm.cache.disk.row_tables import RowTable
 from dimefm.cache.reader.feature_cache import EmbeddingSet
 from dimefm.cache.reader.pixel_packs import PixelPacks, pack_path, writing_pack
+from dimefm.stages.counter_random import uniforms
 from dimefm.stages.embed.pack_pixels import make_small
+from dimefm.stages.images.crops import NUM_UNIFORMS
 from dimefm.stages.images.decode import decode_image
-from dimefm.stages.images.views import ViewMaker
+from dimefm.stages.images.views import ViewMaker, make_views
 from dimefm.stages.inputs.image_folder import ImageFolder
 from dimefm.stages.inputs.image_source import ImageSource
 from dimefm.stages.inputs.kept_pixels import KeptPixels
@@ -92,10 +100,11 @@ def unique(pid: int) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes after some steps: private ones of each worker, upward, and those of the loader's own process."""
+    """Bytes after some steps: private ones of each worker, upward; of the loader's own process; of all below it."""
 
     workers: list[int]
     own: int
+    children: int
 
 
 def make_cache(folder: Path, num_rows: int) -> EmbeddingSet:
@@ -105,6 +114,11 @@ def make_cache(folder: Path, num_rows: int) -> EmbeddingSet:
     declare_arrays(folder / "teacher.zarr", {"images": spec})
     for chunk in range(spec.num_chunks):
         write_chunk(folder / "teacher.zarr", "images", spec, chunk, np.zeros((spec.rows_of(chunk), 8)))
+    return open_cache(folder)
+
+
+def open_cache(folder: Path) -> EmbeddingSet:
+    """What `make_cache` has made."""
     return EmbeddingSet(MappedArray.open(folder / "teacher.zarr", "images"), RowTable(folder / "images.parquet"))
 
 
@@ -123,7 +137,74 @@ def measure(images: EmbeddingSet, pixels: ImageSource, options: argparse.Namespa
         for _ in loader.batches(0, options.steps):
             pass
         workers = sorted(unique(child.pid) for child in multiprocessing.active_children() if child.pid)
-        return Memory(workers, rollup(multiprocessing.current_process().pid or 0)["Pss"])
+        return Memory(workers, rollup(multiprocessing.current_process().pid or 0)["Pss"], children_pss())
+
+
+class Views(Dataset[torch.Tensor]):
+    """The views of each step for torch's DataLoader: one item is one batch, which one worker makes."""
+
+    def __init__(self, stream: Stream, source: ImageSource, keys: Sequence[str]) -> None:
+        self.stream, self.source, self.keys = stream, source, keys
+
+    def __getitem__(self, step: int) -> torch.Tensor:
+        draw = self.stream.draw(step)
+        maker = ViewMaker(AugmentSettings(), 224, Image.Resampling.BICUBIC)
+        views = np.empty((len(draw.rows), 224, 224, 3), np.uint8)
+        numbers = uniforms(5, draw.rows, draw.passes, NUM_UNIFORMS).tolist()
+        for i, (row, number) in enumerate(zip(draw.rows, numbers)):
+            views[i] = make_views([maker], self.source.read(self.keys[row]), number)[0]
+        return torch.from_numpy(views)
+
+
+def measure_ours(folder: Path, options: argparse.Namespace) -> int:
+    """PSS of all processes that make views."""
+    return measure(open_cache(folder), ImageFolder(folder / "photos"), options).children
+
+
+def measure_dataloader(folder: Path, options: argparse.Namespace) -> int:
+    """PSS of all processes that torch's DataLoader starts, after some steps.
+
+    They come from a fork server, as ours do: a fork of the trainer would inherit its threads, its student and its GPU.
+    The server has loaded all that workers need, so that its pages are shared; each has one batch in the making.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(
+        ["torchvision.datasets", "dimefm.stages.load.batches", "dimefm.stages.embed.pack_pixels"]
+    )
+    images, source = open_cache(folder), ImageFolder(folder / "photos")
+    stream = Stream(images.usable, options.batch, 0, "images")
+    loader = DataLoader(
+        Views(stream, source, images.rows.column("source").to_pylist()),
+        batch_size=None,
+        sampler=range(options.steps),
+        num_workers=options.workers,
+        prefetch_factor=1,
+        multiprocessing_context=server,
+    )
+    for step, _ in enumerate(loader):
+        if step == options.steps // 2:
+            return children_pss()
+    raise AssertionError("no step was measured")
+
+
+def children_pss() -> int:
+    """PSS of every process below this one."""
+    return sum(rollup(child.pid)["Pss"] for child in psutil.Process().children(recursive=True))
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Ours and torch's DataLoader, on the same few files."""
+    pictures = [picture(*PHOTOS["imagenet"], seed) for seed in range(8)]
+    with tempfile.TemporaryDirectory(dir=options.dir, prefix="loader-memory-") as name:
+        make_cache(Path(name), FILES)
+        make_images(Path(name) / "photos", pictures, FILES)
+        # Each in a process of its own: the two want fork servers that have loaded different things.
+        spawned = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(2)]
+        with spawned[0], spawned[1]:
+            ours = spawned[0].submit(measure_ours, Path(name), options).result()
+            theirs = spawned[1].submit(measure_dataloader, Path(name), options).result()
+    print(f"{options.workers} workers, batches of {options.batch}: PSS of all processes that make views")
+    print(f"  ours {ours / 2**20:,.0f} MiB, torch's DataLoader {theirs / 2**20:,.0f} MiB: {theirs / ours:.2f} times")
 
 
 def main() -> int:
@@ -139,7 +220,11 @@ def main() -> int:
     parser.add_argument(
         "--check", action="store_true", help=f"exit with 1 where the most rows take {LIMIT} x the fewest"
     )
+    parser.add_argument("--dataloader", action="store_true", help="compare with torch's DataLoader, and nothing else")
     options = parser.parse_args()
+    if options.dataloader:
+        compare(options)
+        return 0
     medians: dict[str, list[float]] = {source: [] for source in SOURCES}
     pictures = [picture(*PHOTOS["imagenet"], seed) for seed in range(8)]
     print(f"{options.workers} workers, {options.steps} steps of {options.batch} images; private memory of each worker")

@@ -1,9 +1,14 @@
 """The workers that make views: threads of this process, or processes that share memory with it.
 
 Python's lock lets all threads of a process together make a few thousand views a second, so many workers are processes.
-They are started by a fork server, a small process that has loaded nothing but this file: none of them inherits the
-student, the cache or a GPU. They write the views straight into shared memory that has no name, so that nothing is left
-over however everything ends. They leave Ctrl-C and SIGTERM to the process that they work for, and end when it is gone.
+A fork server starts them, which has loaded this file and what it imports: no worker inherits the student, the cache or
+a GPU. They write views into anonymous shared memory, which is gone with its last user. They leave Ctrl-C and SIGTERM to
+the trainer, and end when it is gone.
+
+Why not torch's DataLoader, which is as fast: its workers import torch. Four of them take 640 MiB, started by a fork
+server that has loaded all they need (380 MiB as forks of the trainer, whose GPU and threads they then inherit); these
+take 160 MiB (`benchmarks/loader_memory.py --dataloader`). It reports an unreadable image by a worker's traceback and a
+killed worker by its process number, and the first batch takes as long as a single worker needs for it.
 """
 
 import ctypes
@@ -49,7 +54,7 @@ class _Task:
     first: int
     rows: NDArray[np.int64]
     passes: NDArray[np.int64]
-    tickets: Sequence[Any]
+    keys: Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -82,19 +87,19 @@ class _Work:
 
     def fill(self, task: _Task, stop: NDArray[np.uint8], slots: Slots) -> None:
         numbers = uniforms(self.view_key, task.rows, task.passes, NUM_UNIFORMS).tolist()
-        for i, (row, ticket) in enumerate(zip(task.rows, task.tickets)):
+        for i, (row, key) in enumerate(zip(task.rows, task.keys)):
             if stop[0]:
                 return
             try:
-                views = make_views(self.views, self.pixels.read(ticket), numbers[i])
+                views = make_views(self.views, self.pixels.read(key), numbers[i])
             except ImageError as error:
                 raise InputError(
-                    f"{self.pixels.locate(ticket)}: row {row} can no longer be used ({error}), but stage one embedded "
+                    f"{self.pixels.locate(key)}: row {row} can no longer be used ({error}), but stage one embedded "
                     "it; put the file back, then run again"
                 ) from error
             except MemoryError as error:
                 raise InputError(
-                    f"{self.pixels.locate(ticket)}: no memory left to decode it; lower distill.workers, then run again"
+                    f"{self.pixels.locate(key)}: no memory left to decode it; lower distill.workers, then run again"
                 ) from error
             for kind, view in zip(slots[task.slot], views):
                 kind[task.first + i] = view
@@ -150,7 +155,7 @@ class ViewPool:
             process.join()
 
     def start(
-        self, slot: int, rows: NDArray[np.int64], passes: NDArray[np.int64], tickets: Sequence[Any]
+        self, slot: int, rows: NDArray[np.int64], passes: NDArray[np.int64], keys: Sequence[Any]
     ) -> list[Future[None]]:
         """Start on the views of a batch; they are in the slot when all of these are done.
 
@@ -159,7 +164,7 @@ class ViewPool:
         fill = self._fill_elsewhere if self._are_processes else self._fill_here
         size = self._task_images
         return [
-            self._pool.submit(fill, _Task(slot, first, rows[first:last], passes[first:last], tickets[first:last]))
+            self._pool.submit(fill, _Task(slot, first, rows[first:last], passes[first:last], keys[first:last]))
             for first, last in ((first, first + size) for first in range(0, len(rows), size))
         ]
 
