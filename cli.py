@@ -179,7 +179,7 @@ def cache_leakage(
 def cache_select(
     folder: CacheArgument,
     mask: Annotated[str, typer.Option(metavar="NAME", help="Save the selected sentences as this mask.")],
-    side: Annotated[Literal["sentences"], typer.Option(help="What is selected.")] = "sentences",
+    side: Annotated[Literal["sentences"], typer.Option(hidden=True)] = "sentences",  # all that can be selected so far
     k: Annotated[
         int | None,
         typer.Option("--k", metavar="N", help="Count each image for its N best sentences. Default: all cached ones."),
