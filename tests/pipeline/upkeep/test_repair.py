@@ -402,7 +402,7 @@ def test_a_repair_that_was_decided_is_finished_by_whoever_writes_next(root, monk
     shutil.copytree(stale, root / "mend")
     add_mask(Layout(root), "images", "none", np.zeros(30, dtype=bool))
     last = FeatureCache.open(root).manifest
-    assert last["version"] == 4 and {"masks/images/all.parquet", "masks/images/none.parquet"} <= last["files"].keys()
+    assert last.version == 4 and {"masks/images/all.parquet", "masks/images/none.parquet"} <= last.files.keys()
 
 
 class Killed(BaseException):

@@ -290,7 +290,7 @@ def test_rows_are_looked_at_across_the_blocks_that_a_file_is_read_in(tmp_path):
     path = tmp_path / "chunk"
     path.write_bytes(block.tobytes())
     entry = file_entry(path)
-    piece = Piece("c", entry["bytes"], entry["digest"], "embeddings", IMAGES, 1, 1000, rows, 64)
+    piece = Piece("c", entry.bytes, entry.digest, "embeddings", IMAGES, 1, 1000, rows, 64)
     found = scan_file(piece, path)
     assert found.sound
     assert found.not_finite.tolist() == [1000 + row for row in bad] and found.zero.tolist() == [1017]
