@@ -1,9 +1,12 @@
 """What tests share: a tiny teacher on disk, and a small cache made by hand."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side, and so do their processes
 
 from .support.small_cache import STUDENTS, make_cache
 
