@@ -1,4 +1,4 @@
-"""`dimefm demo`: a self-contained example, drawn and trained on the spot: nothing is downloaded."""
+"""`dimefm demo`: a self-contained example, drawn on the spot, with a teacher that the package ships: no download."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -10,9 +10,10 @@ from ..cache.errors import InputError
 from ..stages.demo.scene_captions import TEMPLATES, caption, class_id, classes
 from ..stages.demo.scene_pictures import draw, jpeg_bytes
 from ..stages.demo.scenes import HELD_OUT, SEEN, Composition, Scene, Source, make_scene
+from ..stages.demo.shipped_teacher import MODEL_CONFIG, SHIPPED, unpack
 from .progress import Bar, bar, say
 
-VERSION = 1
+VERSION = 2
 """Raised whenever the same size would give other files."""
 RECORD = "demo.json"
 CONFIG = "demo.toml"
@@ -23,15 +24,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much of everything. The defaults leave `make distill` well within ten minutes on two cores."""
+    """How much of everything. The defaults leave `make distill` within three minutes on two cores."""
 
     num_images: int = 6000
     num_sentences: int = 20000
     num_per_class: int = 20
     """Pictures of each class of `dev/`, `test/` and `heldout/`."""
-    num_pairs: int = 10240
-    """Pictures that the teacher is trained on; none of them is among the images."""
-    teacher_steps: int = 1400
     seed: int = 0
 
 
@@ -53,8 +51,7 @@ def run_demo(folder: Path) -> None:
 def write_demo(folder: Path, progress: Progress | None = None, size: DemoSize | None = None) -> None:
     """Write images, sentences, classes, the teacher and, last, `demo.toml`.
 
-    Safe to repeat: existing files are kept and missing ones are made, with the bytes of an uninterrupted run. Only the
-    teacher's training starts again if it was interrupted.
+    Safe to repeat: existing files are kept and missing ones are made, with the bytes of an uninterrupted run.
 
     Args:
         folder: made if it does not exist.
@@ -74,7 +71,8 @@ def write_demo(folder: Path, progress: Progress | None = None, size: DemoSize | 
     _write_once(folder / "classes_heldout.json", lambda: to_json(classes(held_out=True)))
     _write_once(folder / "captions.txt", lambda: _lines(_sentences(size, tell)))
     _write_pictures(folder, size, tell)
-    _write_teacher(folder, size, tell)
+    _write_once(folder / "teacher.json", lambda: to_json(MODEL_CONFIG))
+    _write_once(folder / "teacher.safetensors", lambda: unpack(SHIPPED.read_bytes()))
     _write_once(folder / CONFIG, CONFIG_TEXT.encode)
 
 
@@ -139,26 +137,6 @@ def _write_pictures(folder: Path, size: DemoSize, tell: Progress) -> None:
             partial.write_bytes(jpeg_bytes(draw(scene)))
             partial.replace(path)
             tell("drawing pictures", done, total)
-
-
-def _write_teacher(folder: Path, size: DemoSize, tell: Progress) -> None:
-    path = folder / "teacher.safetensors"
-    if path.exists():
-        return
-    from safetensors.torch import save  # imports torch, which a finished demo does not need
-
-    from ..stages.demo.tiny_teacher import MODEL_CONFIG, TeacherRecipe, train_teacher
-
-    names = [name for held_out in (False, True) for names in classes(held_out).values() for name in names]
-    prompts = [template.format(name) for template in TEMPLATES for name in names]
-    recipe = TeacherRecipe(num_pairs=size.num_pairs, steps=size.teacher_steps)
-    weights, accuracy = train_teacher(size.seed, recipe, prompts, tell)
-    say(
-        f"teacher: of {recipe.num_checked} fresh pictures, {accuracy:.0%} fit their own caption best "
-        f"(chance {1 / recipe.num_checked:.1%}); a demonstration, not a result"
-    )
-    write_json(folder / "teacher.json", MODEL_CONFIG)
-    write_bytes(path, save(weights))
 
 
 CONFIG_TEXT = """\

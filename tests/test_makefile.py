@@ -39,6 +39,7 @@ def would_run(clone: Path, *words: str) -> list[str]:
         ("cache-teacher", [DEMO, STAGE_ONE]),
         ("distill", [DEMO, STAGE_ONE, *STAGE_TWO]),
         ("evaluate", [DEMO, STAGE_ONE, *STAGE_TWO]),
+        ("demo-teacher", ["python -m dimefm.stages.demo.tiny_teacher"]),
         ("test", ["pytest"]),
         ("acceptance", ["pytest -m acceptance"]),
         ("lint", ["ruff check", "ruff format", "mypy"]),

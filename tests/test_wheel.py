@@ -21,6 +21,10 @@ print(json.dumps([dimefm.__file__, names]))
 """
 
 
+SHIPPED = "stages/demo/teacher.safetensors"
+"""The one file of the package that is neither code nor metadata."""
+
+
 def sources() -> set[str]:
     """Module paths of the package in the clone."""
     storeys = [path for storey in ("cache", "stages", "pipeline") for path in (ROOT / storey).rglob("*.py")]
@@ -29,7 +33,7 @@ def sources() -> set[str]:
 
 def test_every_module_is_imported_from_a_wheel_outside_the_clone(tmp_path):
     clone, site = tmp_path / "clone", tmp_path / "site"
-    for name in [*sources(), "pyproject.toml", "README.md", "LICENSE", "py.typed"]:
+    for name in [*sources(), SHIPPED, "pyproject.toml", "README.md", "LICENSE", "py.typed"]:
         target = clone / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, target)
@@ -40,6 +44,7 @@ def test_every_module_is_imported_from_a_wheel_outside_the_clone(tmp_path):
         packed = {name for name in archive.namelist() if name.endswith(".py")}
         archive.extractall(site)
     assert packed == {f"dimefm/{name}" for name in sources()}
+    assert (site / "dimefm" / SHIPPED).read_bytes() == (ROOT / SHIPPED).read_bytes()
     assert {path.name for path in site.iterdir()} == {"dimefm", next(site.glob("*.dist-info")).name}
 
     environment = {**os.environ, "PYTHONPATH": str(site)}  # before the clone, which this environment has installed

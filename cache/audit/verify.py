@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..disk.arrays import read_spec
 from ..disk.durable import PARTIAL, digest
-from ..disk.layout import IMAGES, Layout, table_of
+from ..disk.layout import IMAGES, SIDES, Layout, table_of
 from ..errors import CacheError
 from ..version.journal import Journal
 from ..version.manifest import read_manifest, trusted_copy, vouched_digests
@@ -163,7 +163,8 @@ def _find_unlisted(trusted: Trusted, wanted: set[str]) -> tuple[list[Finding], l
     """Findings and notes on files that the manifest does not list."""
     root, manifest = trusted.layout.base.root, trusted.manifest
     known = {*wanted, *manifest.superseded, "manifest.json", "manifest.xxh3"}
-    findings, num_waiting = [], 0
+    coming = _pairs_to_come(manifest.version + 1)
+    findings, num_waiting, num_coming = [], 0, 0
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
         top = name.split("/", 1)[0]
@@ -173,13 +174,29 @@ def _find_unlisted(trusted: Trusted, wanted: set[str]) -> tuple[list[Finding], l
             num_waiting += 1
         elif top.startswith(".") or path.name.endswith(PARTIAL):
             findings.append(Finding("leftover", name, "left by a writer that was stopped", MOVE))
+        elif name.startswith(coming):
+            num_coming += 1
         elif not (name == "rows" and path.is_symlink()):
             findings.append(Finding("extra", name, "not in the manifest", MOVE))
-    note = (
-        f"pixels/: {num_waiting} packs of a cache that has no pixels yet: `dimefm cache-teacher` was stopped while "
-        "it kept them, and goes on with the same cache.pixels"
-    )
-    return findings, [note] if num_waiting else []
+    notes = []
+    if num_waiting:
+        notes.append(
+            f"pixels/: {num_waiting} packs of a cache that has no pixels yet: `dimefm cache-teacher` was stopped while "
+            "it kept them, and goes on with the same cache.pixels"
+        )
+    if num_coming:
+        notes.append(
+            f"{coming[0]}, index/: {num_coming} files of pairs that are not in force yet: `dimefm cache-teacher` was "
+            "stopped while it made them, and goes on with the same settings of [pairs]"
+        )
+    return findings, notes
+
+
+def _pairs_to_come(version: int) -> tuple[str, ...]:
+    """How the names begin of the pairs and indexes of a version; pairs of other settings are made beside the old."""
+    layout = Layout(Path())
+    indexes = (layout.index(side, version).with_suffix("").as_posix() for side in SIDES)
+    return f"{layout.pairs_zarr(version)}/", *(f"{index}." for index in indexes)
 
 
 def _file_finding(found: Scanned, what: str = "") -> Finding:

@@ -169,19 +169,24 @@ def map_chunk(path: Path, spec: ArraySpec) -> NDArray[Any]:
     Raises:
         CacheError: if it is missing or cut, or the process has too few file handles.
     """
+    require_whole(path, spec)
     shape = (spec.chunk_rows, *spec.shape[1:])
-    wanted = int(np.prod(shape)) * np.dtype(spec.dtype).itemsize
     try:
-        found = path.stat().st_size
-        if found != wanted:
-            raise CacheError(f"{path}: {found} bytes, wanted {wanted}; this chunk is damaged")
         # A plain ndarray over the map: the memmap subclass makes every small gather several times slower.
         return np.asarray(np.memmap(path, dtype=spec.disk_dtype, mode="r", shape=shape))
-    except FileNotFoundError as error:
-        raise CacheError(f"{path}: missing; this chunk is lost") from error
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise CacheError(
                 f"{path}: too few file handles for {spec.num_chunks} chunk files; raise `ulimit -n`"
             ) from error
         raise
+
+
+def require_whole(path: Path, spec: ArraySpec) -> None:
+    """Raises CacheError if a chunk file is missing or cut."""
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError as error:
+        raise CacheError(f"{path}: missing; this chunk is lost") from error
+    if found != spec.chunk_bytes:
+        raise CacheError(f"{path}: {found} bytes, wanted {spec.chunk_bytes}; this chunk is damaged")

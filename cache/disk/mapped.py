@@ -1,9 +1,10 @@
 """Rows of arrays through memory maps of their chunk files: zarr's own `oindex` takes hundreds of times longer."""
 
+import mmap
 import resource
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,30 +12,53 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CacheError
-from .arrays import ArraySpec, chunk_path, map_chunk, read_spec
-from .side_by_side import map_side_by_side
+from .arrays import ArraySpec, chunk_path, map_chunk, read_spec, require_whole
+from .gather import Items, gather
+from .side_by_side import advise, map_side_by_side
+
+DENSE = 8
+"""A gather of at least every eighth row of a stretch reads that stretch as a scan does: ahead, in large pieces."""
+
+Rows = int | np.integer[Any] | slice | Sequence[int] | NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class _Map:
+    """All chunk files of an array, mapped once: each as (chunk_rows, …), and their bytes in a row where that works."""
+
+    chunks: list[NDArray[Any]]
+    joined: NDArray[np.uint8] | None
+
+    @classmethod
+    def of(cls, paths: list[Path], spec: ArraySpec, advice: int) -> "_Map":
+        joined = map_side_by_side(paths, spec.chunk_bytes)
+        if joined is not None:
+            advise(joined, advice)
+            shape = (spec.chunk_rows, *spec.shape[1:])
+            parts = np.split(joined, spec.num_chunks)
+            return cls([part.view(spec.disk_dtype).reshape(shape) for part in parts], joined)
+        chunks = [map_chunk(path, spec) for path in paths]
+        for chunk in chunks:
+            advise(chunk, advice)
+        return cls(chunks, None)
 
 
 class MappedArray:
-    """Rows of an array, gathered from memory-mapped chunk files. Any number of readers; none of them writes."""
+    """Rows of an array, gathered from memory-mapped chunk files. Any number of readers; none of them writes.
 
-    def __init__(
-        self,
-        chunks: list[NDArray[Any]],
-        spec: ArraySpec,
-        joined: NDArray[np.uint8] | None = None,
-        view: int | None = None,
-    ) -> None:
-        """Use `open`. `joined` is the bytes of all chunks in a row, where they could be mapped so."""
-        self._whole = chunks, spec, joined
+    Files are mapped twice: once for rows here and there, of which the system reads the pages alone, and once for
+    scans, for which it reads ahead.
+    """
+
+    def __init__(self, sparse: _Map, scanned: _Map, spec: ArraySpec, view: int | None = None) -> None:
+        """Use `open`."""
+        self._whole = sparse, scanned, spec
         self._num_views = 1 if view is None else spec.shape[1]
         self._view = view or 0
-        self._chunks = chunks if view is None else [chunk[:, view] for chunk in chunks]
+        self._chunks = scanned.chunks if view is None else [chunk[:, view] for chunk in scanned.chunks]
         self.spec = spec if view is None else ArraySpec((spec.shape[0], *spec.shape[2:]), spec.dtype, spec.chunk_rows)
-        # A row as one opaque item is copied in one go: fancy indexing over numbers takes a third longer.
-        self._item = np.dtype((np.void, int(np.prod(self.spec.shape[1:])) * spec.disk_dtype.itemsize))
-        self._chunks_of_items = [chunk.reshape(-1).view(self._item) for chunk in chunks]
-        self._joined_items = None if joined is None else joined.view(self._item)
+        num_bytes = int(np.prod(self.spec.shape[1:])) * spec.disk_dtype.itemsize
+        self._sparse, self._dense = (Items(each.chunks, each.joined, num_bytes) for each in (sparse, scanned))
 
     @classmethod
     def open(cls, store: Path, name: str, num_rows: int | None = None, under: Path | None = None) -> "MappedArray":
@@ -56,12 +80,10 @@ class MappedArray:
         paths = [chunk_path(store, name, i, len(spec.shape)) for i in range(spec.num_chunks)]
         if under:
             paths = [path if path.exists() else under / path.relative_to(store) for path in paths]
-        chunks = [map_chunk(path, spec) for path in paths]
-        joined = map_side_by_side(paths, spec.chunk_bytes)
-        if joined is not None:
-            shape = (spec.chunk_rows, *spec.shape[1:])
-            chunks = [part.view(spec.disk_dtype).reshape(shape) for part in np.split(joined, spec.num_chunks)]
-        return cls(chunks, spec, joined)
+        for path in paths:
+            require_whole(path, spec)
+        sparse, scanned = (_Map.of(paths, spec, advice) for advice in (mmap.MADV_RANDOM, mmap.MADV_SEQUENTIAL))
+        return cls(sparse, scanned, spec)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,8 +96,14 @@ class MappedArray:
     def __len__(self) -> int:
         return self.spec.shape[0]
 
-    def __getitem__(self, rows: slice | Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[Any]:
+    def __getitem__(self, rows: Rows) -> NDArray[Any]:
         """Gather rows into a new array, in the order asked for.
+
+        Args:
+            rows: a slice, or row numbers of any shape, as NumPy takes them, but for negative ones.
+
+        Returns:
+            The shape of `rows`, followed by that of a row: (D,) of one number, (B, D) of B.
 
         Raises:
             IndexError: if a row is negative or beyond the last one.
@@ -86,7 +114,7 @@ class MappedArray:
     @property
     def num_views(self) -> int:
         """Views of each row: of a (rows, views, D) array, how many; of any other 1."""
-        _, spec, _ = self._whole
+        _, _, spec = self._whole
         return spec.shape[1] if len(spec.shape) == 3 else 1
 
     def view(self, number: int) -> "MappedArray":
@@ -95,10 +123,10 @@ class MappedArray:
         Raises:
             IndexError: if there is no such view.
         """
-        chunks, spec, joined = self._whole
+        sparse, scanned, spec = self._whole
         if len(spec.shape) != 3 or not 0 <= number < spec.shape[1]:
             raise IndexError(f"view {number} of an array of shape {spec.shape}")
-        return MappedArray(chunks, spec, joined, number)
+        return MappedArray(sparse, scanned, spec, number)
 
     def at(self, rows: NDArray[np.integer[Any]], views: NDArray[np.integer[Any]]) -> NDArray[Any]:
         """Gather one view of each row, of a (rows, views, D) array.
@@ -120,7 +148,7 @@ class MappedArray:
     def _centre(self) -> "MappedArray":
         return self.view(0)
 
-    def _checked(self, rows: slice | Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    def _checked(self, rows: Rows) -> NDArray[np.int64]:
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
         rows = np.asarray(rows)
@@ -133,18 +161,10 @@ class MappedArray:
 
     def _gather(self, items: NDArray[np.int64]) -> NDArray[Any]:
         """Copy items, counted through the whole array: rows, or views of rows."""
-        if self._joined_items is not None:
-            return self._joined_items.take(items).view(self.spec.disk_dtype).reshape(len(items), *self.shape[1:])
-        order = np.argsort(items)
-        items = items[order]
-        in_chunk = self.spec.chunk_rows * self._num_views
-        chunk_of = items // in_chunk
-        offset = items - chunk_of * in_chunk
-        out = np.empty(len(items), dtype=self._item)
-        edges = [0, *(np.flatnonzero(np.diff(chunk_of)) + 1).tolist(), len(items)]
-        for start, stop in pairwise(edges) if len(items) else []:
-            out[order[start:stop]] = self._chunks_of_items[chunk_of[start]].take(offset[start:stop])
-        return out.view(self.spec.disk_dtype).reshape(len(items), *self.shape[1:])
+        wanted = items.reshape(-1)
+        is_dense = wanted.size > 0 and wanted.max() - wanted.min() < DENSE * wanted.size * self._num_views
+        found = self._dense.take(wanted) if is_dense else gather(self._sparse, wanted)
+        return found.view(self.spec.disk_dtype).reshape(*items.shape, *self.shape[1:])
 
     def blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
         """(first row, read-only view of the rows) of each chunk, in order, nothing copied."""

@@ -1,5 +1,6 @@
 """The live teacher against what a cache holds: the same rows embedded again, and the cosine of old and new."""
 
+import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from ...cache.disk.arrays import read_chunk, read_spec
 from ...cache.disk.cosine import cosines, unit_rows
 from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
 from ...cache.disk.row_tables import OK, RowTable
+from ...cache.disk.side_by_side import advise
 from ...cache.errors import InputError
 from ...cache.version.plan_file import first_difference
 from ...cache.version.schema import Plan
@@ -129,8 +131,9 @@ class LiveTeacher:
         """Cached embeddings of ascending rows, from the chunks that have them: others may be missing."""
         store, chunk_rows = self.layout.base.teacher_zarr, self.plan.shard_rows
         spec = read_spec(store, array)
-        parts = [
-            read_chunk(store, array, spec, int(chunk))[rows[rows // chunk_rows == chunk] % chunk_rows]
-            for chunk in np.unique(rows // chunk_rows)
-        ]
+        parts = []
+        for chunk in np.unique(rows // chunk_rows):
+            mapped = read_chunk(store, array, spec, int(chunk))
+            advise(mapped, mmap.MADV_RANDOM)  # a few rows of each, and not the chunk around them
+            parts.append(mapped[rows[rows // chunk_rows == chunk] % chunk_rows])
         return np.concatenate(parts)

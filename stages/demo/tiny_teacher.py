@@ -1,12 +1,14 @@
-"""The demo's teacher: a small CLIP, trained from scratch on scenes and captions. Its scores demonstrate, no more.
+"""Trains the demo's teacher: a small CLIP, from scratch, on scenes and captions. Its scores demonstrate, no more.
 
-The other teachers of this project arrive trained; this one is made here so that a fresh clone needs no download.
+That takes minutes, so the package ships the result. `python -m dimefm.stages.demo.tiny_teacher` makes that file again.
 """
 
+import argparse
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,23 +17,10 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, SimpleTokenizer
 from open_clip.model import CLIP
 from torch import Tensor
 
-from .scene_captions import caption
+from .scene_captions import TEMPLATES, caption, classes
 from .scene_pictures import draw
 from .scenes import COLOURS, Scene, Source, make_scene
-
-VOCABULARY = 49408
-MODEL_CONFIG: dict[str, Any] = {
-    "embed_dim": 128,
-    "vision_cfg": {
-        "timm_model_name": "test_resnet",
-        "timm_model_pretrained": False,
-        "timm_pool": "avg",
-        "timm_proj": "linear",
-        "image_size": 64,
-    },
-    "text_cfg": {"context_length": 28, "vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2},
-}
-"""As open_clip reads it, with CLIP's own tokenizer and, since nothing else is said, OpenAI's mean and deviation."""
+from .shipped_teacher import MODEL_CONFIG, SHIPPED, pack
 
 _LARGEST_LOGIT_SCALE = 100.0
 
@@ -67,28 +56,31 @@ class _Pairs:
     colours: np.ndarray
 
 
-def train_teacher(
-    seed: int, recipe: TeacherRecipe, prompts: list[str], progress: Progress | None = None
-) -> tuple[dict[str, Tensor], float]:
+def prompts() -> list[str]:
+    """Every class of the demo, those that are held out too, through every template."""
+    names = [name for held_out in (False, True) for names in classes(held_out).values() for name in names]
+    return [template.format(name) for template in TEMPLATES for name in names]
+
+
+def train_teacher(seed: int, recipe: TeacherRecipe, progress: Progress | None = None) -> tuple[bytes, float]:
     """Draw the pairs and train on them, on the CPU; the same bytes again with the same versions, threads and processor.
 
     Args:
-        seed: of the demo: scenes, initial weights and order.
+        seed: of the demo: scenes, initial weights and order. None of the pictures is among the demo's images.
         recipe: sizes and rates.
-        prompts: what the teacher will be asked about: not trained on, but their tokens stay in the vocabulary.
         progress: told after each picture drawn and each step.
 
     Returns:
-        The state dict in open_clip's names and float32, the whole vocabulary in the token table, zeros for tokens that
-        no caption and no prompt uses; and the share of `num_checked` fresh pictures whose own caption fits better than
-        all the other ones'.
+        The file that `shipped_teacher.unpack` reads; and the share of `num_checked` fresh pictures whose own caption
+        fits better than all the other ones'.
     """
     tell: Progress = progress or (lambda text, done, total: None)
     tokenizer = SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
     pairs = _make_pairs(seed, 0, recipe.num_pairs, recipe.num_captions, tokenizer, tell)
     fresh = _make_pairs(seed, recipe.num_pairs, recipe.num_checked, 1, tokenizer, tell)
     # Few of the 49,408 tokens occur. Training on those alone keeps the order, so the end token is still the largest.
-    used = torch.cat([pairs.tokens.flatten(), fresh.tokens.flatten(), tokenizer(prompts).flatten()]).unique()
+    # The prompts are not trained on, but the teacher will be asked about them: their tokens stay in the vocabulary.
+    used = torch.cat([pairs.tokens.flatten(), fresh.tokens.flatten(), tokenizer(prompts()).flatten()]).unique()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIP(
@@ -99,10 +91,8 @@ def train_teacher(
         model.visual.to(memory_format=torch.channels_last)
         _fit(model, pairs, used, seed, recipe, tell)
         accuracy = _pair_accuracy(model, fresh, used)
-    weights = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    table = torch.zeros(VOCABULARY, MODEL_CONFIG["text_cfg"]["width"])
-    table[used] = weights["token_embedding.weight"]
-    return {**weights, "token_embedding.weight": table}, accuracy
+    weights = {name: value.detach().contiguous().numpy() for name, value in model.state_dict().items()}
+    return pack(weights, used.numpy()), accuracy
 
 
 def _make_pairs(
@@ -193,3 +183,28 @@ def _pair_accuracy(model: CLIP, pairs: _Pairs, used: Tensor) -> float:
     images, sentences = _embed(model, pairs.pixels, torch.searchsorted(used, pairs.tokens[0]))
     best = (images @ sentences.T).argmax(dim=1)
     return (best == torch.arange(len(best))).float().mean().item()
+
+
+def main() -> None:
+    """Train with one thread, whatever the machine has, and write the file that the package ships, or another."""
+    parser = argparse.ArgumentParser(description="Train the demo's teacher again: some minutes of one core.")
+    parser.add_argument("--out", type=Path, default=SHIPPED, help="default: the file in the package")
+    parser.add_argument("--steps", type=int, default=TeacherRecipe.steps)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = TeacherRecipe(steps=options.steps)
+
+    def show(text: str, done: int, total: int) -> None:
+        if done % (total // 10 or 1) == 0:
+            print(f"{text}: {done:,} of {total:,}", file=sys.stderr)
+
+    packed, accuracy = train_teacher(0, recipe, show)
+    options.out.write_bytes(packed)
+    print(
+        f"{options.out}: {len(packed):,} bytes; of {recipe.num_checked} fresh pictures, {accuracy:.0%} fit their own "
+        f"caption best (chance {1 / recipe.num_checked:.1%})"
+    )
+
+
+if __name__ == "__main__":
+    main()

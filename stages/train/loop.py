@@ -182,11 +182,13 @@ class _Loop:
             self._losses = "loss " + ", ".join(self._of(one, f"{one.loss:.4f}") for one in here)
             if not self._advised and self._num_steps > 2 * STEPS_TO_WARM_UP:
                 self._advise(speed)
+        left = False
         if self.dev is not None and settings.is_scored(step, schedule.total_steps):
-            # Nobody goes on after the last step, and several processes leave by vote: they score to the end.
-            can_stop = self.world.size == 1 and step < schedule.total_steps
-            self._score(here, self.dev, (lambda: stop.asked) if can_stop else None)
-        self._stopped = self._vote.cast(stop.asked)
+            # Nobody goes on after the last step: it is scored to the end.
+            can_stop = step < schedule.total_steps
+            left = self._score(here, self.dev, (lambda: stop.asked) if can_stop else None)
+        # Scores that were left are made when the run goes on from this step; a vote takes one step more.
+        self._stopped = self._vote.cast(stop.asked) or left
         if self.progress is not None:
             total = schedule.total_steps * settings.batch_images
             self.progress(step * settings.batch_images, total, self._status())
@@ -194,15 +196,15 @@ class _Loop:
             if step % settings.checkpoint_every == 0 or step == one.end_step or self._stopped:
                 one.save()
 
-    def _score(self, here: list[StudentRun], dev: DevScores, stopped: Callable[[], bool] | None) -> None:
-        """Between two steps; the time that it takes is no step's."""
+    def _score(self, here: list[StudentRun], dev: DevScores, stopped: Callable[[], bool] | None) -> bool:
+        """Between two steps; the time that it takes is no step's. Returns whether it was left before its end."""
         self.world.wait_for_device()
         began = time.perf_counter()
-        for one in here:
-            one.score(dev, stopped)
+        left = [one.score(dev, stopped) for one in here]
         self.world.wait_for_device()
         for meter in {self._meter, self._after_warm_up, self._whole}:
             meter.leave_out(time.perf_counter() - began)
+        return any(left)
 
     def _status(self) -> str:
         scores = [(one, one.last_score) for one in self.training if one.last_score is not None]

@@ -68,10 +68,13 @@ class World:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def wait_for_first(self) -> None:
-        """Until the first process is here, too: after what it did alone, which may have taken longer than a step."""
-        if self.size > 1:
-            dist.all_reduce(torch.zeros(1), group=self._patient)
+    def as_first(self, answer: bool) -> bool:
+        """The first process's answer, in all of them: of what it did alone, which may have taken longer than a step."""
+        if self.size == 1:
+            return answer
+        said = torch.tensor(int(answer and self.is_first))
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._patient)
+        return bool(said.item())
 
     def sum(self, numbers: Tensor) -> Tensor:
         """Element by element over all processes."""

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -190,22 +189,29 @@ class StudentRun:
         """The last line of `scores.jsonl`; None in all processes but the first."""
         return None if self._log is None else self._log.scores
 
-    def score(self, dev: DevScores, stopped: Callable[[], bool] | None = None) -> None:
+    def score(self, dev: DevScores, stopped: Callable[[], bool] | None = None) -> bool:
         """Score the student after its last step, and keep its weights if they are the best so far.
 
         All processes take part: the first one scores, the others wait.
 
         Args:
             stopped: asked between batches, whether to leave this to the run that goes on (`score_if_due`).
+
+        Returns:
+            Whether it was left, the same in every process.
         """
         if not self._is_sound(weights_too=True):
-            return
+            return False
+        left = False
         if self._log is not None and self._best is not None:
-            with suppress(Stopped):
+            try:
                 scores = dev.score(self.student, self._record, stopped)
+            except Stopped:
+                left = True
+            else:
                 is_best = self._best.offer(scores, *self.student.chosen_weights())
                 self._log.write_scores({**scores, "best": is_best})  # after the weights that it is about
-        self._world.wait_for_first()
+        return self._world.as_first(left)
 
     def score_if_due(self, dev: DevScores) -> None:
         """Score the step that the run goes on from, if it was stopped while that was scored."""

@@ -88,7 +88,7 @@ def test_chunks_of_whole_pages_are_gathered_alike(tmp_path, monkeypatch, views):
     joined = MappedArray.open(tmp_path, "rows")
     monkeypatch.setattr("dimefm.cache.disk.mapped.map_side_by_side", lambda paths, chunk_bytes: None)
     apart = MappedArray.open(tmp_path, "rows")
-    assert joined._joined_items is not None and apart._joined_items is None
+    assert joined._sparse._joined is not None and apart._sparse._joined is None
     for array in (joined, apart):
         assert np.array_equal(array[rows], values[rows])
         assert np.array_equal(np.concatenate([block for _, block in array.blocks()]), values)

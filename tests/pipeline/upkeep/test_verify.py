@@ -1,5 +1,6 @@
 """Verify finds every kind of damage, names its rows and what to do, and leaves a sound cache alone."""
 
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from dimefm.cache.disk.layout import IMAGES, Layout
 from dimefm.cache.disk.row_tables import RowTable, restate_rows
 from dimefm.cache.version.manifest import file_entry, read_manifest
 from dimefm.pipeline.config.load import load_config
+from dimefm.pipeline.stage_one import pseudo_pairs
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.upkeep.verify import report_lines, require_sound, verify
 
@@ -119,6 +121,33 @@ def test_the_log_and_pairs_of_the_version_before_are_no_strangers(root, finished
     cache_teacher(load_config(config))
     assert (root / "pairs.zarr").exists() and (root / "pairs-2.zarr").exists()
     assert findings(root) == []
+
+
+def test_pairs_that_an_interrupted_run_was_making_are_no_strangers_and_are_finished(root, monkeypatch):
+    config = root.parent / "run.toml"
+    config.write_text(config.read_text().replace("k = 3", "k = 2"))
+    write, calls = pseudo_pairs.write_chunk, itertools.count(1)
+
+    def stopping(*arguments):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pseudo_pairs, "write_chunk", stopping)
+        cache_teacher(load_config(config))
+    found = verify(root)
+    assert found["sound"], found["lines"]
+    (note,) = found["notes"]
+    made = [path for path in root.rglob("*") if path.is_file() and "-2." in path.relative_to(root).as_posix()]
+    assert note.startswith(f"pairs-2.zarr/, index/: {len(made)} files of pairs that are not in force yet")
+    (root / "pairs-3.zarr").mkdir()
+    (root / "pairs-3.zarr/zarr.json").write_text("{}")
+    assert only(root)["where"] == "pairs-3.zarr/zarr.json"  # no run of this version writes there
+    shutil.rmtree(root / "pairs-3.zarr")
+    cache_teacher(load_config(config))
+    found = verify(root)
+    assert found["sound"] and not found["notes"] and found["version"] == 2
 
 
 def test_a_nan_row_that_the_table_calls_good_is_found(root):

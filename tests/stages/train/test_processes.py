@@ -128,3 +128,15 @@ def test_processes_go_on_bit_for_bit_and_a_signal_to_one_stops_all_after_the_sam
     assert lines_of(folder / "run") == lines_of(folder / "whole")
     first, second = weights_of(folder / "run"), weights_of(folder / "whole")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_signal_while_the_first_process_scores_stops_all_at_that_step_which_is_scored_when_they_go_on(world):
+    folder, settings = world[1], SETTINGS.model_copy(update={"evaluate_every": 2})
+    two_processes(folder, "whole", "plain", 100, settings)
+    # Three batches a set: the second set, that of step 4, is left after its first batch.
+    two_processes(folder, "run", "plain", 100, settings, interrupt_at=-4)
+    assert notes_of(folder, "run")[-1] == "interrupted: state saved at step 4 of 14"
+    assert [line["step"] for line in lines_of(folder / "run", "scores.jsonl")] == [2]
+    two_processes(folder, "run", "plain", 100, settings)
+    for file in ("metrics.jsonl", "scores.jsonl"):
+        assert lines_of(folder / "run", file) == lines_of(folder / "whole", file)

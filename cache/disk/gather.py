@@ -1,0 +1,94 @@
+"""Copying rows out of maps: on the spot where their pages are in memory, by threads where a disk has to be waited for.
+
+A thread that touches a page which is not there waits for it, some hundred microseconds each time, and a disk answers
+many at once. Whether there is anything to wait for shows in the major page faults of the first rows.
+"""
+
+import resource
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+THREADS = 16
+"""At most; they wait rather than work, so it is no matter of cores."""
+
+ROWS_PER_PIECE = 16
+"""Rows that a thread takes at a time, and the first rows, which are looked at. Fewer are not worth a thread."""
+
+WAITS_PER_ROW = 1 / 8
+"""Share of the rows of a piece that were waited for from which on the others are left to threads."""
+
+_GROWTH = 8
+"""Each further piece that is copied on the spot is so many times larger: looking costs less than two copied rows."""
+
+_THIS_THREAD = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
+
+
+class Items:
+    """Pieces of equal size of mapped chunks, counted through all of them: rows, or views of rows."""
+
+    def __init__(self, chunks: Sequence[NDArray[Any]], joined: NDArray[np.uint8] | None, num_bytes: int) -> None:
+        """Args:
+        chunks: whole chunks, equally long.
+        joined: the bytes of all of them in a row, where they are mapped so.
+        num_bytes: of an item.
+        """
+        # One opaque number for all bytes of an item: it is copied in one go.
+        self.dtype = np.dtype((np.void, num_bytes))
+        self._chunks = [chunk.reshape(-1).view(self.dtype) for chunk in chunks]
+        self._joined = None if joined is None else joined.view(self.dtype)
+
+    def take(self, items: NDArray[np.int64], out: NDArray[np.void] | None = None) -> NDArray[np.void]:
+        """Copy items, which must exist, into a new array or into `out`; lets other threads run meanwhile."""
+        if self._joined is not None:
+            return self._joined.take(items, out=out, mode="clip")  # the other modes copy twice
+        out = np.empty(len(items), dtype=self.dtype) if out is None else out
+        order = np.argsort(items)
+        items = items[order]
+        in_chunk = len(self._chunks[0]) if self._chunks else 1
+        chunk_of = items // in_chunk
+        offset = items - chunk_of * in_chunk
+        edges = [0, *(np.flatnonzero(np.diff(chunk_of)) + 1).tolist(), len(items)]
+        for start, stop in pairwise(edges) if len(items) else []:
+            out[order[start:stop]] = self._chunks[chunk_of[start]].take(offset[start:stop])
+        return out
+
+
+def gather(source: Items, items: NDArray[np.int64]) -> NDArray[np.void]:
+    """Copy items from here and there, in the order asked for, and wait for many pages at once where they are on disk.
+
+    Args:
+        items: (n,) numbers that exist.
+
+    Returns:
+        (n,) items.
+    """
+    out = np.empty(len(items), dtype=source.dtype)
+    start, size = 0, ROWS_PER_PIECE
+    while start < len(items):
+        stop = min(start + size, len(items))
+        before = _waits()
+        source.take(items[start:stop], out[start:stop])
+        is_cold = _waits() - before > WAITS_PER_ROW * (stop - start)
+        start, size = stop, size * _GROWTH
+        if is_cold and len(items) - start > ROWS_PER_PIECE:
+            _take_in_threads(source, items[start:], out[start:])
+            break
+    return out
+
+
+def _take_in_threads(source: Items, items: NDArray[np.int64], out: NDArray[np.void]) -> None:
+    pieces = [slice(start, start + ROWS_PER_PIECE) for start in range(0, len(items), ROWS_PER_PIECE)]
+    # Threads of their own each time: they cost less than the pages of one piece, and a fork finds none.
+    with ThreadPoolExecutor(min(THREADS, len(pieces)), thread_name_prefix="gather") as pool:
+        for _ in pool.map(lambda piece: source.take(items[piece], out[piece]), pieces):
+            pass
+
+
+def _waits() -> int:
+    """Pages that this thread has waited for so far."""
+    return resource.getrusage(_THIS_THREAD).ru_majflt
