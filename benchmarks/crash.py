@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from named_steps import Steps
 
 # What the jobs import late is imported here, once for all forks: else a good part of the moments fall into imports.
-import dimefm.pipeline.stage_one.cluster
+import dimefm.pipeline.stage_one.cluster.dispatch
 import dimefm.pipeline.upkeep.repair.repair
 import dimefm.stages.embed.shard
 import dimefm.stages.models.frozen_text_tower

@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from dimefm.cache.disk.arrays import ArraySpec, declare_arrays
 from dimefm.cache.disk.layout import IMAGES
 from dimefm.cache.disk.row_tables import IMAGE_COLUMNS, write_rows
-from dimefm.pipeline.stage_one.cluster import TEACHERS, run_shards
+from dimefm.pipeline.stage_one.cluster.dispatch import run_shards
+from dimefm.pipeline.stage_one.cluster.worker_side import TEACHERS
 from dimefm.stages.devices import resolve_device
 from dimefm.stages.embed.tasks import ShardTask
 from dimefm.stages.images.decode import decode_image
@@ -126,7 +127,11 @@ def compare(
     weights = teacher.identity()["weights"]
 
     def stage_one() -> None:
-        assert sum(done.record.num_rows for done in run_shards(tasks, settings, weights, None)) == len(files)
+        num_rows = 0
+        for done in run_shards(tasks, settings, weights, None):
+            done.commit()
+            num_rows += done.record.num_rows
+        assert num_rows == len(files)
 
     for warm in (forward, decode, stage_one):  # page cache, thread pools, imports
         warm()

@@ -1,6 +1,7 @@
-"""Which device `auto` means, and what is said when its memory is full."""
+"""Which device `auto` means, how the GPUs of a host are dealt, and what is said when memory is full."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,6 +29,30 @@ def devices_of(setting: str) -> list[torch.device]:
 def resolve_device(setting: str) -> torch.device:
     """The first device that a setting names."""
     return devices_of(setting)[0]
+
+
+def gpu_names() -> list[str]:
+    """What the GPUs that this process may use are called on its host, in torch's order.
+
+    Names from CUDA_VISIBLE_DEVICES, or numbers: two processes of one host that name the same GPU mean the same one,
+    though each counts its own from `cuda:0`.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    return [names[i] if i < len(names) else str(i) for i in range(torch.cuda.device_count())]
+
+
+def deal_gpu(names: Sequence[str], taken: Sequence[str]) -> int:
+    """Which of the GPUs that a process may use it is to use: the first one that the fewest others of its host have.
+
+    Args:
+        names: of its GPUs, as `gpu_names` gives them; at least one.
+        taken: names of the GPUs that others of the same host were dealt.
+
+    >>> deal_gpu(["0", "1"], ["0"]), deal_gpu(["1", "2", "0"], ["0"]), deal_gpu(["0", "1"], ["1", "0"])
+    (1, 0, 0)
+    """
+    return min(range(len(names)), key=lambda i: taken.count(names[i]))
 
 
 @contextmanager

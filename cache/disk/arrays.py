@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from zarr.storage import MemoryStore
 
 from ..errors import CacheError
-from .durable import digest, write_bytes
+from .durable import Attempt, attempt_bytes, digest, write_bytes
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,11 @@ def chunk_path(store: Path, name: str, chunk: int, num_axes: int = 2) -> Path:
     return store.joinpath(name, "c", str(chunk), *["0"] * (num_axes - 1))
 
 
-def write_chunk(store: Path, name: str, spec: ArraySpec, chunk: int, block: NDArray[Any]) -> str:
-    """Write one chunk file durably, padded with the fill value to the full chunk.
+def attempt_chunk(store: Path, name: str, spec: ArraySpec, chunk: int, block: NDArray[Any]) -> Attempt:
+    """Write one chunk file beside its place, padded with the fill value to the full chunk.
 
     Args:
         block: (n, …) rows of this chunk, n at most `spec.chunk_rows`; cast to the array's format.
-
-    Returns:
-        Digest of the file's bytes.
     """
     if block.shape[1:] != spec.shape[1:] or len(block) > spec.chunk_rows:
         raise ValueError(
@@ -111,9 +108,18 @@ def write_chunk(store: Path, name: str, spec: ArraySpec, chunk: int, block: NDAr
         )
     padded = np.full((spec.chunk_rows, *spec.shape[1:]), spec.fill, dtype=spec.disk_dtype)
     padded[: len(block)] = block
-    data = padded.tobytes()
-    write_bytes(chunk_path(store, name, chunk, len(spec.shape)), data)
-    return digest(data)
+    return attempt_bytes(chunk_path(store, name, chunk, len(spec.shape)), padded.tobytes())
+
+
+def write_chunk(store: Path, name: str, spec: ArraySpec, chunk: int, block: NDArray[Any]) -> str:
+    """Write one chunk file durably, in its place; arguments as in `attempt_chunk`.
+
+    Returns:
+        Digest of the file's bytes.
+    """
+    attempt = attempt_chunk(store, name, spec, chunk, block)
+    attempt.commit()
+    return attempt.digest
 
 
 def read_chunk(store: Path, name: str, spec: ArraySpec, chunk: int) -> NDArray[Any]:

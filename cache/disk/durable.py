@@ -7,6 +7,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,12 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_file(path: Path) -> None:
+    """Make what was written to a file survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents, each of them durable.
 
@@ -62,30 +69,111 @@ def cannot_write(path: Path, error: OSError) -> CacheError:
     return CacheError(f"{path}: cannot be written: {error.strerror or error}; nothing that was there is lost; {advice}")
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
+@dataclass(frozen=True)
+class Attempt:
+    """A file that is whole and durable under a name of its own, beside the place that it takes if it is committed.
 
-    Raises:
-        CacheError: if the system refuses: a full disk, a read-only one, no permission.
+    Several processes may make one file, and one of them more than once: each attempt has another name, and whoever
+    keeps the books commits one of them. The others are removed by `sweep_partials`.
+
+    Attributes:
+        partial: where it is.
+        path: the place.
+        num_bytes: what was written.
+        digest: of what was written.
     """
-    make_folder(path.parent)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
-    try:
-        yield partial
-        handle = os.open(partial, os.O_RDONLY)
+
+    partial: Path
+    path: Path
+    num_bytes: int
+    digest: str
+
+    def require_sound(self) -> None:
+        """Read the file: another machine wrote it, and this one's view of the disk is what counts.
+
+        Raises:
+            CacheError: if it is missing, or its size or checksum is not what was written.
+        """
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(partial, path)  # noqa: PTH105 - the tests that kill between the steps patch os.fsync and os.replace
+            num_bytes = self.partial.stat().st_size
+            is_sound = num_bytes == self.num_bytes and file_digest(self.partial) == self.digest
+        except OSError as error:
+            raise CacheError(
+                f"{self.path}: what was written for it is not there ({error.strerror or error}); wanted "
+                f"{self.num_bytes:,} bytes in {self.partial}"
+            ) from error
+        if not is_sound:
+            raise CacheError(
+                f"{self.path}: what was written for it is other bytes than its writer says ({num_bytes:,} are there, "
+                f"wanted {self.num_bytes:,} with checksum {self.digest})"
+            )
+
+    def commit(self) -> None:
+        """Move the file to its place, durably; what is there is replaced.
+
+        Raises:
+            CacheError: if the system refuses; the attempt is removed then.
+        """
+        _put_in_place(self.partial, self.path)
+
+    def discard(self) -> None:
+        """Remove the file: another attempt counts."""
+        self.partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _removed_on_failure(partial: Path, path: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise cannot_write(path, error) from error
         raise
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    with _removed_on_failure(partial, path):
+        os.replace(partial, path)  # noqa: PTH105 - the tests that kill between the steps patch os.fsync and os.replace
     sync_folder(path.parent)
+
+
+@contextmanager
+def attempting(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and stays, on failure removed.
+
+    Raises:
+        CacheError: if the system refuses: a full disk, a read-only one, no permission.
+    """
+    make_folder(path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+    with _removed_on_failure(partial, path):
+        yield partial
+        sync_file(partial)
+
+
+def attempt_bytes(path: Path, data: bytes | memoryview) -> Attempt:
+    """Write a whole file beside its place.
+
+    Raises:
+        CacheError: as `attempting`.
+    """
+    with attempting(path) as partial:
+        partial.write_bytes(data)
+    return Attempt(partial, path, len(data), digest(data))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
+
+    Raises:
+        CacheError: as `attempting`.
+    """
+    with attempting(path) as partial:
+        yield partial
+    _put_in_place(partial, path)
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -154,12 +242,6 @@ def append_line(path: Path, value: Any, *, durable: bool = True) -> None:
         raise cannot_write(path, error) from error
 
 
-def sync_file(path: Path) -> None:
-    """Make what was written to a file survive a power cut."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def read_lines(path: Path) -> Iterator[Any]:
     """The JSON lines of a file that `append_line` wrote; torn ones are left out, a missing file has none."""
     if not path.exists():
@@ -175,7 +257,11 @@ def read_lines(path: Path) -> Iterator[Any]:
 
 
 def sweep_partials(root: Path) -> None:
-    """Remove what a killed writer left half written below a folder. Only the one writer may call this."""
+    """Remove what a killed writer left half written below a folder, and attempts that were never committed.
+
+    Only the one writer may call this, when nothing that it still counts on is uncommitted. A process that was given up
+    and still writes there finds its file gone, and nobody waits for it.
+    """
     for partial in list(root.rglob(f".*{PARTIAL}")):
         if partial.is_dir():
             shutil.rmtree(partial)

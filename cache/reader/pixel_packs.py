@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..disk.durable import replacing
+from ..disk.durable import Attempt, attempting
 from ..disk.layout import IMAGES, Layout
 from ..errors import CacheError
 from ..version.manifest import read_manifest
@@ -48,10 +48,11 @@ class PackWriter:
     """Writes one pack, row by row; memory stays at one row and the table."""
 
     def __init__(self, file: BinaryIO, shard_rows: int) -> None:
-        """Use `writing_pack`."""
+        """Use `writing_pack` or `attempting_pack`."""
         self._file, self._state = file, xxhash.xxh3_128()
         self._offsets = np.zeros(shard_rows + 1, dtype=OFFSET)
         self.num_rows = 0
+        self.attempt: Attempt | None = None
 
     def add(self, jpeg: bytes | memoryview) -> None:
         """The next row; empty where it has no pixels."""
@@ -97,16 +98,30 @@ class PackWriter:
 
 
 @contextmanager
+def attempting_pack(path: Path, shard_rows: int) -> Iterator[PackWriter]:
+    """Write a pack beside its place: after this the writer's `attempt` is all of it, or there is nothing.
+
+    Raises:
+        CacheError: if the system refuses.
+    """
+    with attempting(path) as partial, partial.open("wb") as file:
+        writer = PackWriter(file, shard_rows)
+        yield writer
+        writer.finish()
+    writer.attempt = Attempt(partial, path, partial.stat().st_size, writer.digest)
+
+
+@contextmanager
 def writing_pack(path: Path, shard_rows: int) -> Iterator[PackWriter]:
     """Write a pack durably: all of it is in its place after this, or nothing.
 
     Raises:
         CacheError: if the system refuses.
     """
-    with replacing(path) as partial, partial.open("wb") as file:
-        writer = PackWriter(file, shard_rows)
+    with attempting_pack(path, shard_rows) as writer:
         yield writer
-        writer.finish()
+    assert writer.attempt
+    writer.attempt.commit()
 
 
 def read_offsets(path: Path, shard_rows: int) -> NDArray[np.uint64]:

@@ -14,6 +14,7 @@ from ...cache.disk.durable import parse_file
 from ...cache.errors import InputError, did_you_mean
 from ...stages.settings.base import Settings
 from ...stages.settings.cache import CacheSettings, PairsSettings
+from ...stages.settings.cluster import ClusterSettings
 from ...stages.settings.data import EvaluateSettings, ImagesSettings, SentencesSettings
 from ...stages.settings.distill import DistillSettings
 from ...stages.settings.models import TEACHERS, StudentSettings, TeacherSettings
@@ -35,6 +36,7 @@ class Config(Settings):
     images: ImagesSettings
     sentences: SentencesSettings
     cache: CacheSettings
+    cluster: Annotated[ClusterSettings, Field(default_factory=dict)]
     pairs: Annotated[PairsSettings, Field(default_factory=dict)]
     student: dict[str, StudentSettings] = Field(default_factory=dict)
     distill: Annotated[DistillSettings, Field(default_factory=dict)]

@@ -111,7 +111,8 @@ def _embed(
         declare_arrays(layout.teacher_zarr, planned_specs(wanted))
         if not has_tower:
             save_text_tower(teacher, layout.text_tower)
-        embed_shards(layout, wanted, tasks, sources, config.teacher, scheduler, profile=config.cache.profile)
+        profile, limits = config.cache.profile, config.cluster
+        embed_shards(layout, wanted, tasks, sources, config.teacher, scheduler, limits, profile=profile)
     return wanted
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ...cache.disk.arrays import chunk_path
+from ...cache.disk.durable import sweep_partials
 from ...cache.disk.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images, table_of
 from ...cache.disk.row_tables import FAILED, RowTable
 from ...cache.errors import InputError
@@ -18,6 +19,7 @@ from ...cache.version.schema import Plan
 from ...stages.embed.tasks import ExistingRows, ShardTask
 from ...stages.images.crops import Crops
 from ...stages.inputs.prompts import class_prompts
+from ...stages.settings.cluster import ClusterSettings
 from ...stages.settings.models import TeacherSettings
 from ..progress import bar, say
 from .kept_packs import pack_task
@@ -35,7 +37,7 @@ def teacher_at_hand(settings: TeacherSettings) -> Iterator[Teacher]:
     """Load the teacher, for the caller and for the shards that are embedded meanwhile."""
     from ...stages.devices import resolve_device
     from ...stages.models.load_teacher import load_teacher
-    from .cluster import TEACHERS
+    from .cluster.worker_side import TEACHERS
 
     say(f"loading the teacher {settings.model} / {settings.pretrained}")
     teacher = load_teacher(settings, resolve_device(settings.device))
@@ -103,19 +105,21 @@ def embed_shards(
     sources: Sources,
     settings: TeacherSettings,
     scheduler: str | None,
+    limits: ClusterSettings | None = None,
     *,
     profile: bool = False,
 ) -> None:
-    """Embed shards and count each in the journal; say how it goes and where the time went.
+    """Embed shards, commit each and count it in the journal, once; say how it goes and where the time went.
 
     Args:
+        limits: how long is waited for a scheduler and its workers.
         profile: whether to profile it, into `log/profile/` of the cache.
 
     Raises:
         InputError: if more images are unreadable than `images.max_failed` allows.
     """
     from ...stages.profiling import profiled
-    from .cluster import run_shards
+    from .cluster.dispatch import run_shards
 
     journal = Journal(layout)
     failed = _known_failures(layout, journal, plan)
@@ -131,7 +135,8 @@ def embed_shards(
     if folder and scheduler:
         say("cache.profile: looks at this process alone, and with --scheduler others embed; run without it to see more")
     with profiled(folder, say), bar("stage one", total, "embeddings", done) as shown:
-        for shard in run_shards(tasks, settings, plan.teacher.weights, scheduler):
+        for shard in run_shards(tasks, settings, plan.teacher.weights, scheduler, limits):
+            shard.commit()
             record = shard.record
             if shard.pack:  # a shard without its pack, or a pack without its shard, is made again with it
                 journal.add(shard.pack, {})
@@ -142,6 +147,7 @@ def embed_shards(
             if record.array == IMAGES:
                 failed |= failures_of(record, plan.shard_rows)
                 _require_few_failures(layout, plan, sources, failed)
+    sweep_partials(layout.root)  # what workers that were given up have written meanwhile
     seconds, num_rows = time.perf_counter() - start, sum(task.num_rows for task in tasks)
     say(f"embedded {num_rows:,} rows in {seconds:,.1f} s, {num_rows / seconds:,.0f} rows/s")
     shares = ", ".join(f"{name} {spent[name]:,.1f} s" for name in _SPENT if name in spent)

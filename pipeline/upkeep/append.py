@@ -131,7 +131,8 @@ def _embed(
         require_same(following.root, began_with, {"teacher": {"libraries": libraries}})
         declare_arrays(following.teacher_zarr, planned_specs(staged))
         tasks = missing_shards(following, staged, sources)
-        embed_shards(following, staged, tasks, sources, config.teacher, scheduler, profile=config.cache.profile)
+        profile, limits = config.cache.profile, config.cluster
+        embed_shards(following, staged, tasks, sources, config.teacher, scheduler, limits, profile=profile)
     return staged
 
 

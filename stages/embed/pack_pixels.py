@@ -15,9 +15,9 @@ from functools import partial
 from PIL import ExifTags, Image
 
 from ...cache.disk.cores import map_ahead, usable_cores
-from ...cache.disk.durable import digest
+from ...cache.disk.durable import Attempt, digest
 from ...cache.errors import InputError
-from ...cache.reader.pixel_packs import PackWriter, writing_pack
+from ...cache.reader.pixel_packs import PackWriter, attempting_pack
 from ...cache.version.journal import ShardRecord
 from ..images.decode import ImageError, decode_image
 from ..images.jpeg import size_note
@@ -69,14 +69,20 @@ class ShardPack:
         """What the journal counts, once the pack is finished."""
         return ShardRecord(self.task.array, self.task.shard, self.writer.num_rows, self.writer.digest)
 
+    @property
+    def attempt(self) -> Attempt:
+        """The file, which waits beside its place once `open_pack` has ended."""
+        assert self.writer.attempt
+        return self.writer.attempt
+
 
 @contextmanager
 def open_pack(task: PackTask | None, skip: int = 0) -> Iterator[ShardPack | None]:
-    """Write a pack, which is durable after this; None where no pixels are kept."""
+    """Write a pack, which is durable after this and waits to be committed; None where no pixels are kept."""
     if task is None:
         yield None
         return
-    with writing_pack(task.path, task.shard_rows) as writer:
+    with attempting_pack(task.path, task.shard_rows) as writer:
         if task.existing:
             writer.take_over(task.existing.path, task.existing.num_rows, task.existing.digest)
         yield ShardPack(task, writer, skip)
@@ -131,6 +137,7 @@ def pack_shard(task: PackTask, source: ImageSource, images: Iterable[PackedImage
         assert pack is not None
         for small in map_ahead(pool, partial(_small_of, source, task), images, IN_FLIGHT * num_threads):
             pack.writer.add(small)
+    pack.attempt.commit()
     return pack.record
 
 

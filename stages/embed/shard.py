@@ -1,4 +1,4 @@
-"""One shard of stage one: its rows read, embedded and written durably."""
+"""One shard of stage one: its rows read, embedded and written durably, beside the place of its file."""
 
 import time
 from threading import Lock
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ...cache.disk.arrays import first_rows, write_chunk
+from ...cache.disk.arrays import attempt_chunk, first_rows
 from ...cache.disk.row_tables import OK, RowTable
 from ...cache.version.journal import ShardRecord
 from ..inputs.image_source import keys_of
@@ -14,19 +14,22 @@ from ..models.teacher import Teacher
 from ..profiling import phase
 from ..settings.models import TeacherSettings
 from .image_rows import RowCrops, ShardResult, embed_image_shard
-from .pack_pixels import open_pack
+from .pack_pixels import ShardPack, open_pack
 from .sentence_rows import class_head, embed_sentence_shard
 from .tasks import ShardDone, ShardTask
 
 
 def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lock: Lock) -> ShardDone:
-    """Embed one shard and write its chunk file, and before it its pack.
+    """Embed one shard and write its chunk file, and before it its pack, each under a name of this attempt.
+
+    The names are made here, as it runs: whoever runs it again, for whatever reason, writes other files. The caller
+    commits.
 
     Args:
         lock: held while the model runs, so that one shard at a time is on the device; the next shard's images are
             decoded, and the last shard's file written, meanwhile.
     """
-    pack: ShardRecord | None = None
+    pack: ShardPack | None = None
     failures: tuple[tuple[int, str], ...] = ()
     if task.kind == "head":
         start = time.perf_counter()
@@ -36,7 +39,7 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
         num_existing = task.existing.num_rows if task.existing else 0
         # Batches stay on the grid that the whole shard would have; in the first one, existing rows are blank.
         first = num_existing // settings.batch_size * settings.batch_size
-        given = [None] * (num_existing - first) + _readable(task)[num_existing:]
+        given = [None] * (num_existing - first) + readable(task)[num_existing:]
         if task.kind == "images":
             result, pack = _embed_images(task, given, first, teacher, settings, lock)
         else:
@@ -49,12 +52,14 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
             block = np.concatenate([old, block])
     start = time.perf_counter()
     with phase("write"):
-        written = write_chunk(task.store, task.array, task.spec, task.shard, block)
+        chunk = attempt_chunk(task.store, task.array, task.spec, task.shard, block)
     seconds["write"] = time.perf_counter() - start
-    return ShardDone(ShardRecord(task.array, task.shard, len(block), written, failures), seconds, pack)
+    record = ShardRecord(task.array, task.shard, len(block), chunk.digest, failures)
+    attempts = (pack.attempt, chunk) if pack else (chunk,)
+    return ShardDone(record, seconds, attempts, pack.record if pack else None)
 
 
-def _readable(task: ShardTask) -> list[Any]:
+def readable(task: ShardTask) -> list[Any]:
     """What each row of the shard is made from: the key of an image, or a sentence; None where it has failed."""
     assert task.table is not None
     columns = task.source.columns if task.source else ("text",)
@@ -65,7 +70,7 @@ def _readable(task: ShardTask) -> list[Any]:
 
 def _embed_images(
     task: ShardTask, keys: list[Any], first: int, teacher: Teacher, settings: TeacherSettings, lock: Lock
-) -> tuple[ShardResult, ShardRecord | None]:
+) -> tuple[ShardResult, ShardPack | None]:
     """Embed the images of a shard from row `first` on; `keys` begins there too."""
     assert task.source is not None
     start = task.shard * task.spec.chunk_rows + first
@@ -73,4 +78,4 @@ def _embed_images(
     skip = task.existing.num_rows - first if task.existing else 0
     with open_pack(task.pack, skip) as pack:
         result = embed_image_shard(teacher, task.source, keys, settings.batch_size, settings.workers, lock, pack, crops)
-    return result, pack.record if pack else None
+    return result, pack

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...cache.disk.arrays import ArraySpec
+from ...cache.disk.durable import Attempt
 from ...cache.version.journal import ShardRecord
 from ..images.crops import Crops
 from ..inputs.image_source import ImageSource
@@ -101,13 +102,32 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A shard whose files are durable.
+    """A shard whose files are durable, beside their places: it counts once they are committed and then journaled.
 
     Attributes:
         pack: of the pack that was written with it.
         seconds: of `read`, `decode`, `keep` (summed over threads), `infer`, `wait` and `write`.
+        attempts: its files, the pack's before the chunk's.
+        absent: rows within the shard whose file was not there; not among the record's failures.
     """
 
     record: ShardRecord
     seconds: dict[str, float] = field(default_factory=dict)
+    attempts: tuple[Attempt, ...] = ()
     pack: ShardRecord | None = None
+    absent: tuple[int, ...] = ()
+
+    def require_sound(self) -> None:
+        """Raises CacheError unless its files are on disk as they were written."""
+        for attempt in self.attempts:
+            attempt.require_sound()
+
+    def commit(self) -> None:
+        """Move its files to their places. Done once, by whoever keeps the journal."""
+        for attempt in self.attempts:
+            attempt.commit()
+
+    def discard(self) -> None:
+        """Remove its files: another attempt counts."""
+        for attempt in self.attempts:
+            attempt.discard()

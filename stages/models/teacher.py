@@ -85,19 +85,24 @@ class SavesTextTower(Protocol):
 
 def basic_identity(teacher: ImageTeacher) -> dict[str, Any]:
     """What the identity of every teacher holds: settings, preprocessing, width, scale, library versions."""
+    return {
+        **configured_identity(teacher.settings),
+        "preprocess": teacher.preprocess_cfg,
+        "logit_scale": teacher.logit_scale,
+        "embed_dim": teacher.embed_dim,
+        "libraries": library_versions(),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what an embedding is computed with."""
     libraries = {"torch": str(torch.__version__)}
     for name in _LIBRARIES:
         try:
             libraries[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {
-        **configured_identity(teacher.settings),
-        "preprocess": teacher.preprocess_cfg,
-        "logit_scale": teacher.logit_scale,
-        "embed_dim": teacher.embed_dim,
-        "libraries": libraries,
-    }
+    return libraries
 
 
 def out_of_memory(teacher: ImageTeacher, batch_size: int) -> str:

@@ -27,7 +27,7 @@ from dimefm.cache.reader.masks import add_mask, mask_names, read_mask
 from dimefm.cache.version.manifest import read_manifest
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
-from dimefm.pipeline.stage_one.cluster import TEACHERS
+from dimefm.pipeline.stage_one.cluster.worker_side import TEACHERS
 from dimefm.pipeline.upkeep.append import append
 from dimefm.stages.embed.shard import embed_shard
 
@@ -61,9 +61,9 @@ class Crash(BaseException):
     """The machine stopped here."""
 
 
-def run_shards(tasks, settings, weights, scheduler):
-    """As `cluster.run_shards`, without Dask: this loop runs some hundred times."""
-    teacher, lock, _ = TEACHERS.get(settings, torch.device("cpu"))
+def run_shards(tasks, settings, weights, scheduler, limits=None):
+    """As `dispatch.run_shards`, without Dask: this loop runs some hundred times."""
+    teacher, lock = TEACHERS.get(settings, torch.device("cpu"), weights)
     for task in tasks:
         yield embed_shard(task, teacher, settings, lock)
 
@@ -99,7 +99,7 @@ class Store(RuleBasedStateMachine):
         super().__init__()
         self.patches = ExitStack()
         for name, value in {
-            "pipeline.stage_one.cluster.run_shards": run_shards,
+            "pipeline.stage_one.cluster.dispatch.run_shards": run_shards,
             "pipeline.stage_one.cache_teacher._check_teacher": lambda *arguments: None,
         }.items():
             self.patches.enter_context(patch(f"dimefm.{name}", value))

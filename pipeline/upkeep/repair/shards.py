@@ -56,13 +56,14 @@ def repair_shards(context: RepairContext, actions: Actions, damage: Damage, outc
     for piece, rows in actions.give_up.items():
         _give_up(context, new, piece, rows)
     if actions.embed:
-        from ...stage_one.cluster import run_shards
+        from ...stage_one.cluster.dispatch import run_shards
 
         assert context.live is not None
         tasks = [_task(context, context.live, piece, new.states) for piece in actions.embed]
         pieces = {(piece.array, piece.chunk): piece for piece in actions.embed}
         weights = context.plan.teacher.weights
         for done in run_shards(tasks, context.live.settings, weights, None):
+            done.commit()
             piece = pieces[done.record.array, done.record.shard]
             if done.record.digest == piece.digest:
                 move_file(context.staged.root / piece.name, context.layout.root / piece.name)

@@ -7,7 +7,15 @@ import signal
 
 import pytest
 
-from dimefm.cache.disk.durable import append_line, read_lines, replacing, sweep_partials, write_bytes, write_json
+from dimefm.cache.disk.durable import (
+    append_line,
+    attempt_bytes,
+    read_lines,
+    replacing,
+    sweep_partials,
+    write_bytes,
+    write_json,
+)
 from dimefm.cache.disk.layout import Layout
 from dimefm.cache.errors import CacheError
 from dimefm.cache.version.journal import Journal, ShardRecord
@@ -49,6 +57,26 @@ def test_partials_of_a_killed_writer_are_swept(tmp_path):
     (tmp_path / "deep" / "0").write_bytes(b"whole")
     sweep_partials(tmp_path)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["0"]
+
+
+def test_an_attempt_counts_when_it_is_committed_and_only_as_it_was_written(tmp_path):
+    first, second = attempt_bytes(tmp_path / "0", b"first"), attempt_bytes(tmp_path / "0", b"other")
+    assert not (tmp_path / "0").exists() and first.partial != second.partial
+    first.require_sound()
+    first.commit()
+    assert (tmp_path / "0").read_bytes() == b"first"
+    second.partial.write_bytes(b"othes")
+    with pytest.raises(CacheError, match="other bytes than its writer says"):
+        second.require_sound()
+    second.partial.write_bytes(b"oth")
+    with pytest.raises(CacheError, match="3 are there, wanted 5"):
+        second.require_sound()
+    sweep_partials(tmp_path)
+    with pytest.raises(CacheError, match="is not there"):
+        second.require_sound()
+    with pytest.raises(CacheError, match="cannot be written"):
+        second.commit()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
 
 
 def test_equal_documents_are_equal_bytes(tmp_path):

@@ -12,7 +12,7 @@ import zarr
 from PIL import Image
 
 from dimefm.cache import CacheError, FeatureCache, InputError
-from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
+from dimefm.cache.disk.arrays import ArraySpec, attempt_chunk, declare_arrays, write_chunk
 from dimefm.cache.disk.layout import IMAGES, Layout
 from dimefm.cache.disk.mapped import MappedArray
 from dimefm.cache.reader.feature_cache import draws_from_rounded_sizes
@@ -181,10 +181,10 @@ def test_interrupted_anywhere_it_ends_with_the_same_bytes(finished, tmp_path, mo
         written += 1
         if written > 2:
             raise RuntimeError("the machine went away")
-        return write_chunk(*arguments)
+        return attempt_chunk(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dimefm.stages.embed.shard.write_chunk", stop_after_two)
+        patch.setattr("dimefm.stages.embed.shard.attempt_chunk", stop_after_two)
         with pytest.raises(RuntimeError, match="the machine went away"):
             cache_teacher(load_config(world / "run.toml"))
     assert not (world / "cache/manifest.json").exists()
