@@ -105,15 +105,20 @@ def write_chunk(store: Path, name: str, spec: ArraySpec, chunk: int, block: NDAr
     Returns:
         Digest of the file's bytes.
     """
+    data = chunk_data(name, spec, block)
+    write_bytes(chunk_path(store, name, chunk, len(spec.shape)), data)
+    return digest(data)
+
+
+def chunk_data(name: str, spec: ArraySpec, block: NDArray[Any]) -> bytes:
+    """The bytes of a chunk file, as `write_chunk` writes them."""
     if block.shape[1:] != spec.shape[1:] or len(block) > spec.chunk_rows:
         raise ValueError(
             f"{name}: a block of shape {block.shape} does not fit chunks of {spec.chunk_rows} x {spec.shape[1:]}"
         )
     padded = np.full((spec.chunk_rows, *spec.shape[1:]), spec.fill, dtype=spec.disk_dtype)
     padded[: len(block)] = block
-    data = padded.tobytes()
-    write_bytes(chunk_path(store, name, chunk, len(spec.shape)), data)
-    return digest(data)
+    return padded.tobytes()
 
 
 def read_chunk(store: Path, name: str, spec: ArraySpec, chunk: int) -> NDArray[Any]:

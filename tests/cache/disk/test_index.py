@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from dimefm.cache.disk.cosine import best_cosines, cosines, recall, unit_rows
-from dimefm.cache.disk.index import FLAT_ROWS, Index, build_bytes, build_index, index_bytes, num_lists, resolve_kind
+from dimefm.cache.disk.index import Index, build_index
+from dimefm.cache.disk.index_size import FLAT_ROWS, build_bytes, index_bytes, num_lists, resolve_kind
 from dimefm.cache.errors import CacheError
 
 WIDTH = 16
