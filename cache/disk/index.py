@@ -70,8 +70,8 @@ class Index:
 
     @property
     def error(self) -> float:
-        """How far a score may be off the cosine. Rows of all but small indexes are rounded to float16; of an approximate
-        one the likely error is enough, for there equal rows lie in one list and have equal scores."""
+        """How far a score may be off the cosine: rows of all but small indexes are rounded to float16. In lists the
+        likely error will do: they are approximate, and equal rows lie in one list and have equal scores."""
         is_lists = not isinstance(self._cpu_index, faiss.IndexIDMap)
         return product_error(self.width) + (2.0**-13 if is_lists else self._is_plain * 2.0**-10)
 
