@@ -102,13 +102,18 @@ def attempt_chunk(store: Path, name: str, spec: ArraySpec, chunk: int, block: ND
     Args:
         block: (n, …) rows of this chunk, n at most `spec.chunk_rows`; cast to the array's format.
     """
+    return attempt_bytes(chunk_path(store, name, chunk, len(spec.shape)), chunk_data(name, spec, block))
+
+
+def chunk_data(name: str, spec: ArraySpec, block: NDArray[Any]) -> bytes:
+    """The bytes of a chunk file, as `write_chunk` writes them."""
     if block.shape[1:] != spec.shape[1:] or len(block) > spec.chunk_rows:
         raise ValueError(
             f"{name}: a block of shape {block.shape} does not fit chunks of {spec.chunk_rows} x {spec.shape[1:]}"
         )
     padded = np.full((spec.chunk_rows, *spec.shape[1:]), spec.fill, dtype=spec.disk_dtype)
     padded[: len(block)] = block
-    return attempt_bytes(chunk_path(store, name, chunk, len(spec.shape)), padded.tobytes())
+    return padded.tobytes()
 
 
 def write_chunk(store: Path, name: str, spec: ArraySpec, chunk: int, block: NDArray[Any]) -> str:

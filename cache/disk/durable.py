@@ -176,6 +176,24 @@ def replacing(path: Path) -> Iterator[Path]:
     _put_in_place(partial, path)
 
 
+def share_file(source: Path, target: Path) -> None:
+    """Give a finished file a second name, durably; a copy where the file system has no links.
+
+    Files of a cache are replaced and never changed in place, so neither name sees what becomes of the other.
+
+    Raises:
+        CacheError: if the system refuses.
+    """
+    target.unlink(missing_ok=True)  # two names of one file: a rename would leave both
+    with replacing(target) as partial:
+        try:
+            os.link(source, partial)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            shutil.copyfile(source, partial)
+
+
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a whole file durably: temporary name, fsync, rename, fsync of the folder."""
     with replacing(path) as partial:

@@ -220,7 +220,16 @@ class PairStore(Record):
 
 
 class IndexInfo(Record):
-    """A FAISS index (see `build_index`). None where a number does not apply."""
+    """A FAISS index (see `build_index`). None where a number does not apply.
+
+    Attributes:
+        rows: rows that are in it.
+        nlist, nprobe: lists of an IVF index, and how many of them are probed.
+        train_rows: size of the sample that lists were trained with.
+        recall: recall@`recall_k` on `recall_queries` rows of the other side.
+        trained_on: of any but a flat index, the rows that it had when its kind and its lists were chosen.
+        tried: of an exact index over float16 rows, `nlist`, `nprobe` and `recall` of the lists that were not enough.
+    """
 
     file: str
     type: str = ""
@@ -231,6 +240,8 @@ class IndexInfo(Record):
     recall: int | float | None = None
     recall_k: int | None = None
     recall_queries: int | None = None
+    trained_on: int | None = None
+    tried: dict[str, Any] | None = None
 
 
 class KeptPixels(Record):

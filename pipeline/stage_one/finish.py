@@ -44,10 +44,11 @@ def finish_cache(layout: Layout, plan: Plan, pairs: PairsSettings, pixels: str |
         if counted.failed:
             say(f"{array}: {counted.failed:,} rows have no embedding: {counted_reasons(counted.reasons)}")
     retrieval = Retrieval()
-    if before and before.pairs_settings == pairs_document(pairs) and _num_rows(before.arrays) == _num_rows(arrays):
-        retrieval = Retrieval(before.index, before.pairs)
+    goes_on = before if before and before.pairs_settings == pairs_document(pairs) else None
+    if goes_on and _counts(goes_on.arrays) == _counts(arrays):
+        retrieval = Retrieval(goes_on.index, goes_on.pairs)
     elif pairs.k:
-        retrieval = write_pairs(layout, pairs, journal, version)
+        retrieval = write_pairs(layout, pairs, journal, version, goes_on if layout.under else None)
     documents = [plan_file, *([layout.own_failures] if plan.rows_of else tables.values())]
     heads = [evaluate_head(name) for name in plan.inputs.evaluate]
     files = {
@@ -111,8 +112,9 @@ def count_failures(table: RowTable, own_failures: Mapping[int, str], shared: boo
     return ArrayCounts(rows=table.num_rows, failed=reasons.total(), reasons=dict(sorted(reasons.items())))
 
 
-def _num_rows(arrays: Mapping[str, ArrayCounts]) -> tuple[int, int]:
-    return arrays[IMAGES].rows, arrays[SENTENCES].rows
+def _counts(arrays: Mapping[str, ArrayCounts]) -> list[ArrayCounts]:
+    """What indexes and pairs are over: a row that failed and is good now counts as a change."""
+    return [arrays[IMAGES], arrays[SENTENCES]]
 
 
 def _inherited(before: Manifest | None) -> dict[str, FileEntry]:

@@ -1,21 +1,27 @@
 """Indexes over both sides of a cache, and the pseudo-pairs between them, shard by shard."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
-from ...cache.disk.durable import digest, to_json, write_json
-from ...cache.disk.index import Index, index_bytes
+import numpy as np
+from numpy.typing import NDArray
+
+from ...cache.disk.arrays import ArraySpec, chunk_data, chunk_path, declare_arrays, first_rows, read_spec
+from ...cache.disk.cosine import nearest_rows, unit_rows
+from ...cache.disk.durable import digest, share_file, to_json, write_bytes
+from ...cache.disk.index import MOST_PROBED
+from ...cache.disk.index_size import index_bytes
 from ...cache.disk.layout import DIRECTIONS, SIDES, Layout, table_of
+from ...cache.errors import CacheError
 from ...cache.reader.feature_cache import EmbeddingSet
 from ...cache.version.journal import Journal, ShardRecord
-from ...cache.version.schema import IndexInfo, PairStore
-from ...stages.retrieve.pairs import build_side, retrieve
+from ...cache.version.schema import FileEntry, IndexInfo, Manifest, PairStore
+from ...stages.retrieve.pairs import nearest_targets
 from ...stages.settings.cache import PairsSettings
-from ..progress import bar, say
+from ..progress import bar
+from .side_indexes import Earlier, SideIndex, side_index
 
 NEIGHBOUR_BYTES = 8 + 4
 """An int64 id and a float32 score."""
@@ -41,20 +47,23 @@ def pairs_document(settings: PairsSettings) -> dict[str, Any] | None:
     return settings.model_dump(mode="json") if settings.k else None
 
 
-def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal, version: int) -> Retrieval:
+def write_pairs(
+    layout: Layout, settings: PairsSettings, journal: Journal, version: int, before: Manifest | None = None
+) -> Retrieval:
     """Build what is missing of the indexes and pairs of one version of the cache.
 
     Args:
         layout: the cache, or a version of it in the making.
+        before: the version in force, of the same settings, where its indexes and pairs can be gone on from: rows that
+            are new are searched for both ways and merged, whatever their place, and files that come out the same are
+            shared. Where rows are gone or have other embeddings, everything is made anew.
     """
     sides = {name: EmbeddingSet.open(layout, array, table_of(layout, array)) for name, array in SIDES.items()}
-    images, sentences = sides["images"], sides["sentences"]
-    queries = {"images": sentences, "sentences": images}
+    earlier = Earlier.find(layout, before, sides) if before and before.pairs else None
     indexes, infos = {}, {}
-    for name, targets in sides.items():
-        path = layout.index(name, version)
-        indexes[name], info = _build_or_load(path, name, targets, queries[name], settings)
-        infos[name] = IndexInfo(file=f"index/{path.name}", **info)
+    for name in sides:
+        indexes[name] = side_index(layout, name, sides, settings, version, earlier)
+        infos[name] = IndexInfo(file=f"index/{indexes[name].path.name}", **indexes[name].info)
     store, specs = layout.pairs_zarr(version), {}
     for direction, (name, _) in DIRECTIONS.items():
         rows, chunk = sides[name].embeddings.spec.shape[0], sides[name].embeddings.spec.chunk_rows
@@ -64,30 +73,67 @@ def write_pairs(layout: Layout, settings: PairsSettings, journal: Journal, versi
     # Chunks of other settings may lie there under the same names: the settings are part of what the journal counts.
     counted = f"{store.name}[{digest(to_json(settings.model_dump(mode='json')))[:8]}]/"
     for direction, (name, other) in DIRECTIONS.items():
-        writer = _PairsWriter(store, journal, counted, direction, specs)
-        writer.write_missing(sides[name], sides[other], indexes[other])
+        pairs = EarlierPairs.of(earlier, direction, indexes[other], specs) if earlier else None
+        writer = _PairsWriter(store, journal, counted, direction, specs, pairs)
+        writer.write_missing(sides[name], indexes[other])
     return Retrieval(infos, PairStore(store=store.name, k=settings.k, counted=counted))
 
 
-def _build_or_load(
-    path: Path, name: str, targets: EmbeddingSet, queries: EmbeddingSet, settings: PairsSettings
-) -> tuple[Index, dict[str, Any]]:
-    """One side's index; the document beside it is written after it, so an index without one is built again."""
-    beside = path.with_suffix(".json")
-    asked = settings.model_dump(mode="json")
-    if beside.exists():
-        document = json.loads(beside.read_bytes())
-        if document["settings"] == asked:
-            return Index.load(path, targets.embeddings.shape[1], len(targets)), document["info"]
-        beside.unlink()
-    say(f"building the index over {len(targets.usable):,} {name}")
-    index, info = build_side(targets, queries, settings)
-    index.save(path)
-    write_json(beside, {"settings": asked, "info": info})
-    if info["recall"] is not None:
-        measured = f"recall@{info['recall_k']} {info['recall']:.3f} on {info['recall_queries']} queries"
-        say(f"{name}: {info['type']}, {measured}")
-    return index, info
+@dataclass(frozen=True)
+class EarlierPairs:
+    """The pairs of one direction in the version in force.
+
+    Attributes:
+        store, files: their group, and the checksums of its files by name.
+        num_rows: rows that they have.
+        new_queries: (rows,) bool, rows of the version in the making that are to be searched for.
+        new_targets: rows that may be nearer than those that were found.
+    """
+
+    store: Path
+    files: Mapping[str, FileEntry]
+    num_rows: int
+    new_queries: NDArray[np.bool_]
+    new_targets: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls, earlier: Earlier, direction: str, answering: SideIndex, specs: Mapping[str, ArraySpec]
+    ) -> "EarlierPairs | None":
+        """What can be gone on from; None where all rows are to be searched for."""
+        pairs, spec = earlier.manifest.pairs, specs[f"{direction}/ids"]
+        assert pairs is not None
+        info, store = answering.info, earlier.layout.root / pairs.store
+        there = read_spec(store, f"{direction}/ids")
+        if not answering.goes_on or (there.chunk_rows, there.shape[1]) != (spec.chunk_rows, spec.shape[1]):
+            return None
+        probed = info["rows"] * info["nprobe"] / info["nlist"] if info.get("nlist") else np.inf
+        if len(answering.new_rows) > MOST_PROBED * probed:  # to search for all rows is less work
+            return None
+        asking = DIRECTIONS[direction][0]
+        is_new = np.ones(spec.shape[0], dtype=np.bool_)
+        is_new[: there.shape[0]] = False
+        is_new[earlier.new_rows[asking]] = True
+        return cls(store, earlier.manifest.files, there.shape[0], is_new, answering.new_rows)
+
+    def block(self, name: str, spec: ArraySpec, shard: int) -> NDArray[Any]:
+        """The rows of a shard, as many as there are.
+
+        Raises:
+            CacheError: if the file is damaged.
+        """
+        num_rows = min(spec.chunk_rows, self.num_rows - shard * spec.chunk_rows)
+        if num_rows <= 0:
+            return np.empty((0, *spec.shape[1:]), dtype=spec.disk_dtype)
+        return first_rows(self.store, name, spec, shard, num_rows, self.files[self._file(name, shard)].digest)
+
+    def same_file(self, name: str, shard: int, wanted: str) -> Path | None:
+        """The file of a shard where it has these bytes."""
+        entry = self.files.get(self._file(name, shard))
+        return chunk_path(self.store, name, shard) if entry and entry.digest == wanted else None
+
+    def _file(self, name: str, shard: int) -> str:
+        return chunk_path(Path(self.store.name), name, shard).as_posix()
 
 
 @dataclass(frozen=True)
@@ -97,6 +143,7 @@ class _PairsWriter:
     Attributes:
         counted: what the journal calls the store.
         specs: of all arrays of the store.
+        earlier: pairs to go on from.
     """
 
     store: Path
@@ -104,8 +151,9 @@ class _PairsWriter:
     counted: str
     direction: str
     specs: dict[str, ArraySpec]
+    earlier: EarlierPairs | None = None
 
-    def write_missing(self, queries: EmbeddingSet, targets: EmbeddingSet, index: Index) -> None:
+    def write_missing(self, queries: EmbeddingSet, index: SideIndex) -> None:
         """Retrieve for every shard of queries that the journal does not count."""
         ids_name, scores_name = f"{self.direction}/ids", f"{self.direction}/scores"
         spec, counted = self.specs[ids_name], self.counted + scores_name
@@ -117,11 +165,47 @@ class _PairsWriter:
         done = spec.shape[0] - sum(map(spec.rows_of, missing))
         with bar(self.direction.replace("_", " "), spec.shape[0], "rows", done) as shown:
             for shard in missing:
-                start = shard * spec.chunk_rows
-                stop = start + spec.rows_of(shard)
-                ids, scores = retrieve(queries.embeddings, targets.embeddings, index, spec.shape[1], start, stop)
+                ids, scores = self._pairs_of(shard, queries, index)
                 for name, block in ((ids_name, ids), (scores_name, scores)):  # scores last: they count the shard
-                    written = write_chunk(self.store, name, self.specs[name], shard, block)
+                    written = self._write(name, shard, block)
                     self.journal.add(ShardRecord(self.counted + name, shard, len(block), written), {})
-                done += stop - start
+                done += len(ids)
                 shown.update(done)
+
+    def _pairs_of(
+        self, shard: int, queries: EmbeddingSet, index: SideIndex
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        ids_name, scores_name = f"{self.direction}/ids", f"{self.direction}/scores"
+        spec, earlier, targets = self.specs[ids_name], self.earlier, index.targets.embeddings
+        k, start = spec.shape[1], shard * spec.chunk_rows
+        block = queries.embeddings[start : start + spec.rows_of(shard)]
+        if earlier is None:
+            return nearest_targets(block, targets, index.loaded, k)
+        try:
+            old_ids, old_scores = (earlier.block(name, self.specs[name], shard) for name in (ids_name, scores_name))
+        except CacheError:  # damaged: found anew
+            return nearest_targets(block, targets, index.loaded, k)
+        ids = np.full((len(block), k), -1, dtype=np.int64)
+        scores = np.full((len(block), k), np.nan, dtype=np.float32)
+        ids[: len(old_ids)], scores[: len(old_scores)] = old_ids, old_scores
+        is_new = earlier.new_queries[start : start + len(block)]
+        new = np.flatnonzero(is_new)
+        if len(new):
+            ids[new], scores[new] = nearest_targets(block[new], targets, index.loaded, k)
+        if len(earlier.new_targets):
+            unit, good = unit_rows(block)
+            old = np.flatnonzero(good & ~is_new)
+            best = ids[old], scores[old]
+            ids[old], scores[old] = nearest_rows(unit[old], targets, earlier.new_targets, k, best)
+        return ids, scores
+
+    def _write(self, name: str, shard: int, block: NDArray[Any]) -> str:
+        """Write a chunk, or share that of the version in force where it is the same; returns its digest."""
+        data, path = chunk_data(name, self.specs[name], block), chunk_path(self.store, name, shard)
+        written = digest(data)
+        same = self.earlier.same_file(name, shard, written) if self.earlier else None
+        if same:
+            share_file(same, path)
+        else:
+            write_bytes(path, data)
+        return written

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from ...cache.disk.arrays import ArraySpec
 from ...cache.disk.durable import read_lines
-from ...cache.disk.index import build_bytes
+from ...cache.disk.index_size import build_bytes
 from ...cache.disk.layout import IMAGES, SENTENCES, Layout
 from ...cache.reader.pixel_packs import kept_setting
 from ...cache.version.journal import Journal

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cache.disk.cosine import cosines, unit_rows
+from ...cache.disk.cosine import Rows, cosines, nearest_rows, unit_rows
 from ...cache.disk.index import Index, build_index
 from ...cache.disk.mapped import MappedArray
 from ...cache.reader.feature_cache import EmbeddingSet
@@ -17,6 +17,10 @@ from ..settings.cache import PairsSettings
 
 RECALL_QUERIES = 512
 """Queries that an index's recall is measured on: at recall@8 of 0.95 its standard error is about 0.5 %."""
+
+MOST_CANDIDATES = 2048
+"""Most neighbours that an index is asked for, FAISS's limit on a GPU. Where more rows than these are equally near, all
+rows are looked at."""
 
 
 def build_side(
@@ -31,17 +35,21 @@ def build_side(
     Returns:
         The index, and what the manifest says about it (see `build_index`).
     """
-    rng = np.random.default_rng(seed)
-    rows = rng.choice(queries.usable, size=min(RECALL_QUERIES, len(queries.usable)), replace=False)
     return build_index(
         targets.embeddings,
         targets.usable,
-        queries.embeddings[np.sort(rows)],
+        sample_queries(queries.embeddings, queries.usable, seed),
         settings.k,
         kind=settings.index,
         min_recall=settings.min_recall,
         seed=seed,
     )
+
+
+def sample_queries(embeddings: Rows, rows: NDArray[np.int64], seed: int = 0) -> NDArray[Any]:
+    """(n, D) embeddings of at most `RECALL_QUERIES` of some rows."""
+    chosen = np.random.default_rng(seed).choice(rows, size=min(RECALL_QUERIES, len(rows)), replace=False)
+    return embeddings[np.sort(chosen)]
 
 
 def retrieve(
@@ -60,11 +68,34 @@ def retrieve(
     Raises:
         ValueError: if the index is of another width or array.
     """
+    return nearest_targets(queries[start:stop], targets, index, k)
+
+
+def nearest_targets(
+    block: NDArray[Any], targets: MappedArray, index: Index, k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """As `retrieve`, for (n, D) embeddings.
+
+    An index keeps any of equally near rows, and its scores are rounded. So it is asked for more than k, until the last
+    one that it names is so far that no row it has not named can belong to the k; where that takes too many, all rows
+    are looked at. Rows that an IVF index does not probe are missed as ever.
+    """
     if targets.shape != (index.num_rows, index.width):
         raise ValueError(f"targets {targets.shape}: the index is over ({index.num_rows}, {index.width})")
-    block = queries[start:stop]
-    ids, _ = index.search(block, k)
-    unit, _ = unit_rows(block)
-    scores = cosines(unit, ids, targets)
-    order = np.lexsort((ids, np.where(ids >= 0, -scores, np.inf)))
-    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(scores, order, axis=1)
+    unit, good = unit_rows(block)
+    ids = np.full((len(block), k), -1, dtype=np.int64)
+    scores = np.full((len(block), k), np.nan, dtype=np.float32)
+    pending, wanted = np.flatnonzero(good), max(2 * k, k + 8)
+    while len(pending) and wanted <= MOST_CANDIDATES:
+        found, about = index.search(block[pending], wanted)
+        # Whatever is farther than the k-th by more than twice the error is none of the k.
+        found[about < about[:, k - 1 : k] - 2 * index.error] = -1
+        exact = cosines(unit[pending], found, targets)
+        order = np.lexsort((found, np.where(found >= 0, -exact, np.inf)))[:, :k]
+        ids[pending] = np.take_along_axis(found, order, axis=1)
+        scores[pending] = np.take_along_axis(exact, order, axis=1)
+        is_open = about[:, -1] + index.error >= scores[pending, -1]  # False for NaN: there are no more
+        pending, wanted = pending[is_open & (wanted < len(index))], 4 * wanted
+    if len(pending):
+        ids[pending], scores[pending] = nearest_rows(unit[pending], targets, index.rows(), k)
+    return ids, scores

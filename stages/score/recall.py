@@ -97,11 +97,15 @@ def best_own_ranks(queries: Matrix, candidates: Matrix, pairs: Rows) -> Rows:
     """
     rows, others = unit_rows(queries), unit_rows(candidates)
     num_candidates = len(others)
+    # Last bits of a product depend on the column: equal candidates share one.
+    whole = np.ascontiguousarray(others).view(np.dtype((np.void, others[:1].nbytes)))[:, 0]
+    distinct, column = np.unique(whole, return_inverse=True)
+    others = distinct.view(others.dtype).reshape(len(distinct), -1)
     ranks = np.empty(len(rows), dtype=np.int64)
     ordered = pairs[np.argsort(pairs[:, 0], kind="stable")]
     step = max(1, _COSINES_AT_ONCE // num_candidates)
     for first in range(0, len(rows), step):
-        cosines = np.nan_to_num(rows[first : first + step] @ others.T, nan=-np.inf)
+        cosines = np.nan_to_num((rows[first : first + step] @ others.T)[:, column], nan=-np.inf)
         low, high = np.searchsorted(ordered[:, 0], [first, first + step])
         asked, own = ordered[low:high, 0] - first, ordered[low:high, 1]
         theirs = np.full_like(cosines, -np.inf)

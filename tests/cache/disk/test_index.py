@@ -9,7 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from dimefm.cache.disk.cosine import best_cosines, cosines, recall, unit_rows
-from dimefm.cache.disk.index import FLAT_ROWS, Index, build_bytes, build_index, index_bytes, num_lists, resolve_kind
+from dimefm.cache.disk.index import Index, build_index
+from dimefm.cache.disk.index_size import FLAT_ROWS, build_bytes, index_bytes, num_lists, resolve_kind
 from dimefm.cache.errors import CacheError
 
 WIDTH = 16
@@ -124,6 +125,39 @@ def test_lists_are_probed_until_the_measured_recall_is_what_was_asked_for() -> N
 def test_an_exact_index_measures_a_recall_of_one() -> None:
     _, info = build(clustered(2000, 1), kind="flat")
     assert (info["recall"], info["recall_k"], info["recall_queries"], info["nprobe"]) == (1.0, 4, 64, None)
+
+
+def test_a_built_index_has_as_many_lists_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the training sample, counted as if it were all rows, would have fewer."""
+    monkeypatch.setattr("dimefm.cache.disk.index.TRAIN_ROWS_PER_LIST", 40)
+    index, info = build(clustered(66_000, 1), kind="ivf", min_recall=0.01)
+    index.save(tmp_path / "index.faiss")
+    assert info["nlist"] == faiss.read_index(str(tmp_path / "index.faiss")).nlist == 1024  # 4 * sqrt(66,000) = 1,028
+    assert info["train_rows"] == 40 * 1024
+
+
+def test_rows_without_clusters_are_searched_by_products_of_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of the lists is not enough: exact search costs less than more of them."""
+    rows, queries = (np.random.default_rng(seed).standard_normal((n, 64)) for seed, n in ((1, 3000), (2, 50)))
+    rows[5], rows[2999] = 0, np.nan
+    flat, _ = build(rows, queries=queries, kind="flat")
+    built, info = build(rows, queries=queries, kind="ivf")
+    assert info["type"] == "IDMap,SQfp16" and info["rows"] == info["trained_on"] == 2998 and info["recall"] == 1.0
+    assert info["tried"]["nprobe"] == info["tried"]["nlist"] // 4 and info["tried"]["recall"] < 0.95
+    built.save(tmp_path / "index.faiss")
+    loaded = Index.load(tmp_path / "index.faiss", 64, 3000)
+    np.testing.assert_array_equal(loaded.rows(), flat.rows())
+    monkeypatch.setattr("dimefm.cache.disk.cosine.BLOCK_BYTES", 4 * 64 * 333)
+    plain = faiss.read_index(str(tmp_path / "index.faiss"))
+    unit, _ = unit_rows(queries)
+    for k in (1, 7, 400):
+        (ids, scores), wanted = loaded.search(queries, k), flat.search(queries, k)
+        np.testing.assert_allclose(scores, wanted[1], atol=loaded.error)
+        np.testing.assert_allclose(scores, plain.search(unit, k)[0], atol=1e-5)
+        assert k > 7 or np.mean(ids == wanted[0]) > 0.99  # of 400, some are as near as float16 tells
+    assert loaded.search(queries, 3000)[0][:, -2:].tolist() == [[-1, -1]] * 50
 
 
 def test_recall_is_unknown_without_queries_and_then_every_list_is_probed() -> None:

@@ -8,10 +8,11 @@ import pytest
 from numpy.typing import NDArray
 
 from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
+from dimefm.cache.disk.cosine import cosines, nearest_rows, unit_rows
 from dimefm.cache.disk.mapped import MappedArray
 from dimefm.cache.disk.row_tables import FAILED, IMAGE_COLUMNS, OK, RowTable, write_rows
 from dimefm.cache.reader.feature_cache import EmbeddingSet
-from dimefm.stages.retrieve.pairs import RECALL_QUERIES, build_side, retrieve
+from dimefm.stages.retrieve.pairs import MOST_CANDIDATES, RECALL_QUERIES, build_side, retrieve
 from dimefm.stages.settings.cache import PairsSettings
 
 WIDTH = 8
@@ -78,6 +79,78 @@ def test_scores_fall_and_among_equals_the_lower_row_comes_first(sides: tuple[Emb
     assert ids[0, 499] == -1 and np.isnan(scores[0, 499])  # there are 499
     places = [int(np.flatnonzero(ids[0] == row)[0]) for row in (10, 20)]
     assert places[1] == places[0] + 1
+
+
+def by_hand(queries: NDArray[Any], targets: NDArray[Any], k: int) -> NDArray[np.int64]:
+    """(n, k) ids by float64 cosines that are computed once for all equal rows, the lower row first among equals."""
+    distinct, group = np.unique(targets, axis=0, return_inverse=True)
+    one, other = (rows.astype(np.float64) for rows in (queries, distinct))
+    cosine = (one / np.linalg.norm(one, axis=1)[:, None]) @ (other / np.linalg.norm(other, axis=1)[:, None]).T
+    return np.argsort(-cosine[:, group.ravel()], axis=1, kind="stable")[:, :k]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+@pytest.mark.parametrize("blocks", ["one", "many"])
+def test_of_equal_rows_the_lowest_are_kept(tmp_path: Path, kind: Any, blocks: str, monkeypatch: Any) -> None:
+    """60 equal sentences among 90, in several chunks: an image whose nearest they are has the five lowest."""
+    if blocks == "many":
+        monkeypatch.setattr("dimefm.cache.disk.cosine.BLOCK_BYTES", 4 * WIDTH * 7)
+    rng = np.random.default_rng(3)
+    sentences, images = (rng.standard_normal((n, WIDTH)).astype(np.float16) for n in (90, 200))
+    sentences[np.sort(rng.permutation(90)[:60])] = sentences[int(rng.integers(90))]
+    sides = embedding_set(tmp_path / "sentences", sentences, 16), embedding_set(tmp_path / "images", images, 32)
+    index, info = build_side(*sides, PairsSettings(k=5, index=kind, min_recall=1.0))
+    assert info["recall"] == 1.0
+    ids, scores = retrieve(sides[1].embeddings, sides[0].embeddings, index, 5, 0, 200)
+    np.testing.assert_array_equal(ids, by_hand(images, sentences, 5))
+    for row in range(200):  # equal rows have equal cosines, bit for bit
+        for i in range(1, 5):
+            if (sentences[ids[row, i]] == sentences[ids[row, i - 1]]).all():
+                assert scores[row, i] == scores[row, i - 1]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_more_equal_rows_than_an_index_is_asked_for_do_not_hide_the_lowest(tmp_path: Path, kind: Any) -> None:
+    rng = np.random.default_rng(4)
+    sentences = rng.standard_normal((MOST_CANDIDATES + 600, WIDTH)).astype(np.float16)
+    sentences[np.sort(rng.permutation(len(sentences))[: MOST_CANDIDATES + 500])] = 1.0
+    images = (1 + 0.01 * rng.standard_normal((20, WIDTH))).astype(np.float16)
+    sides = embedding_set(tmp_path / "sentences", sentences, 500), embedding_set(tmp_path / "images", images)
+    index, _ = build_side(*sides, PairsSettings(k=3, index=kind))
+    ids, _ = retrieve(sides[1].embeddings, sides[0].embeddings, index, 3, 0, 20)
+    np.testing.assert_array_equal(ids, by_hand(images, sentences, 3))
+
+
+def test_a_cosine_has_the_same_bits_wherever_its_rows_stand() -> None:
+    rng = np.random.default_rng(5)
+    rows, (queries, _) = rng.standard_normal((700, 96)).astype(np.float16), unit_rows(rng.standard_normal((9, 96)))
+    alone = np.array([[cosines(query[None], np.array([[i]]), rows)[0, 0] for i in range(40)] for query in queries])
+    np.testing.assert_array_equal(cosines(queries, np.tile(np.arange(40), (9, 1)), rows), alone)
+    for start in (0, 1, 3, 17, 250):
+        moved = np.concatenate([rng.standard_normal((start, 96)).astype(np.float16) - 9, rows[:40]])
+        ids, scores = nearest_rows(queries, moved, np.arange(start + 40), start + 40)
+        there = np.argsort(ids, axis=1)
+        np.testing.assert_array_equal(np.take_along_axis(scores, there, axis=1)[:, start:], alone)
+
+
+def test_rows_found_in_parts_are_those_found_at_once(monkeypatch: Any) -> None:
+    """Any order of the parts, equal rows on both sides of a cut, more neighbours than a part has rows."""
+    rng = np.random.default_rng(6)
+    rows, (queries, _) = (
+        rng.standard_normal((90, WIDTH)).astype(np.float16),
+        unit_rows(rng.standard_normal((30, WIDTH))),
+    )
+    rows[rng.permutation(90)[:50]] = rows[0]
+    rows[33] = np.nan
+    whole = nearest_rows(queries, rows, np.arange(90), 12)
+    assert (whole[0] >= 0).all() and not (whole[0] == 33).any()
+    for block in (1, 4, 90):
+        monkeypatch.setattr("dimefm.cache.disk.cosine.BLOCK_BYTES", 4 * WIDTH * block)
+        for first in (np.arange(0, 90, 2), np.arange(85, 90), np.arange(3)):
+            best = nearest_rows(queries, rows, first, 12)
+            found = nearest_rows(queries, rows, np.setdiff1d(np.arange(90), first), 12, best)
+            for ours, theirs in zip(found, whole):
+                assert ours.tobytes() == theirs.tobytes()
 
 
 def test_both_directions_come_from_the_same_function(sides: tuple[EmbeddingSet, EmbeddingSet]) -> None:

@@ -53,6 +53,20 @@ def test_ranks_are_those_of_a_sorted_list():
     assert best_own_ranks(captions, images, pairs[:, ::-1]).tolist() == wanted
 
 
+@pytest.mark.parametrize("num_queries", [1, 33])
+def test_of_equal_candidates_the_first_comes_first(num_queries):
+    """All but the last are one caption; its i-th copy has rank i, whatever the last bits of a product are."""
+    numbers = np.random.default_rng(0)
+    queries, candidates = (numbers.normal(size=(n, 300)).astype(np.float32) for n in (num_queries, 203))
+    candidates[:202] = candidates[0]
+    for own in (0, 1, 17, 100, 201):
+        pairs = np.stack([np.arange(num_queries), np.full(num_queries, own)], axis=1)
+        last = (queries @ candidates[202] / np.linalg.norm(candidates[202])) > (
+            queries @ candidates[0] / np.linalg.norm(candidates[0])
+        )
+        assert best_own_ranks(queries, candidates, pairs).tolist() == (own + last).tolist()
+
+
 def test_ranks_do_not_depend_on_how_queries_are_grouped(monkeypatch):
     images, captions, image_of = some()
     pairs = np.stack([image_of, np.arange(len(image_of))], axis=1)
