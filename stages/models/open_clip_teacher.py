@@ -151,7 +151,7 @@ def load_open_clip_teacher(settings: TeacherSettings, device: torch.device) -> O
     check_vocabulary(tokenizer, getattr(model, "text", model).vocab_size, settings.model)
     require_finite(model, source.weights, settings)
     if settings.logit_scale is None:
-        require_logit_scale(float(model.logit_scale), str(source.weights))
+        require_logit_scale(model.logit_scale.item(), source.weights)
     else:
         model.logit_scale.data.fill_(math.log(settings.logit_scale))
     try:

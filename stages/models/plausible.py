@@ -17,6 +17,7 @@ from ..settings.models import TeacherSettings
 _LARGEST = 1000.0
 """Nothing beyond is a scale: two cosines that differ by 0.01 would already be e^10 apart."""
 _USUAL = (5.0, 150.0)
+"""Others are remarked, not refused: losses may have been trained without a bound."""
 _SHOWN = 3
 
 
@@ -34,7 +35,7 @@ def require_logit_scale(log: float, weights: Path) -> None:
     Raises:
         InputError: with the number and the key to set.
     """
-    scale = math.exp(log) if log < 700 else math.inf
+    scale = math.inf if log > 700 else math.exp(log)
     if is_logit_scale(scale):
         return
     meant = f"; {log:.4g} itself looks like one" if 1 < log <= _LARGEST else ""

@@ -106,9 +106,9 @@ class Student:
         if self.warm is not None:
             yield self.warm.line
         now, before = self._world.size, self._processes_before
-        if self._settings.loss.logit_scale == "teacher":
-            if remark := scale_remark(self._logit_scale, "distill.loss.logit_scale"):
-                yield f"the teacher's {remark}"
+        remark = scale_remark(self._logit_scale, "distill.loss.logit_scale")
+        if remark and self._settings.loss.logit_scale == "teacher":
+            yield f"the teacher's {remark}"
         if now != before:
             yield (
                 f"trained by {before} processes before, by {now} now: it goes on with the same batches, but no longer "
