@@ -162,7 +162,8 @@ def data_parallel(model: nn.Module, *, has_unused: bool) -> DistributedDataParal
     Args:
         has_unused: whether some of its parameters get no gradient, which the others would wait for.
     """
-    return DistributedDataParallel(model, find_unused_parameters=has_unused, **{_SYNC_BUFFERS: False})
+    keep_apart: dict[str, Any] = {_SYNC_BUFFERS: False}
+    return DistributedDataParallel(model, find_unused_parameters=has_unused, **keep_apart)
 
 
 def is_lost_peer(error: BaseException) -> bool:
