@@ -1,6 +1,6 @@
 """Warm start: a student takes what fits of weights that exist already, before its first step."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -14,12 +14,11 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from ...cache.errors import InputError
+from ..models.checkpoint_states import State
 from ..models.pretrained_tags import Asked, quiet_open_clip, tag_weights
 from ..models.weights_file import one_line, read_weights, weights_digest
 from ..run_folder.checkpoint import load_checkpoint, weights_to_use
 from ..run_folder.run_record import CHECKPOINT, read_run_record
-
-State = Mapping[str, Tensor]
 
 _MIN_SHARE = 0.5
 """Of the student's parameters, its projection aside: with less it is another model's weights."""
@@ -60,7 +59,8 @@ def warm_start(student: nn.Module, spec: str, init: str, image_size: int) -> War
         spec: what it was built from: `timm:NAME`, `open_clip:ARCH` or `package.module:function`.
         init: `run:FOLDER` (another run's last step, its averaged weights where it has some), `pretrained` (timm's own
             weights of a `timm:` model), `open_clip:TAG` (the image tower of the same architecture's tag), or a
-            `.safetensors` or `.pt` file: of this tower, of timm's model, or of a CLIP that has it as `visual`.
+            `.safetensors` or `.pt` file: of this tower, of timm's model, or of a CLIP that has it as `visual`, in any
+            container that `choose_state` knows.
         image_size: side of the student's input, pixels.
 
     Raises:
@@ -68,11 +68,16 @@ def warm_start(student: nn.Module, spec: str, init: str, image_size: int) -> War
             parameters, its projection aside.
     """
     with quiet_open_clip():
-        read, said = _read(spec, init)
-        state = {name: _widened(tensor) for name, tensor in read.items()}
         own = student.state_dict()
-        fits = [_fit(own, named) for named in _namings(student, state)]
-    taken = max(fits, key=lambda fit: sum(tensor.numel() for tensor in fit.values()))
+        num_elements = sum(tensor.numel() for tensor in own.values())
+
+        def share(state: State) -> float:
+            wide = {name: _widened(tensor) for name, tensor in state.items()}
+            return sum(tensor.numel() for tensor in _best_fit(student, own, wide).values()) / max(1, num_elements)
+
+        read, said = _read(spec, init, share)
+        state = {name: _widened(tensor) for name, tensor in read.items()}
+        taken = _best_fit(student, own, state)
     fresh = [name for name in own if name not in taken]
     _require_enough(student, taken, spec, said, image_size)
     if bad := [name for name, tensor in taken.items() if not tensor.isfinite().all()]:
@@ -87,8 +92,8 @@ def warm_start(student: nn.Module, spec: str, init: str, image_size: int) -> War
     return WarmStart(len(taken), fresh, line, weights_digest(read))
 
 
-def _read(spec: str, init: str) -> tuple[dict[str, Tensor], str]:
-    """Weights under the names that they have, and what to call them."""
+def _read(spec: str, init: str, share: Callable[[State], float]) -> tuple[dict[str, Tensor], str]:
+    """Weights under the names that they have, and what to call them; `share`: how much of the student a state has."""
     kind, _, rest = init.partition(":")
     if kind == "run":
         return _of_run(Path(rest))
@@ -96,10 +101,11 @@ def _read(spec: str, init: str) -> tuple[dict[str, Tensor], str]:
         architecture = spec.removeprefix("open_clip:")
         asked = Asked(f"model = {spec!r}", f"init = {init!r}", _BY_HAND, prefix="open_clip:")
         path, _ = tag_weights(architecture.replace("/", "-"), rest, asked)
-        return read_weights(path), f"{architecture}, {rest}"
+        return read_weights(path, share)[0], f"{architecture}, {rest}"
     if init == "pretrained":
         return _of_timm(spec)
-    return read_weights(Path(init)), init
+    state, line = read_weights(Path(init), share)
+    return state, f"{init} ({line})" if line else init
 
 
 def _of_run(run_dir: Path) -> tuple[dict[str, Tensor], str]:
@@ -129,6 +135,12 @@ def _of_timm(spec: str) -> tuple[dict[str, Tensor], str]:
 def _widened(tensor: Tensor) -> Tensor:
     """Half precision as float32: a CPU cannot interpolate fp16, and the student gets its own format either way."""
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+
+
+def _best_fit(student: nn.Module, own: State, state: State) -> dict[str, Tensor]:
+    """The tensors that a student can take of a state, its names meant in the way in which most fit."""
+    fits = (_fit(own, named) for named in _namings(student, state))
+    return max(fits, key=lambda fit: sum(tensor.numel() for tensor in fit.values()))
 
 
 def _namings(student: nn.Module, state: State) -> Iterator[State]:
