@@ -11,7 +11,15 @@ from pathlib import Path
 
 from distributed import Client
 
-WORKER = "import torch; torch.set_num_threads(1)\nfrom distributed.cli.dask_worker import main\nmain()"
+WORKER = """
+import torch
+torch.set_num_threads(1)
+import dimefm.pipeline.stage_one.cluster.worker_side
+import dimefm.stages.models.open_clip_teacher
+from distributed.cli.dask_worker import main
+main()
+"""
+"""It joins when all that takes long to import is there: tests with short time-outs find it awake."""
 
 PATCH = """
 import builtins
@@ -132,8 +140,8 @@ class DaskCluster:
 
     def make_ready(self, *names: str) -> None:
         """Have these workers and no others, with no fault."""
-        for name in set(self.workers) - set(names):
-            self.send(name, signal.SIGKILL)
+        for name in [*self.workers]:
+            self.send(name, signal.SIGCONT if name in names else signal.SIGKILL)
         self.start(*(name for name in names if name not in self.workers))
         self.wait_for(*names)
         for name in names:

@@ -29,7 +29,7 @@ from ....support.worlds import make_world
 NUM_SHARDS = 18
 """Of 30 images, 22 sentences and a labelled set of 12 images in shards of 4, and of its head."""
 
-IMPATIENT = "[cluster]\nscheduler_timeout = 2\nworker_timeout = 20\nheartbeat_timeout = 2\n"
+IMPATIENT = "[cluster]\nscheduler_timeout = 4\nworker_timeout = 100\nheartbeat_timeout = 4\n"
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,8 @@ class Run:
 
         def add_and_look(journal, record, seconds):
             add(journal, record, seconds)
+            if record.array.startswith("pairs"):  # retrieval counts its shards too
+                return
             path = chunk_path(self.layout.teacher_zarr, record.array, record.shard)
             assert path not in self.counted, "counted twice"
             self.counted[path] = digest(path.read_bytes())
@@ -113,7 +115,7 @@ def test_two_workers_write_the_bytes_of_one_process(dask, alone, run, capsys):
     run.start(dask.address)
     run.require_as_counted()
     assert not run.others(alone) and not run.partials()
-    assert "worker " not in capsys.readouterr().err
+    assert "not used" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_where_no_worker_is_fit_the_run_stops_and_can_go_on(dask, alone, run):
     dask.make_ready("a", "b")
     for name in "ab":
         dask.change(name, BLIND)
-    run.config.write_text(run.config.read_text().replace("worker_timeout = 20", "worker_timeout = 1"))
+    run.config.write_text(run.config.read_text().replace("worker_timeout = 100", "worker_timeout = 1"))
     with pytest.raises(InputError, match=r"none of its 2 workers can be used: worker .: it cannot read 4 of 4"):
         run.start(dask.address)
     assert not run.counted and not run.partials()
@@ -215,7 +217,7 @@ def test_a_worker_that_joins_late_is_waited_for_tried_and_used(run, monkeypatch,
 
 
 def test_no_worker_is_one_line(run):
-    run.config.write_text(run.config.read_text().replace("worker_timeout = 20", "worker_timeout = 1"))
+    run.config.write_text(run.config.read_text().replace("worker_timeout = 100", "worker_timeout = 1"))
     with (
         LocalCluster(n_workers=0, processes=False, protocol="tcp", dashboard_address=":0") as cluster,
         pytest.raises(InputError, match=r"for . s no worker that can be used .*: none is there; start some with `dask"),
@@ -224,7 +226,7 @@ def test_no_worker_is_one_line(run):
 
 
 def test_no_scheduler_is_one_line(run):
-    run.config.write_text(run.config.read_text().replace("scheduler_timeout = 2", "scheduler_timeout = 1"))
+    run.config.write_text(run.config.read_text().replace("scheduler_timeout = 4", "scheduler_timeout = 1"))
     with pytest.raises(InputError, match="no Dask scheduler answers there"):
         run.start("tcp://127.0.0.1:9")
 
