@@ -11,7 +11,15 @@ from pathlib import Path
 
 from distributed import Client
 
-WORKER = "import torch; torch.set_num_threads(1)\nfrom distributed.cli.dask_worker import main\nmain()"
+WORKER = """
+import torch
+torch.set_num_threads(1)
+import dimefm.pipeline.stage_one.cluster.worker_side
+import dimefm.stages.models.open_clip_teacher
+from distributed.cli.dask_worker import main
+main()
+"""
+"""It joins when all that takes long to import is there: tests with short time-outs find it awake."""
 
 PATCH = """
 import builtins
@@ -72,12 +80,17 @@ patch(importlib.metadata, "version", lambda whole: lambda name: "1.1.7" if name 
 SLOW = (
     PATCH
     + """
+import os
 import time
 import dimefm.stages.embed.shard
-patch(dimefm.stages.embed.shard, "attempt_chunk", lambda whole: lambda *rest: time.sleep(1) or whole(*rest))
+patch(
+    dimefm.stages.embed.shard,
+    "attempt_chunk",
+    lambda whole: lambda *rest: (time.sleep(1), whole(*rest), os.write(1, b"wrote a chunk\\n"))[1],
+)
 """
 )
-"""A worker that takes a second longer for each shard, just before it writes it."""
+"""A worker that takes a second longer for each shard, just before it writes it, and says so in its log."""
 
 
 def wait_until(is_so: Callable[[], object], what: str, seconds: float = 60.0) -> None:
@@ -95,13 +108,10 @@ class DaskCluster:
         """Start the scheduler.
 
         Args:
-            folder: for the logs.
+            folder: for the logs. `warm_up` is code that every new worker runs before a test gets it.
         """
-        self.folder, self.workers = folder, {}
-        words = ["-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-        self.scheduler = self._start("scheduler", *words)
-        wait_until(self._find_address, "the scheduler does not start")
-        self.address = self._find_address()
+        self.folder, self.workers, self.warm_up = folder, {}, ""
+        self._start_scheduler()
 
     def __enter__(self) -> "DaskCluster":
         return self
@@ -131,11 +141,18 @@ class DaskCluster:
             self.workers.pop(name).wait()
 
     def make_ready(self, *names: str) -> None:
-        """Have these workers and no others, with no fault."""
-        for name in set(self.workers) - set(names):
-            self.send(name, signal.SIGKILL)
-        self.start(*(name for name in names if name not in self.workers))
+        """Have these workers and no others, with no fault; and a scheduler, if it was killed."""
+        if self.scheduler.poll() is not None:
+            for name in [*self.workers]:
+                self.send(name, signal.SIGKILL)
+            self._start_scheduler()
+        for name in [*self.workers]:
+            self.send(name, signal.SIGCONT if name in names else signal.SIGKILL)
+        new = [name for name in names if name not in self.workers]
+        self.start(*new)
         self.wait_for(*names)
+        for name in new:
+            self.change(name, self.warm_up)
         for name in names:
             self.change(name, HEALTHY)
 
@@ -143,6 +160,16 @@ class DaskCluster:
         """Run code in a worker: one of the faults above."""
         with Client(self.address, set_as_default=False) as client:
             client.run(exec, code, {}, workers=[self._addresses(client)[name]])
+
+    def num_written(self, name: str) -> int:
+        """Chunks that a slow worker has said it wrote."""
+        return (self.folder / f"{name}.log").read_text().count("wrote a chunk")
+
+    def is_idle(self, name: str) -> bool:
+        """Whether a worker's threads have nothing to do any more."""
+        code = "sum(len(worker.active_threads) for worker in __import__('distributed').Worker._instances)"
+        with Client(self.address, set_as_default=False) as client:
+            return not any(client.run(eval, code, workers=[self._addresses(client)[name]]).values())
 
     def _addresses(self, client: Client) -> dict[str, str]:
         workers = client.scheduler_info(n_workers=-1)["workers"]
@@ -152,6 +179,12 @@ class DaskCluster:
         with (self.folder / f"{name}.log").open("w") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             return subprocess.Popen([sys.executable, *words], stdout=log, stderr=log, env=environment)
+
+    def _start_scheduler(self) -> None:
+        words = ["-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+        self.scheduler = self._start("scheduler", *words)
+        wait_until(self._find_address, "the scheduler does not start")
+        self.address = self._find_address()
 
     def _find_address(self) -> str | None:
         found = re.search(r"Scheduler at:\s+(tcp://\S+)", (self.folder / "scheduler.log").read_text())

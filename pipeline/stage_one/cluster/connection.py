@@ -2,7 +2,9 @@
 
 import inspect
 import logging
+import pickle
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
@@ -38,6 +40,20 @@ class Seen(NamedTuple):
     status: str = "running"
 
 
+class _Call:
+    """A call that is made where it is unpickled.
+
+    Dask's scheduler unpickles what it hands out. It would import torch for it, and answer nobody meanwhile, or lack
+    this package. So what it gets is bytes.
+    """
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self._call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self._call
+
+
 class Connection:
     """A Dask client whose tasks each go to one worker, and come back in the order in which they end."""
 
@@ -60,7 +76,9 @@ class Connection:
 
     def submit(self, worker: str, function: Callable[..., Any], *arguments: Any) -> Future:
         """Run a function on one worker and nowhere else."""
-        future = self._client.submit(function, *arguments, pure=False, workers=[worker], allow_other_workers=False)
+        call = pickle.dumps(_Call(function, arguments))
+        key = f"{function.__name__}-{uuid.uuid4().hex}"
+        future = self._client.submit(pickle.loads, call, key=key, workers=[worker], allow_other_workers=False)
         future.add_done_callback(self._ended.put)
         return future
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from distributed import CancelledError, Future, KilledWorker
 
@@ -67,13 +68,14 @@ def run_shards(
     limits, devices = limits or ClusterSettings(), devices_of(settings.device)
     with connected(scheduler, len(devices), limits) as connection, ExitStack() as stack:
         crew: Crew | Devices
+        token: Path | None = None
         if scheduler:
             teacher, _ = TEACHERS.get(settings, devices[0], weights)
             trial = stack.enter_context(Trial(tasks, settings, weights, teacher))
-            crew = Crew(connection, trial, limits, settings.device)
+            crew, token = Crew(connection, trial, limits, settings.device), trial.task.token
         else:
             crew = Devices(connection, [str(device) for device in devices])
-        yield from Dispatch(connection, crew, tasks, settings, weights).run()
+        yield from Dispatch(connection, crew, tasks, settings, weights, token).run()
 
 
 class Dispatch:
@@ -86,10 +88,11 @@ class Dispatch:
         tasks: Sequence[ShardTask],
         settings: TeacherSettings,
         weights: str,
+        token: Path | None,
     ) -> None:
-        """Arguments as of `run_shards`."""
+        """Arguments as of `run_shards` and `worker_side.embed`."""
         self._connection, self._crew = connection, crew
-        self._settings, self._weights = settings, weights
+        self._settings, self._weights, self._token = settings, weights, token
         self._waiting = deque(Shard(task) for task in tasks)
 
     def run(self) -> Iterator[ShardDone]:
@@ -121,7 +124,7 @@ class Dispatch:
                 if shard is None:
                     continue
                 self._waiting.remove(shard)
-                arguments = (shard.task, self._settings, self._weights, worker.device, worker.process)
+                arguments = (shard.task, self._settings, self._weights, worker.device, worker.process, self._token)
                 worker.running[self._connection.submit(worker.address, embed, *arguments)] = shard
 
     def _take_back(self, worker: Worker, *, is_lost: bool = False) -> None:

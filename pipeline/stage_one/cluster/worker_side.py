@@ -211,17 +211,29 @@ def probe(teacher: Teacher, images: Sequence[bytes], sentences: Sequence[str]) -
     return np.concatenate(rows)
 
 
-def embed(task: ShardTask, settings: TeacherSettings, weights: str, device: str, process: str | None) -> ShardDone:
+def embed(
+    task: ShardTask, settings: TeacherSettings, weights: str, device: str, process: str | None, token: Path | None
+) -> ShardDone:
     """Embed one shard; its files wait for the client to commit them.
 
     Args:
         device: which one this worker was dealt.
         process: the one that was tried; None where that is the client's own.
+        token: the client's file in the cache while it may still commit something. Where it is gone, so is what was
+            written here: nobody would sweep it. (It goes first, then the client sweeps.)
 
     Raises:
-        NotTriedError: if this is another one.
+        NotTriedError: if this is another process.
+        InputError: if the run is over.
     """
     if process not in (None, PROCESS):
         raise NotTriedError
     teacher, lock = TEACHERS.get(settings, torch.device(device), weights)
-    return embed_shard(task, teacher, settings, lock)
+    done = embed_shard(task, teacher, settings, lock)
+    if token:
+        try:
+            token.read_bytes()  # to open it asks a file server; to look whether it is there may not
+        except OSError as error:
+            done.discard()
+            raise InputError("the run that this shard was for is over") from error
+    return done

@@ -203,6 +203,7 @@ def test_stage_one_decodes_each_image_once_for_the_teacher_and_for_its_pack(
     monkeypatch.setattr(PIL.Image, "_getdecoder", count)
     with open_pack(task(tmp_path / "kept" / "000000.pack")) as pack:
         result = embed_image_shard(teacher, ANYWHERE, folder, 4, 2, threading.Lock(), pack)
+    pack.attempt.commit()
     readable = len(folder) - 2
     assert len(started) == readable + 1  # the damaged one starts a decoder too, the empty one does not
     assert np.array_equal(result.embeddings, alone.embeddings, equal_nan=True) and result.failures == alone.failures
@@ -221,6 +222,8 @@ def test_a_row_that_the_teacher_fails_on_has_no_pixels(
     monkeypatch.setattr(teacher, "encode_images", lambda _: output)
     with open_pack(task(tmp_path / "000000.pack")) as pack:
         result = embed_image_shard(teacher, ANYWHERE, folder, 4, 2, threading.Lock(), pack)
+    assert not (tmp_path / "000000.pack").exists()
+    pack.attempt.commit()
     failed = {row for row, _ in result.failures}
     table = np.fromfile(tmp_path / "000000.pack", "<u8", offset=(tmp_path / "000000.pack").stat().st_size - 8 * 17)
     assert {row for row in range(len(folder)) if table[row] == table[row + 1]} == failed == {1, 5, 9, 11, 12}
