@@ -28,6 +28,7 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
     """
     pack: ShardRecord | None = None
     failures: tuple[tuple[int, str], ...] = ()
+    absent: tuple[tuple[int, str], ...] = ()
     if task.kind == "head":
         start = time.perf_counter()
         block = class_head(teacher, task.prompts, settings.batch_size, lock)
@@ -42,7 +43,10 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
         else:
             result = embed_sentence_shard(teacher, given, settings.batch_size, lock)
         # A row that was listed as failed has its reason in the table already.
-        failures = tuple((first + row, reason) for row, reason in result.failures if given[row] is not None)
+        failures, absent = (
+            tuple((first + row, reason) for row, reason in rows if given[row] is not None)
+            for rows in (result.failures, result.absent)
+        )
         block, seconds = result.embeddings[num_existing - first :], dict(result.seconds)
         if task.existing:
             old = first_rows(task.existing.path, task.array, task.spec, task.shard, num_existing, task.existing.digest)
@@ -51,7 +55,8 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
     with phase("write"):
         written = write_chunk(task.store, task.array, task.spec, task.shard, block)
     seconds["write"] = time.perf_counter() - start
-    return ShardDone(ShardRecord(task.array, task.shard, len(block), written, failures), seconds, pack)
+    record = ShardRecord(task.array, task.shard, len(block), written, failures)
+    return ShardDone(record, seconds, pack, tuple(row for row, _ in absent), tuple(reason for _, reason in absent))
 
 
 def _readable(task: ShardTask) -> list[Any]:

@@ -1,6 +1,6 @@
 """One shard to embed, described, and what is known once it is done. Nothing here loads torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,8 +106,18 @@ class ShardDone:
     Attributes:
         pack: of the pack that was written with it.
         seconds: of `read`, `decode`, `keep` (summed over threads), `infer`, `wait` and `write`.
+        absent: rows within the shard whose image could not be reached when it was read. They have no embedding and are
+            not among the failures of the record: such a shard does not count as it is.
+        absent_reasons: of each of these rows, what reading it said.
     """
 
     record: ShardRecord
     seconds: dict[str, float] = field(default_factory=dict)
     pack: ShardRecord | None = None
+    absent: tuple[int, ...] = ()
+    absent_reasons: tuple[str, ...] = ()
+
+    def settled(self) -> ShardRecord:
+        """The record with absent images as failures: nobody asks for them again."""
+        failures = {**dict(zip(self.absent, self.absent_reasons, strict=True)), **dict(self.record.failures)}
+        return replace(self.record, failures=tuple(sorted(failures.items())))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...cache.disk.cores import map_ahead
 from ...cache.errors import InputError
-from ..images.decode import ImageError
+from ..images.decode import AbsentError, ImageError
 from .image_source import FoundImage, ImageSource
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -57,23 +57,24 @@ class ImageFolder(ImageSource):
         """The bytes of an image file.
 
         Raises:
-            ImageError: if it cannot be read.
+            ImageError: if a folder has taken its place.
+            AbsentError: if it cannot be reached: it is gone, or its disk does not answer.
             InputError: if this process may open no more files, which is not the image's fault.
         """
         path = self.root / key
         try:
             return path.read_bytes()
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise ImageError("gone") from error
+            raise AbsentError("gone") from error
         except PermissionError as error:
-            raise ImageError("permission denied") from error
+            raise AbsentError("permission denied") from error
         except IsADirectoryError as error:
             raise ImageError("not a regular file") from error
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # would mark good images as bad
                 advice = "raise `ulimit -n` or lower workers"
                 raise InputError(f"{path}: too few file handles to open it; {advice}") from error
-            raise ImageError(f"cannot be read: {error.strerror}") from error
+            raise AbsentError(f"cannot be read: {error.strerror}") from error
 
     def locate(self, key: str) -> str:
         """The path of an image file."""

@@ -94,7 +94,8 @@ class ImageSource(Protocol):
         """The encoded image: JPEG, PNG or WebP. Called by several threads and processes at once.
 
         Raises:
-            ImageError: if it cannot be read.
+            ImageError: if it cannot be used.
+            AbsentError: an ImageError, if it cannot be reached: it may be there again later, and stage one asks again.
             InputError: if that is not the image's fault.
         """
 

@@ -63,15 +63,16 @@ def repair_shards(context: RepairContext, actions: Actions, damage: Damage, outc
         pieces = {(piece.array, piece.chunk): piece for piece in actions.embed}
         weights = context.plan.teacher.weights
         for done in run_shards(tasks, context.live.settings, weights, None):
-            piece = pieces[done.record.array, done.record.shard]
-            if done.record.digest == piece.digest:
+            record = done.settled()
+            piece = pieces[record.array, record.shard]
+            if record.digest == piece.digest:
                 move_file(context.staged.root / piece.name, context.layout.root / piece.name)
                 if piece.name in damage.files:  # else it was embedded for its lost rows, and they are lost still
                     outcome.mended[piece.name] = SAME_BYTES
-                if done.record.failures:  # a row that the teacher cannot embed and that was not marked
-                    new.mark(piece, done.record)
+                if record.failures:  # a row that the teacher cannot embed and that was not marked
+                    new.mark(piece, record)
             else:
-                _settle_changed(context, new, outcome, piece, done.record, compare)
+                _settle_changed(context, new, outcome, piece, record, compare)
     _keep_old_reasons(new, actions, outcome)
     return new
 
