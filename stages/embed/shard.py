@@ -56,7 +56,8 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
         written = write_chunk(task.store, task.array, task.spec, task.shard, block)
     seconds["write"] = time.perf_counter() - start
     record = ShardRecord(task.array, task.shard, len(block), written, failures)
-    return ShardDone(record, seconds, pack, tuple(row for row, _ in absent), tuple(reason for _, reason in absent))
+    rows, reasons = tuple(row for row, _ in absent), tuple(reason for _, reason in absent)
+    return ShardDone(record, seconds, pack=pack, absent=rows, absent_reasons=reasons)
 
 
 def _readable(task: ShardTask) -> list[Any]:
