@@ -13,6 +13,7 @@ from dimefm.stages.inputs.prompts import read_classes, read_templates
 from dimefm.stages.inputs.sentences import read_sentences
 from dimefm.stages.models.architectures import model_config
 from dimefm.stages.models.teacher_identity import configured_embed_dim
+from dimefm.stages.models.tokenizer import load_tokenizer
 from dimefm.stages.score.recall import read_captions
 from dimefm.stages.settings.models import TeacherSettings
 
@@ -39,6 +40,11 @@ FILES = {
     "captions": ("captions.json", '{"a.png":\n ["ä bird"]}\n', captions),
     "keep": ("keep.txt", "3\n1\n", lambda path: read_keep(path, 5).tolist()),
     "model": ("m.json", MODEL, lambda path: model_config(str(path), ["embed_dim"], str(path))),
+    "folder": (
+        "open_clip_config.json",
+        json.dumps({"model_cfg": teacher_config(), "preprocess_cfg": {}}, indent=1),
+        lambda path: load_tokenizer(f"local-dir:{path.parent}")(["a bird"]).tolist(),
+    ),
     "width": ("m.json", MODEL, lambda path: configured_embed_dim(TeacherSettings(model=str(path), pretrained="x.pt"))),
 }
 
@@ -54,7 +60,7 @@ def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"], ids=["with a mark", "without"])
-@pytest.mark.parametrize("kind", [kind for kind in FILES if kind != "width"])
+@pytest.mark.parametrize("kind", [kind for kind in FILES if kind not in ("width", "folder")])
 def test_utf_16_is_one_clear_line(tmp_path: Path, kind: str, encoding: str) -> None:
     name, text, read = FILES[kind]
     (tmp_path / name).write_bytes(text.lstrip().encode(encoding))
