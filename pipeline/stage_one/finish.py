@@ -94,7 +94,9 @@ def _settle_failures(
             failures |= failures_of(record, plan.shard_rows)
         if is_shared:  # another cache's table: what failed here may be sound there
             first_new = before.arrays[array].rows if before and array in before.arrays else 0
-            own[array] = _listed_failures(path, first_new, specs[array].shape[0]) | own.get(array, {}) | failures
+            own[array] = (
+                _listed_failures(layout.find(path), first_new, specs[array].shape[0]) | own.get(array, {}) | failures
+            )
         elif layout.find(path) == path:  # a table that an append has not touched has its failures in it already
             mark_failures(path, failures, plan.shard_rows)
         table = RowTable(layout.find(path), specs[array].shape[0])
