@@ -82,14 +82,22 @@ def plan(config: ConfigArgument, changes: SetOption = None, as_json: JsonOption 
 
 
 @app.command("cache-teacher")
-def cache_teacher(config: ConfigArgument, changes: SetOption = None, scheduler: SchedulerOption = None) -> None:
+def cache_teacher(
+    config: ConfigArgument,
+    changes: SetOption = None,
+    scheduler: SchedulerOption = None,
+    retry_failed: Annotated[
+        bool,
+        typer.Option("--retry-failed", help="Embed rows again that failed, once their files are mended or put back."),
+    ] = False,
+) -> None:
     """Run stage one: embeddings, indexes and pseudo-pairs. Run it again to resume; finished shards are skipped."""
     from .pipeline.config.load import load_config
 
     loaded = load_config(config, changes or ())  # a wrong config is refused before torch is imported
     from .pipeline.stage_one.cache_teacher import cache_teacher as run
 
-    run(loaded, scheduler)
+    run(loaded, scheduler, retry=retry_failed)
 
 
 @app.command()
@@ -139,11 +147,20 @@ def evaluate(
 
 
 @cache_app.command("inspect")
-def cache_inspect(folder: CacheArgument, as_json: JsonOption = False) -> None:
+def cache_inspect(
+    folder: CacheArgument,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="List each row that has no embedding: set, row, name, reason.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Summarise a cache: teacher, counts, sizes, failures, masks, index recall, similarities, hubs."""
-    from .pipeline.upkeep.inspect import inspect, inspect_lines
+    from .pipeline.upkeep.inspect import failed_lines, inspect, inspect_failed, inspect_lines
 
-    _report(inspect(folder), inspect_lines, as_json)
+    if failed:
+        _report(inspect_failed(folder), failed_lines, as_json)
+    else:
+        _report(inspect(folder), inspect_lines, as_json)
 
 
 @cache_app.command("duplicates")

@@ -2,13 +2,15 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES = 15.0
+NAMES_SHOWN = 3
 RESUMED = -1
 """As `done` of a bar: how much an earlier run has finished is what the first update says."""
 
@@ -22,6 +24,22 @@ def short(name: str, width: int = 60) -> str:
     """A name on one line, and not a long one."""
     shown = name if name.isprintable() else repr(name)
     return shown if len(shown) <= width else f"{shown[: width - 3]}..."
+
+
+def show_counts(reasons: Mapping[str, int]) -> str:
+    """Reasons with their counts in one line, the most frequent first."""
+    return ", ".join(f"{count:,} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+
+
+def some_names(names: Collection[str], rest: str = "") -> str:
+    """The first few names in one line, and how many there are beside them.
+
+    Args:
+        rest: where the others are listed; said only if there are others.
+    """
+    shown = ", ".join(repr(short(name)) for name in islice(names, NAMES_SHOWN))
+    more = len(names) - NAMES_SHOWN
+    return shown if more <= 0 else f"{shown} and {more:,} more{f'; {rest}' if rest else ''}"
 
 
 class Bar:

@@ -48,7 +48,8 @@ class Finding:
 
     def line(self) -> str:
         """For a person."""
-        rows = f" [{self.array or 'rows'}: {show_runs(self.rows)}]" if self.rows else ""
+        more = "; --json has all" if len(self.rows) > RUNS_SHOWN else ""
+        rows = f" [{self.array or 'rows'}: {show_runs(self.rows)}{more}]" if self.rows else ""
         return f"{self.where}: {self.message}{rows}; {self.repair}"
 
 

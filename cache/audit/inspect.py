@@ -31,7 +31,8 @@ def inspect_cache(cache: FeatureCache, seed: int = 0) -> dict[str, Any]:
         seed: of the rows that similarities are sampled from.
 
     Returns:
-        `cache`, `format`, `version`, `identity`, `shard_rows`, `teacher`, `arrays` (rows, failed, reasons),
+        `cache`, `state` (finished), `format`, `version`, `identity`, `shard_rows`, `teacher`, `arrays` (rows, failed,
+        reasons),
         `evaluate` (images, classes), `bytes` (for each kind of file, and `superseded`), `masks`, `index`, `pairs`,
         `pixels` (None, or setting, number of packs and mean bytes of a picture), `views` (None, or count and settings
         of the crops of each image), `transductive`, `similarity`
@@ -44,6 +45,7 @@ def inspect_cache(cache: FeatureCache, seed: int = 0) -> dict[str, Any]:
     pairs = {name: found for name in DIRECTIONS if (found := cache.pairs(name))}
     return {
         "cache": str(cache.layout.root),
+        "state": "finished",
         "format": manifest.format,
         "version": manifest.version,
         "identity": cache.identity,

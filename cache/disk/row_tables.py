@@ -158,15 +158,15 @@ def restate_rows(source: Path, target: Path, states: Mapping[int, str | None], s
     Args:
         states: for each of these rows the reason why it failed, or None where it is good after all.
     """
+    changes = {row: {"status": OK if reason is None else FAILED, "reason": reason} for row, reason in states.items()}
+    revise_rows(source, target, changes, shard_rows)
+
+
+def revise_rows(source: Path, target: Path, changes: Mapping[int, Mapping[str, Any]], shard_rows: int) -> None:
+    """Write a table again, durably, with other values in some columns of some rows."""
     table = RowTable(source)
-
-    def restated(row: dict[str, Any]) -> dict[str, Any]:
-        if row["row"] not in states:
-            return row
-        reason = states[row["row"]]
-        return {**row, "status": OK if reason is None else FAILED, "reason": reason}
-
-    write_rows(target, table.schema, map(restated, table.records()), shard_rows)
+    revised = ({**row, **changes.get(row["row"], {})} for row in table.records())
+    write_rows(target, table.schema, revised, shard_rows)
 
 
 def write_own_failures(path: Path, failures: Mapping[str, Mapping[int, str]]) -> None:

@@ -1,10 +1,10 @@
 """The journal of finished shards. A shard counts once its line is here: its file was fsynced and renamed before."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..disk.durable import append_line, make_folder, read_lines
+from ..disk.durable import append_line, make_folder, read_lines, to_json_line, write_bytes
 from ..disk.layout import Layout
 
 
@@ -63,6 +63,17 @@ class Journal:
     def forget(self, array: str, shard: int) -> None:
         """Let a shard count as missing until it is added again; on disk its line stays."""
         self._records.pop((array, shard), None)
+
+    def drop(self, shards: Collection[tuple[str, int]]) -> None:
+        """Let shards, by array and number, count as missing, on disk too: their lines go from this journal's own file.
+
+        The file is replaced in one step. A version in the making keeps what the cache below it says of them.
+        """
+        if not shards:
+            return
+        kept = [record for record in read_records(self._layout) if (record.array, record.shard) not in shards]
+        write_bytes(self._layout.journal, b"".join(to_json_line(asdict(record)) for record in kept))
+        self._records = dict(Journal(self._layout)._records)
 
     def of(self, array: str) -> list[ShardRecord]:
         """Records of one array, by shard."""

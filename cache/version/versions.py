@@ -10,6 +10,7 @@ Rows that existed keep their bytes in all of these files, so readers may come at
 import os
 import shutil
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from ..disk.durable import PARTIAL, make_folder, sync_folder
@@ -18,6 +19,9 @@ from ..errors import CacheError
 from .journal import Journal
 from .manifest import read_manifest, write_manifest
 from .schema import Manifest
+
+TABLES = ("rows/", "failed.parquet")
+"""What says which rows have an embedding."""
 
 
 def put_in_force(layout: Layout, manifest: Manifest) -> None:
@@ -47,14 +51,27 @@ def complete_change(layout: Layout) -> None:
     manifest = read_manifest(following)
     if manifest is None:
         return
-    # The new length last of all: a reader that goes by it alone finds every row.
-    for name in sorted(manifest.files, key=lambda name: (name.endswith("zarr.json"), name)):
+    # The new length last of all: a reader that goes by it alone finds every row. A row that has become good has its
+    # embedding before its table says so; one that was given up is marked before its embedding goes.
+    tables_last = _num_failed(following) < _num_failed(layout)
+
+    def turn(name: str) -> tuple[bool, bool, str]:
+        return name.endswith("zarr.json"), tables_last and name.startswith(TABLES), name
+
+    for name in sorted(manifest.files, key=turn):
         if (following.root / name).exists():
             move_file(following.root / name, layout.root / name)
     Journal(layout).take_over(following)
     if not layout.manifest.exists() or layout.manifest.read_bytes() != following.manifest.read_bytes():
         write_manifest(layout, manifest)
     discard_change(layout)
+
+
+def _num_failed(layout: Layout) -> int:
+    with suppress(CacheError):  # a damaged manifest is about to be replaced
+        if manifest := read_manifest(layout):
+            return sum(entry.failed for entry in manifest.arrays.values())
+    return 0
 
 
 def _take_mended(layout: Layout) -> None:

@@ -6,6 +6,7 @@ from typing import cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from ...cache.disk.durable import decode_text
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import EmbeddingSet, FeatureCache
 from ...cache.reader.masks import Side, add_mask
@@ -47,7 +48,7 @@ def _read(path: Path, num_rows: int) -> NDArray[np.bool_]:
         if path.suffix == ".npy":
             found = np.load(path, allow_pickle=False)
         else:
-            found = np.array([int(line) for line in path.read_text().split()], dtype=np.int64)
+            found = np.array([int(line) for line in decode_text(path.read_bytes()).split()], dtype=np.int64)
     except (OSError, ValueError) as error:
         raise InputError(f"--keep {path}: not row numbers, one a line, and not a .npy array ({error})") from error
     if found.dtype == np.bool_ and found.shape == (num_rows,):

@@ -27,6 +27,7 @@ from .free_space import require_disk
 from .guards import check_run, is_finished, require_own_folder
 from .inputs import list_inputs, transductive_sets_or_recorded
 from .planned import make_plan, planned_specs
+from .retry_failed import retry_failed
 from .shared_rows import share_inputs
 from .sources import Sources
 
@@ -36,27 +37,30 @@ if TYPE_CHECKING:
 SAMPLE_ROWS = 256
 
 
-def cache_teacher(config: Config, scheduler: str | None = None) -> None:
+def cache_teacher(config: Config, scheduler: str | None = None, *, retry: bool = False) -> None:
     """Run stage one to its end, or go on from where an earlier run stopped; a finished cache is left untouched.
 
     Args:
         scheduler: address of a Dask scheduler; None embeds in this process.
+        retry: embed rows that have failed again, in a finished cache too.
 
     Raises:
         CacheError: if the cache was begun with another teacher, other inputs, or is being written by another process.
         InputError: if a source or the teacher is unusable, the disk too small, or too many images are unreadable.
     """
     layout, sources = Layout(config.cache.dir), Sources.of(config)
-    if is_finished(layout, config.pairs, config.cache.pixels):
+    if not retry and is_finished(layout, config.pairs, config.cache.pixels):
         for note in check_run(layout, config.teacher, config.cache, sources).notes:
             say(note)
         say(f"{layout.root}: finished; nothing to do")
         return
     require_own_folder(layout)
     with writer_lock(layout):
-        if is_finished(layout, config.pairs, config.cache.pixels):  # by another process, while this one looked
-            return
         start = time.perf_counter()
+        if retry:
+            retry_failed(config, layout, sources)
+        if is_finished(layout, config.pairs, config.cache.pixels):  # perhaps by another process, while this one looked
+            return
         sweep_partials(layout.root)
         note_config(config, layout)
         _run(config, layout, sources, scheduler)

@@ -8,20 +8,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ...cache.audit.failures import failed_rows
 from ...cache.disk.arrays import chunk_path
 from ...cache.disk.durable import sweep_partials
 from ...cache.disk.layout import IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images, table_of
-from ...cache.disk.row_tables import FAILED, RowTable
+from ...cache.disk.row_tables import RowTable
 from ...cache.errors import InputError
 from ...cache.version.journal import Journal, ShardRecord
 from ...cache.version.manifest import read_manifest
 from ...cache.version.schema import Plan
-from ...stages.embed.tasks import ExistingRows, ShardTask
+from ...stages.embed.tasks import ExistingRows, ShardDone, ShardTask
 from ...stages.images.crops import Crops
 from ...stages.inputs.prompts import class_prompts
 from ...stages.settings.cluster import ClusterSettings
 from ...stages.settings.models import TeacherSettings
-from ..progress import bar, say
+from ..progress import NAMES_SHOWN, bar, say, show_counts
+from .absent_files import require_few_absent
 from .kept_packs import pack_task
 from .planned import planned_specs, views_of
 from .sources import Sources
@@ -121,32 +123,53 @@ def embed_shards(
     from ...stages.profiling import profiled
     from .cluster.dispatch import run_shards
 
-    journal = Journal(layout)
-    failed = _known_failures(layout, journal, plan)
+    journal, of_shard = Journal(layout), {(task.array, task.shard): task for task in tasks}
+    failed = dict(failed_rows(layout, plan, IMAGES))
     _require_few_failures(layout, plan, sources, failed)
     # The unit is an embedding: a row of an image with K crops takes as long as 1 + K rows of other arrays.
     left = sum(task.num_rows * views_of(task.spec) for task in tasks)
     total = sum(spec.shape[0] * views_of(spec) for spec in planned_specs(plan).values())
-    views = {task.array: views_of(task.spec) for task in tasks}
     done = total - left
     spent: Counter[str] = Counter()
+    aside: list[ShardTask] = []
     start = time.perf_counter()
     folder = layout.base.root / "log" / "profile" if profile else None
     if folder and scheduler:
         say("cache.profile: looks at this process alone, and with --scheduler others embed; run without it to see more")
+
+    def embed(wanted: Sequence[ShardTask]) -> Iterator[tuple[ShardTask, ShardDone]]:
+        for shard in run_shards(wanted, settings, plan.teacher.weights, scheduler, limits):
+            task = of_shard[shard.record.array, shard.record.shard]
+            require_few_absent(task, shard, sources.max_failed)
+            yield task, shard
+
+    def count(task: ShardTask, shard: ShardDone) -> None:
+        nonlocal done
+        record = shard.settled()
+        failures = failures_of(record, plan.shard_rows) if record.array == IMAGES else {}
+        if shard.absent:  # refused before it counts: what is put back later must not be a failure
+            _require_few_failures(layout, plan, sources, failed | failures)
+        shard.commit()
+        if shard.pack:  # a shard without its pack, or a pack without its shard, is made again with it
+            journal.add(shard.pack, {})
+        journal.add(record, shard.seconds)
+        spent.update(shard.seconds)
+        done += record.num_rows * views_of(task.spec)
+        shown.update(done)
+        failed.update(failures)
+        _require_few_failures(layout, plan, sources, failed)
+
     with profiled(folder, say), bar("stage one", total, "embeddings", done) as shown:
-        for shard in run_shards(tasks, settings, plan.teacher.weights, scheduler, limits):
-            shard.commit()
-            record = shard.record
-            if shard.pack:  # a shard without its pack, or a pack without its shard, is made again with it
-                journal.add(shard.pack, {})
-            journal.add(record, shard.seconds)
-            spent.update(shard.seconds)
-            done += record.num_rows * views[record.array]
-            shown.update(done)
-            if record.array == IMAGES:
-                failed |= failures_of(record, plan.shard_rows)
-                _require_few_failures(layout, plan, sources, failed)
+        for task, shard in embed(tasks):
+            if shard.absent:
+                shard.discard()
+                aside.append(task)
+            else:
+                count(task, shard)
+        if aside:
+            say(f"some images of {len(aside):,} shards could not be reached: these shards are tried once more")
+            for task, shard in embed(aside):
+                count(task, shard)
     sweep_partials(layout.root)  # what workers that were given up have written meanwhile
     seconds, num_rows = time.perf_counter() - start, sum(task.num_rows for task in tasks)
     say(f"embedded {num_rows:,} rows in {seconds:,.1f} s, {num_rows / seconds:,.0f} rows/s")
@@ -154,30 +177,19 @@ def embed_shards(
     say(f"where the time went: {shares} (read, decode and keep are summed over threads; wait: the device had no data)")
 
 
-def counted_reasons(reasons: Mapping[str, int]) -> str:
-    """Reasons with their counts in one line, the most frequent first."""
-    return ", ".join(f"{count:,} x {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
-
-
 def failures_of(record: ShardRecord, shard_rows: int) -> dict[int, str]:
     """Rows of an array that failed in a shard, and why."""
     return {record.shard * shard_rows + row: reason for row, reason in record.failures}
 
 
-def _known_failures(layout: Layout, journal: Journal, plan: Plan) -> dict[int, str]:
-    """Images that were refused when they were listed, or could not be embedded so far: row and reason."""
-    columns = RowTable(table_of(layout, IMAGES), plan.inputs.images.rows).columns("status", "reason")
-    pairs = zip(columns["status"].to_pylist(), columns["reason"].to_pylist(), strict=True)
-    failed = {row: reason for row, (status, reason) in enumerate(pairs) if status == FAILED}
-    for record in journal.of(IMAGES):
-        failed |= failures_of(record, plan.shard_rows)
-    return failed
-
-
 def _require_few_failures(layout: Layout, plan: Plan, sources: Sources, failed: Mapping[int, str]) -> None:
     if len(failed) > sources.max_failed * plan.inputs.images.rows:
+        names = RowTable(table_of(layout, IMAGES), plan.inputs.images.rows).take(sorted(failed)[:NAMES_SHOWN], "source")
+        more = f" and {len(failed) - len(names):,} more" if len(failed) > len(names) else ""
         raise InputError(
             f"images.source: {sources.images.location}: {len(failed):,} images have no embedding "
-            f"({counted_reasons(Counter(failed.values()))}), more than images.max_failed = "
-            f"{sources.max_failed:g} allows; mend them and delete {layout.root}, or raise images.max_failed"
+            f"({show_counts(Counter(failed.values()))}): {', '.join(map(repr, names))}{more}; more than "
+            f"images.max_failed = {sources.max_failed:g} allows; `dimefm cache inspect {layout.base.root} --failed` "
+            "lists them. Mend them and run `dimefm cache-teacher --retry-failed` with this config, or raise "
+            "images.max_failed"
         )

@@ -10,15 +10,15 @@ import pyarrow as pa
 from ...cache.disk.arrays import chunk_path, read_spec
 from ...cache.disk.durable import digest, write_bytes
 from ...cache.disk.layout import DIRECTIONS, IMAGES, SENTENCES, Layout, evaluate_head, evaluate_images
-from ...cache.disk.row_tables import RowTable, good_rows, mark_failures, read_own_failures, write_own_failures
+from ...cache.disk.row_tables import OK, RowTable, good_rows, mark_failures, read_own_failures, write_own_failures
 from ...cache.version.journal import Journal
 from ...cache.version.manifest import file_entry, read_manifest
 from ...cache.version.plan_file import plan_in_force
 from ...cache.version.schema import ArrayCounts, FileEntry, Manifest, Plan
 from ...cache.version.versions import put_in_force
 from ...stages.settings.cache import PairsSettings
-from ..progress import say
-from .embed_shards import counted_reasons, failures_of
+from ..progress import say, show_counts
+from .embed_shards import failures_of
 from .kept_packs import pack_files, pixels_document, setting_in_force
 from .planned import planned_specs
 from .pseudo_pairs import Retrieval, pairs_document, write_pairs
@@ -39,10 +39,12 @@ def finish_cache(layout: Layout, plan: Plan, pairs: PairsSettings, pixels: str |
         write_bytes(plan_file, layout.plan.read_bytes())
     tables = {IMAGES: layout.image_rows, SENTENCES: layout.sentence_rows}
     tables |= {evaluate_images(name): layout.evaluate_rows(name) for name in plan.inputs.evaluate}
-    arrays = _settle_failures(layout, plan, journal, tables)
-    for array, counted in arrays.items():
-        if counted.failed:
-            say(f"{array}: {counted.failed:,} rows have no embedding: {counted_reasons(counted.reasons)}")
+    arrays = _settle_failures(layout, plan, journal, tables, before)
+    for array, entry in arrays.items():
+        if entry.failed:
+            say(f"{array}: {entry.failed:,} rows have no embedding: {show_counts(entry.reasons)}")
+    if any(entry.failed for entry in arrays.values()):
+        say(f"`dimefm cache inspect {layout.base.root} --failed` lists them")
     retrieval = Retrieval()
     goes_on = before if before and before.pairs_settings == pairs_document(pairs) else None
     if goes_on and _counts(goes_on.arrays) == _counts(arrays):
@@ -77,9 +79,13 @@ def finish_cache(layout: Layout, plan: Plan, pairs: PairsSettings, pixels: str |
 
 
 def _settle_failures(
-    layout: Layout, plan: Plan, journal: Journal, tables: Mapping[str, Path]
+    layout: Layout, plan: Plan, journal: Journal, tables: Mapping[str, Path], before: Manifest | None
 ) -> dict[str, ArrayCounts]:
-    """Write failed rows where they belong; returns for each array its rows, failed ones, and why they failed."""
+    """Write failed rows where they belong; returns for each array its rows, failed ones, and why they failed.
+
+    A cache that shares another one's tables notes for itself what had failed there when it embedded its own rows: the
+    other one may get such a row embedded after all.
+    """
     specs, is_shared = planned_specs(plan), plan.rows_of is not None
     own = read_own_failures(layout.find(layout.own_failures))
     arrays = {}
@@ -88,7 +94,10 @@ def _settle_failures(
         for record in journal.of(array):
             failures |= failures_of(record, plan.shard_rows)
         if is_shared:  # another cache's table: what failed here may be sound there
-            own[array] = own.get(array, {}) | failures
+            first_new = before.arrays[array].rows if before and array in before.arrays else 0
+            own[array] = (
+                _listed_failures(layout.find(path), first_new, specs[array].shape[0]) | own.get(array, {}) | failures
+            )
         elif layout.find(path) == path:  # a table that an append has not touched has its failures in it already
             mark_failures(path, failures, plan.shard_rows)
         table = RowTable(layout.find(path), specs[array].shape[0])
@@ -96,6 +105,13 @@ def _settle_failures(
     if is_shared:
         write_own_failures(layout.own_failures, own)
     return arrays
+
+
+def _listed_failures(table: Path, first: int, stop: int) -> dict[int, str]:
+    """Rows of a table, from `first` to before `stop`, that had failed when they were to be embedded."""
+    columns = RowTable(table, stop).columns("status", "reason").slice(first)
+    rows = enumerate(zip(columns["status"].to_pylist(), columns["reason"].to_pylist(), strict=True), start=first)
+    return {row: str(reason) for row, (status, reason) in rows if status != OK}
 
 
 def count_failures(table: RowTable, own_failures: Mapping[int, str], shared: bool) -> ArrayCounts:

@@ -13,10 +13,19 @@ from ...cache.disk.row_tables import FAILED, IMAGE_COLUMNS, LABELLED_COLUMNS, OK
 from ...cache.errors import InputError
 from ...cache.version.manifest import read_manifest
 from ...cache.version.schema import ImageList, Inputs, LabelledList, PromptList, SentenceList, SentenceSource
-from ...stages.inputs.image_source import FoundImage, ImageSource, LabelledImage, image_digests, keys_of, label_images
+from ...stages.inputs.image_source import (
+    FoundImage,
+    ImageSource,
+    LabelledImage,
+    image_digests,
+    keys_of,
+    label_images,
+    list_notes,
+)
 from ...stages.inputs.prompts import class_names, class_prompts, prompt_lines, read_classes
 from ...stages.inputs.sentences import Sentence, read_sentences
 from ...stages.settings.data import EvaluateSettings, SentencesSettings
+from ..progress import say
 from .sources import Sources
 
 PROMPTS = "prompts"
@@ -29,6 +38,8 @@ def list_inputs(sources: Sources, layout: Layout, shard_rows: int) -> Inputs:
         InputError: if a source is missing or empty.
     """
     images = sources.images.list()
+    for note in list_notes(images, "images.source"):
+        say(note)
     rows = image_rows(sources.images, images, sources.hash_images)
     write_rows(layout.image_rows, IMAGE_COLUMNS, rows, shard_rows)
     return Inputs(
@@ -46,6 +57,8 @@ def list_evaluate_set(sources: Sources, layout: Layout, name: str, shard_rows: i
     """
     images, settings = sources.evaluate[name].images, sources.evaluate[name].settings
     found = label_images(images, read_classes(settings.classes))
+    for note in list_notes(found, f"evaluate.{name}.images"):
+        say(note)
     rows = labelled_rows(images, found, sources.hash_images)
     write_rows(layout.evaluate_rows(name), LABELLED_COLUMNS, rows, shard_rows)
     counted = list_document(image.source for image in found)

@@ -1,9 +1,9 @@
 """What has become of images, sentences and classes since a cache listed them: changed, gone, new."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from ...stages.inputs.image_source import FoundImage, ImageSource, image_digests
 from ...stages.inputs.prompts import prompt_lines
 from ...stages.inputs.sentences import read_sentences
 from ...stages.settings.data import EvaluateSettings, SentencesSettings
+from ..progress import some_names
 from .inputs import LineCount, classes_document, prompts_document
 from .sources import Sources
 
-NAMES_SHOWN = 3
+LISTED = "`dimefm cache verify DIR --sources --json` has all"
 
 
 def compare_inputs(sources: Sources, layout: Layout, plan: Plan, *, report: bool = False) -> list[str]:
@@ -117,16 +118,23 @@ class SourceChanges:
         touched: rows whose file has the same size and another modification time, where no checksum can tell more.
         gone: rows whose file is no longer there.
         new: files that no row was made from.
+        passed_over: what the listing says of files that it left out.
     """
 
     changed: dict[int, str] = field(default_factory=dict)
     touched: dict[int, str] = field(default_factory=dict)
     gone: dict[int, str] = field(default_factory=dict)
     new: list[str] = field(default_factory=list)
+    passed_over: Sequence[str] = ()
 
     def counts(self) -> dict[str, int]:
         """How many of each."""
         return {kind: len(getattr(self, kind)) for kind in ("changed", "touched", "gone", "new")}
+
+    def names(self) -> dict[str, list[str]]:
+        """Which ones they are."""
+        of_rows = {kind: list(getattr(self, kind).values()) for kind in ("changed", "touched", "gone")}
+        return {**of_rows, "new": list(self.new)}
 
     def notes(self, key: str) -> list[str]:
         """A line for each kind that there is, naming the first few.
@@ -143,7 +151,8 @@ class SourceChanges:
                 "images have another modification time and the size they had; images.hash would tell a change",
             ),
         )
-        return [f"{key}: {len(names):,} {what}: {_first(names)}" for names, what in lines if names]
+        notes = [f"{key}: {len(names):,} {what}: {some_names(names, LISTED)}" for names, what in lines if names]
+        return notes + [f"{key}: {note}" for note in self.passed_over]
 
 
 def compare_images(source: ImageSource, table: RowTable) -> SourceChanges:
@@ -153,27 +162,32 @@ def compare_images(source: ImageSource, table: RowTable) -> SourceChanges:
         CacheError: if not one image of the table is there, as when it is another folder.
         InputError: if the source is missing or cannot be listed.
     """
-    now = _columns_of(source.list())
+    listed = source.list()
+    now = _columns_of(listed)
     there = table.columns(*(name for name in ("source", "bytes", "modified_ns", "digest") if table.has(name)))
     found = pc.index_in(there["source"], now["source"])
-    if found.null_count == table.num_rows:
+    is_gone = found.is_null().to_numpy().copy()
+    for row in np.flatnonzero(is_gone).tolist():  # an earlier version listed what is passed over now
+        is_gone[row] = not source.passes_over(there["source"][row].as_py())
+    if is_gone.all():
         raise CacheError(
             f"{source.location}: holds none of the {table.num_rows:,} images of this cache; is it another folder?"
         )
     has_digest = there["digest"].is_valid().to_numpy() if "digest" in there.column_names else np.False_
-    is_gone = found.is_null().to_numpy()
+    is_there = found.is_valid().to_numpy()
     at = found.fill_null(0).to_numpy()
     resized = now["bytes"][at] != there["bytes"].to_numpy()
     touched = now["modified_ns"][at] != there["modified_ns"].to_numpy()
-    changed = (resized | (now["is_bad"][at] & has_digest)) & ~is_gone
-    suspect = touched & ~changed & ~is_gone
+    changed = (resized | (now["is_bad"][at] & has_digest)) & is_there
+    suspect = touched & ~changed & is_there
 
     def named(is_one: NDArray[np.bool_]) -> dict[int, str]:
         rows = np.flatnonzero(is_one)
         return dict(zip(rows.tolist(), there["source"].take(pa.array(rows)).to_pylist()))
 
     new = now["source"].filter(pc.invert(pc.is_in(now["source"], there["source"]))).to_pylist()
-    changes = SourceChanges(named(changed), named(suspect & ~has_digest), named(is_gone), new)
+    passed_over = getattr(listed, "notes", ())
+    changes = SourceChanges(named(changed), named(suspect & ~has_digest), named(is_gone), new, passed_over)
     suspects = named(suspect & has_digest)
     keys = row_keys(source, table)(np.fromiter(suspects, np.int64)) if suspects else ()
     for (row, name), digest in zip(suspects.items(), image_digests(source, keys)):
@@ -257,8 +271,3 @@ def _lines_of(table: RowTable, origin: str) -> Iterator[tuple[int, str]]:
         for row, text, name in zip(columns["row"], columns["text"], columns["origin"], strict=True):
             if name == origin:
                 yield row, text
-
-
-def _first(names: Collection[str]) -> str:
-    shown = ", ".join(map(repr, islice(names, NAMES_SHOWN)))
-    return shown + (f" and {len(names) - NAMES_SHOWN:,} more" if len(names) > NAMES_SHOWN else "")

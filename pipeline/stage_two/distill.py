@@ -22,6 +22,7 @@ from ...stages.train.processes import World, is_lost_peer, open_world
 from ...stages.train.student_run import Run, is_finished
 from ..config.load import Config
 from ..progress import RESUMED, bar, say
+from .changed_sources import SourceWatch, note_in_record, report, watch_source
 from .class_prompts import cached_set_prompts
 from .run_source import SOURCE, source_document
 
@@ -49,9 +50,11 @@ def distill(config: Config, names: list[str], stop_after: int | None = None, *, 
     _require_configured_teacher(config, cache)
     runs = [Run(name, student, config.distill.output / name) for name, student in students.items()]
     with open_world(config.distill.device) as world:
-        dev = _dev_scores(config, cache, runs, world)
+        dev_images = _dev_images(config, cache, runs)
+        dev = None if dev_images is None else _dev_scores(config, cache, dev_images.source, runs, world)
         for group in _groups(runs, together):
-            _train(config, cache, _pixels(config, cache, group), dev, group, world, stop_after)
+            images = _watched(config, cache, _pixels(config, cache, group), group)
+            _train(config, cache, images, dev_images, dev, group, world, stop_after)
 
 
 def _groups(runs: list[Run], together: bool) -> list[list[Run]]:
@@ -71,29 +74,46 @@ def _pixels(config: Config, cache: FeatureCache, runs: Sequence[Run]) -> ImageSo
     return kept or open_source(config.images.source)
 
 
-def _dev_scores(config: Config, cache: FeatureCache, runs: list[Run], world: World) -> DevScores | None:
-    settings = config.distill
-    if not settings.evaluate_every:
+def _watched(config: Config, cache: FeatureCache, pixels: ImageSource, runs: Sequence[Run]) -> SourceWatch:
+    """The images, watched if they are the original files and a run has steps left."""
+    if pixels.name != FILES or all(is_finished(run.folder) for run in runs):
+        return SourceWatch("images.source", pixels, cache.images)
+    return watch_source(pixels, cache.images, "images.source")
+
+
+def _dev_images(config: Config, cache: FeatureCache, runs: list[Run]) -> SourceWatch | None:
+    """The images of the set that steps are scored on, watched likewise; None if none are scored."""
+    if not config.distill.evaluate_every:
         return None
-    name = settings.evaluate_on
-    chosen, workers = config.evaluate[name], world.share_of_cores(settings.workers)
-    labelled_set(cache, name)  # refuses a set that is not there
+    name = config.distill.evaluate_on
+    images, key = labelled_set(cache, name).images, f"evaluate.{name}.images"  # refuses a set that is not there
+    source = open_source(config.evaluate[name].images)
+    if all(is_finished(run.folder) for run in runs):
+        return SourceWatch(key, source, images)
+    return watch_source(source, images, key)
+
+
+def _dev_scores(config: Config, cache: FeatureCache, images: ImageSource, runs: list[Run], world: World) -> DevScores:
+    name = config.distill.evaluate_on
+    workers = world.share_of_cores(config.distill.workers)
     own_text = any(run.student.own_text is not None for run in runs)
-    prompts = cached_set_prompts(cache, name, chosen.templates) if own_text else None
-    return DevScores(cache, name, chosen.images, world.device, workers=workers, prompts=prompts)
+    prompts = cached_set_prompts(cache, name, config.evaluate[name].templates) if own_text else None
+    return DevScores(cache, name, images, world.device, workers=workers, prompts=prompts)
 
 
 def _train(
     config: Config,
     cache: FeatureCache,
-    pixels: ImageSource,
+    images: SourceWatch,
+    dev_images: SourceWatch | None,
     dev: DevScores | None,
     runs: Sequence[Run],
     world: World,
     stop_after: int | None,
 ) -> None:
     tell = say if world.is_first else _keep_quiet
-    settings = config.distill
+    settings, pixels = config.distill, images.source
+    watches = [watch for watch in (images, dev_images) if watch is not None]
     for run in runs:
         text = "" if run.student.own_text is None else f", text tower of {run.student.own_text}"
         tell(f"student {run.name}: {run.student.model} at {run.student.image_size} px{text} -> {run.folder}")
@@ -110,11 +130,17 @@ def _train(
             f"{config.cache.dir}: its kept pictures are another cache's and do not say what size the originals had: "
             "now and then a replayed crop is not the one that was embedded; distill.pixels = 'files' is exact"
         )
+    for line in (line for watch in watches for line in watch.notes):
+        tell(line)
     with ExitStack() as stack:
         if world.is_first:
             for run in runs:
                 if not is_finished(run.folder):
                     stack.enter_context(held(run.folder / LOCK, run.folder, "choose another distill.output"))
+            for watch in watches:  # at the end of a call, however it ends, and at the start of one that goes on
+                stack.callback(report, watch, [run.folder for run in runs], tell)
+                for run in runs:
+                    note_in_record(run.folder, watch)
         shown = stack.enter_context(bar(f"stage two, {names}", 1, "images", RESUMED, shown=world.is_first))
         stack.enter_context(memory_errors_as(too_large))
         stack.enter_context(_lost_peers_as_one_line(world))

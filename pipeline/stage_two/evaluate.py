@@ -2,13 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ...cache.disk.durable import to_json, write_json
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
 from ...stages.devices import memory_errors_as
+from ...stages.inputs.open_source import open_source
 from ...stages.run_folder.load_student import Which, load_student, load_text_student
 from ...stages.score.embed_set import embed_set, labelled_set
 from ...stages.score.embedded_set import EmbeddedSet
@@ -16,7 +20,8 @@ from ...stages.score.predictions import write_predictions, zero_shot_predictions
 from ...stages.score.score_inputs import Memo, ScoreInputs
 from ...stages.score.scores import FROM_OUTSIDE, scores_of
 from ...stages.settings.plugins import load_function
-from ..progress import say
+from ..progress import say, some_names
+from .changed_sources import CHANGED, watch_source
 from .class_prompts import cached_set_prompts
 from .run_source import RunSource, runs_to_score
 from .score_table import Scores
@@ -67,14 +72,26 @@ def _evaluate_run(run: Path, source: RunSource, which: Which | None, memo: Memo)
         prompts = {name: cached_set_prompts(cache, name, one.settings.get("templates")) for name, one in sets.items()}
         heads = {name: text.class_head(of_set) for name, of_set in prompts.items()}
     _note_weights(run, record)
+    changed: dict[str, dict[str, Any]] = {}
     for name, inputs in sets.items():
         say(f"embedding {name} with {run}")
+        watch = watch_source(open_source(inputs.images), cache.evaluate[name].images, f"evaluate.{name}.images")
         with memory_errors_as(f"{run}: scoring does not fit into memory; end what else uses it and run this again"):
-            item = embed_set(student, record, cache, name, inputs.images)
+            item = embed_set(student, record, cache, name, watch.source)
+        for line in [*watch.notes, *watch.last_lines(), *_unreadable(run, name, item)]:
+            memo.once(("said", line), partial(say, line))  # of several runs on one set, once
+        if found := watch.document():
+            changed[name] = {CHANGED: found}
         embedded[name] = dataclasses.replace(item, student_head=heads.get(name))
     weights = {key: record[key] for key in ("weights", "step", "checkpoint")}
     scores = {
-        name: {**_scores(inputs), **weights, "chosen_on": name == record["chosen_on"]} for name, inputs in sets.items()
+        name: {
+            **_scores(inputs),
+            **weights,
+            "chosen_on": name == record["chosen_on"],
+            **changed.get(name, {}),
+        }
+        for name, inputs in sets.items()
     }
     for name, item in embedded.items():
         write_predictions(run / "predictions" / f"{name}.parquet", zero_shot_predictions(item))
@@ -102,6 +119,15 @@ def _scores(inputs: ScoreInputs) -> dict[str, Any]:
         else:
             found[score.name] = result
     return found
+
+
+def _unreadable(run: Path, name: str, embedded: EmbeddedSet) -> list[str]:
+    """A line on images that count as wrong because nobody could read them."""
+    rows = np.flatnonzero(~embedded.readable).tolist()
+    if not rows:
+        return []
+    names = some_names([embedded.sources[row] for row in rows], f"null in {run / 'predictions' / name}.parquet")
+    return [f"evaluate.{name}: {len(rows):,} images cannot be read and count as wrong: {names}"]
 
 
 def _note_weights(run: Path, record: dict[str, Any]) -> None:

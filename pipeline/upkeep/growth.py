@@ -12,10 +12,11 @@ from ...cache.disk.row_tables import IMAGE_COLUMNS, SENTENCE_COLUMNS, RowTable, 
 from ...cache.errors import CacheError
 from ...cache.version.plan_file import read_plan
 from ...cache.version.schema import Inputs, Plan, PromptList, SentenceList, SentenceSource
-from ...stages.inputs.image_source import FoundImage
+from ...stages.inputs.image_source import FoundImage, list_notes
 from ...stages.inputs.prompts import prompt_lines
 from ...stages.inputs.sentences import read_sentences
 from ...stages.settings.data import SentencesSettings
+from ..progress import say
 from ..stage_one.inputs import (
     PROMPTS,
     LineCount,
@@ -86,6 +87,8 @@ def find_growth(sources: Sources, layout: Layout, plan: Plan) -> Growth:
     listed = RowTable(layout.image_rows, frozen.images.rows).column("source").to_pylist()
     known = set(listed)
     found = sources.images.list()
+    for note in list_notes(found, "images.source"):
+        say(note)
     if known.isdisjoint(image.source for image in found):
         raise CacheError(
             f"images.source: {sources.images.location}: holds none of the {len(known):,} images of {layout.root}; "

@@ -1,29 +1,83 @@
 """`dimefm cache inspect`: a screenful on what is in a cache."""
 
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
+from ...cache.audit.failures import arrays_of, failed_rows, list_failures
 from ...cache.audit.inspect import QUANTILES, inspect_cache, skewness
+from ...cache.disk.layout import Layout
 from ...cache.reader.feature_cache import FeatureCache
+from ...cache.version.journal import Journal
+from ...cache.version.manifest import read_manifest
+from ...cache.version.plan_file import read_plan
+from ...cache.version.schema import Plan
 from ...stages.retrieve.hubs import PairScores, Ranking, in_degrees
-from ..progress import short
+from ..progress import short, show_counts
 
 NAME_WIDTH = 48
 
 
 def inspect(folder: Path) -> dict[str, Any]:
-    """Look into a finished cache; nothing is written and no model is loaded.
+    """Look into a cache; nothing is written and no model is loaded.
+
+    Of one that is not finished, only the teacher and, for each array, its rows, its shards and the failures so far.
 
     Raises:
-        CacheError: if the cache is unfinished, foreign or damaged.
+        CacheError: if the cache is foreign or damaged, or stage one has not listed its rows yet.
     """
+    layout = Layout(folder)
+    plan = read_plan(layout)
+    if plan is not None and read_manifest(layout) is None:
+        return _inspect_unfinished(layout, plan)
     cache = FeatureCache.open(folder)
     found = inspect_cache(cache)
     if "image_to_sentence" in found["hubs"]:
         found["hubs"]["image_to_sentence"]["nearest"] = _nearest(cache)
     return found
+
+
+def _inspect_unfinished(layout: Layout, plan: Plan) -> dict[str, Any]:
+    journal, arrays = Journal(layout), {}
+    for array, num_rows in arrays_of(plan).items():
+        reasons = Counter(failed_rows(layout, plan, array).values())
+        num_shards = -(-num_rows // plan.shard_rows)
+        arrays[array] = {
+            "rows": num_rows,
+            "failed": reasons.total(),
+            "reasons": dict(sorted(reasons.items())),
+            "shards": num_shards,
+            "shards_done": len(journal.of(array)),
+        }
+    teacher = plan.teacher.to_dict()
+    return {"cache": str(layout.root), "state": "unfinished", "teacher": teacher, "arrays": arrays}
+
+
+def inspect_failed(folder: Path) -> dict[str, Any]:
+    """Every row without an embedding, of a cache that is finished or is not.
+
+    Returns:
+        `cache`, and `failed`: for each row `set` (`images`, `sentences`, `evaluate.NAME`), `row`, `name` (path of the
+        image, text of the sentence), `origin` (name of the sentence's file) and `reason`.
+
+    Raises:
+        CacheError: if there is no cache, or it is damaged.
+    """
+    return {"cache": str(folder), "failed": [asdict(failure) for failure in list_failures(Layout(folder))]}
+
+
+def failed_lines(found: dict[str, Any]) -> list[str]:
+    """A line for each row, its parts between tabs: set, row, name, reason."""
+    return [
+        "\t".join((item["set"], str(item["row"]), _one_line(item["name"]), item["reason"])) for item in found["failed"]
+    ]
+
+
+def _one_line(name: str) -> str:
+    return name if name.isprintable() and name.strip() else repr(name)
 
 
 def _nearest(cache: FeatureCache) -> dict[str, dict[str, float]]:
@@ -42,6 +96,8 @@ def _nearest(cache: FeatureCache) -> dict[str, dict[str, float]]:
 
 def inspect_lines(found: dict[str, Any]) -> list[str]:
     """The same for a person to read."""
+    if found.get("state") == "unfinished":
+        return _unfinished_lines(found)
     teacher, sizes = found["teacher"], found["bytes"]
     libraries = ", ".join(f"{name} {version}" for name, version in sorted((teacher["libraries"] or {}).items()))
     wide = max(30, *map(len, found["arrays"]))
@@ -93,6 +149,21 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
     for ranking, item in found["hubs"].get("image_to_sentence", {}).get("nearest", {}).items():
         numbers = f"{'':>10}{item['max']:>10,}{item['skewness']:>10.2f}{100 * item['never']:>7.1f} %"
         lines.append(f"  {'sentences, first by ' + ranking.replace('_', ' '):<38}{numbers[8:]}")
+    return lines
+
+
+def _unfinished_lines(found: dict[str, Any]) -> list[str]:
+    teacher, wide = found["teacher"], max(map(len, found["arrays"]))
+    lines = [
+        f"{found['cache']}: unfinished; `dimefm cache-teacher` goes on with it",
+        f"teacher: {teacher['model']} / {teacher['pretrained']}",
+    ]
+    for name, item in found["arrays"].items():
+        done = f"{item['shards_done']:,} of {item['shards']:,} shards done"
+        reasons = f": {show_counts(item['reasons'])}" if item["failed"] else ""
+        lines.append(f"  {name:<{wide}}  {item['rows']:,} rows, {done}, {item['failed']:,} failed{reasons}")
+    if any(item["failed"] for item in found["arrays"].values()):
+        lines.append(f"`dimefm cache inspect {found['cache']} --failed` lists the failed rows")
     return lines
 
 

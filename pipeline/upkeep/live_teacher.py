@@ -93,7 +93,7 @@ class LiveTeacher:
             done = embed_image_shard(
                 self.teacher, source, keys, settings.batch_size, settings.workers, Lock(), None, row_crops
             )
-        reasons = dict(done.failures)
+        reasons = dict(done.failures + done.absent)
         return done.embeddings, [reasons.get(i) for i in range(len(rows))]
 
     def compare(self, array: str, num_rows: int, damaged: Iterable[int] = (), seed: int = 0) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ...cache.reader.pixel_packs import kept_setting
 from ...cache.version.journal import Journal
 from ...cache.version.manifest import read_manifest
 from ...cache.version.schema import ImageList, Inputs, LabelledList, SentenceList
-from ...stages.inputs.image_source import label_images
+from ...stages.inputs.image_source import label_images, list_notes
 from ...stages.inputs.prompts import prompt_lines, read_classes
 from ...stages.inputs.sentences import read_sentences
 from ...stages.models.teacher_identity import configured_embed_dim
@@ -45,7 +45,8 @@ def describe_plan(config: Config) -> dict[str, Any]:
     checked = check_run(layout, config.teacher, config.cache, sources, report=True)
     plan = checked.plan
     width = plan.teacher.embed_dim if plan else configured_embed_dim(config.teacher)
-    inputs, sizes = (plan.inputs, None) if plan else _count_inputs(sources)
+    notes = list(checked.notes)
+    inputs, sizes = (plan.inputs, None) if plan else _count_inputs(sources, notes)
     specs = array_specs(inputs, width or 1, config.cache.shard_rows, config.cache.num_crops)
     journal = Journal(layout)
     arrays = {name: _array_state(name, spec, journal) for name, spec in specs.items()}
@@ -72,7 +73,7 @@ def describe_plan(config: Config) -> dict[str, Any]:
         "rows_left": rows_left,
         "rows_per_s": rate,
         "seconds_left": embeddings_left / (rate * views_of(specs[IMAGES])) if rate else None,
-        "notes": checked.notes,
+        "notes": notes,
     }
 
 
@@ -104,17 +105,22 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
     return lines + found["notes"]
 
 
-def _count_inputs(sources: Sources) -> tuple[Inputs, NDArray[np.int64]]:
-    """The inputs as far as rows are concerned, and (N,) bytes of each image, where there is no row table yet."""
+def _count_inputs(sources: Sources, notes: list[str]) -> tuple[Inputs, NDArray[np.int64]]:
+    """The inputs as far as rows are concerned, and (N,) bytes of each image, where there is no row table yet.
+
+    `notes` takes lines on what the listing passes over.
+    """
     num_sentences = sum(1 for _ in read_sentences(sources.sentences.source))
     if sources.sentences.prompts:
         num_sentences += len(prompt_lines(sources.sentences.prompts))
     evaluate = {}
     for name, labelled in sources.evaluate.items():
         class_ids = list(read_classes(labelled.settings.classes))
-        num_rows = len(label_images(labelled.images, class_ids))
-        evaluate[name] = LabelledList(class_ids=class_ids, class_names=[], rows=num_rows)
+        of_set = label_images(labelled.images, class_ids)
+        notes += list_notes(of_set, f"evaluate.{name}.images")
+        evaluate[name] = LabelledList(class_ids=class_ids, class_names=[], rows=len(of_set))
     found = sources.images.list()
+    notes += list_notes(found, "images.source")
     inputs = Inputs(images=ImageList(rows=len(found)), sentences=SentenceList(rows=num_sentences), evaluate=evaluate)
     return inputs, np.fromiter((image.bytes for image in found), np.int64, len(found))
 

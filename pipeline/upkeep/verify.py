@@ -155,7 +155,8 @@ def _against_sources(config: Config, layout: Layout) -> dict[str, Any]:
         images = compare_images(source, table(array))
         runs = _runs(images)
         notes = [f"{key}: {kind}: {show_runs(of_kind)}" for kind, of_kind in runs.items() if of_kind]
-        found[name] = {"counts": images.counts(), "rows": _lists(runs), "notes": images.notes(key) + notes}
+        counts, names = images.counts(), images.names()
+        found[name] = {"counts": counts, "rows": _lists(runs), "names": names, "notes": images.notes(key) + notes}
     lines = compare_sentences(config.sentences.source, trusted.plan, table(SENTENCES))
     found["sentences"] = {"counts": lines.counts(), "rows": _lists(_runs(lines)), "notes": lines.notes}
     return found

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...cache.disk.cores import usable_cores
 from ..devices import memory_errors_as
 from ..images.crops import Crop, Crops
-from ..images.decode import ImageError, decode_image
+from ..images.decode import AbsentError, ImageError, decode_image
 from ..inputs.image_source import ImageSource
 from ..models.teacher import ImageTeacher, out_of_memory
 from ..profiling import first_batches_traced, phase
@@ -49,6 +49,7 @@ class ShardResult:
         embeddings: (n, D) float16 as the teacher emits them, before normalisation; rows without one are NaN. With
             crops (n, 1 + K, D), the centre first.
         failures: (position in the shard, reason), in order; rows that were given as None are not among them.
+        absent: (position, reason) of images that could not be reached; these are not failures yet.
         seconds: `read`, `decode` (of sentences: tokenising) and `keep` (making images small, where they are kept),
             summed over threads; `wait`, the model idle for want of data; `infer`, forward passes with their copies.
     """
@@ -56,6 +57,7 @@ class ShardResult:
     embeddings: np.ndarray
     failures: list[tuple[int, str]]
     seconds: dict[str, float]
+    absent: list[tuple[int, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,8 @@ def embed_image_shard(
                     seconds["decode"] += loaded.decode_s
                     if loaded.failed:
                         rows.reasons[row] = loaded.reason
+                        if loaded.absent:
+                            rows.absent.add(row)
                     elif pack:
                         seconds["keep"] += loaded.keep_s
                         pack.add(row, loaded.small)
@@ -163,11 +167,15 @@ class ShardRows:
     """Embeddings of a shard as they come, and the rows that have none: a reason, or None if it is known elsewhere.
 
     A row that the teacher fails on in one view has no embedding in any.
+
+    Attributes:
+        absent: those of them whose image could not be reached.
     """
 
     num_rows: int
     row_shape: tuple[int, ...]
     reasons: dict[int, str | None] = field(default_factory=dict)
+    absent: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.embeddings = np.full((self.num_rows, *self.row_shape), np.nan, np.float16)
@@ -183,8 +191,9 @@ class ShardRows:
 
     def result(self, seconds: dict[str, float]) -> ShardResult:
         self.embeddings[[row for row in self.reasons if row < self.num_rows]] = np.nan
-        failures = sorted((row, reason) for row, reason in self.reasons.items() if reason is not None)
-        return ShardResult(self.embeddings, failures, seconds)
+        reasons = sorted((row, reason) for row, reason in self.reasons.items() if reason is not None)
+        failures = [item for item in reasons if item[0] not in self.absent]
+        return ShardResult(self.embeddings, failures, seconds, [item for item in reasons if item[0] in self.absent])
 
 
 @dataclass(frozen=True)
@@ -195,6 +204,7 @@ class _Loaded:
     small: bytes = b""
     failed: bool = False
     reason: str | None = None
+    absent: bool = False
 
 
 def _load(
@@ -214,7 +224,7 @@ def _load(
         crops_of: crops of an image of this (width, height).
     """
     started = opened = time.perf_counter()
-    reason = None
+    reason, absent = None, False
     try:
         if key is not None:
             with phase("read"):
@@ -230,9 +240,9 @@ def _load(
             small = b"" if pack is None else make_small(data, image, pack.side, note_size=pack.note_size)
             return _Loaded(opened - started, decoded - opened, time.perf_counter() - decoded, small)
     except ImageError as error:
-        reason = str(error)
+        reason, absent = str(error), isinstance(error, AbsentError)
     pixels[:] = 0
-    return _Loaded(opened - started, time.perf_counter() - opened, failed=True, reason=reason)
+    return _Loaded(opened - started, time.perf_counter() - opened, failed=True, reason=reason, absent=absent)
 
 
 def run_batches(

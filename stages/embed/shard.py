@@ -31,6 +31,7 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
     """
     pack: ShardPack | None = None
     failures: tuple[tuple[int, str], ...] = ()
+    absent: tuple[tuple[int, str], ...] = ()
     if task.kind == "head":
         start = time.perf_counter()
         block = class_head(teacher, task.prompts, settings.batch_size, lock)
@@ -45,7 +46,10 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
         else:
             result = embed_sentence_shard(teacher, given, settings.batch_size, lock)
         # A row that was listed as failed has its reason in the table already.
-        failures = tuple((first + row, reason) for row, reason in result.failures if given[row] is not None)
+        failures, absent = (
+            tuple((first + row, reason) for row, reason in rows if given[row] is not None)
+            for rows in (result.failures, result.absent)
+        )
         block, seconds = result.embeddings[num_existing - first :], dict(result.seconds)
         if task.existing:
             old = first_rows(task.existing.path, task.array, task.spec, task.shard, num_existing, task.existing.digest)
@@ -56,7 +60,8 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
     seconds["write"] = time.perf_counter() - start
     record = ShardRecord(task.array, task.shard, len(block), chunk.digest, failures)
     attempts = (pack.attempt, chunk) if pack else (chunk,)
-    return ShardDone(record, seconds, attempts, pack.record if pack else None)
+    rows, reasons = tuple(row for row, _ in absent), tuple(reason for _, reason in absent)
+    return ShardDone(record, seconds, attempts, pack.record if pack else None, rows, reasons)
 
 
 def readable(task: ShardTask) -> list[Any]:

@@ -1,6 +1,6 @@
 """One shard to embed, described, and what is known once it is done. Nothing here loads torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,7 +108,9 @@ class ShardDone:
         pack: of the pack that was written with it.
         seconds: of `read`, `decode`, `keep` (summed over threads), `infer`, `wait` and `write`.
         attempts: its files, the pack's before the chunk's.
-        absent: rows within the shard whose file was not there; not among the record's failures.
+        absent: rows within the shard whose image could not be reached when it was read. They have no embedding and are
+            not among the failures of the record: such a shard does not count as it is.
+        absent_reasons: of each of these rows, what reading it said.
     """
 
     record: ShardRecord
@@ -116,6 +118,7 @@ class ShardDone:
     attempts: tuple[Attempt, ...] = ()
     pack: ShardRecord | None = None
     absent: tuple[int, ...] = ()
+    absent_reasons: tuple[str, ...] = ()
 
     def require_sound(self) -> None:
         """Raises CacheError unless its files are on disk as they were written."""
@@ -131,3 +134,8 @@ class ShardDone:
         """Remove its files: another attempt counts."""
         for attempt in self.attempts:
             attempt.discard()
+
+    def settled(self) -> ShardRecord:
+        """The record with absent images as failures: nobody asks for them again."""
+        failures = {**dict(zip(self.absent, self.absent_reasons, strict=True)), **dict(self.record.failures)}
+        return replace(self.record, failures=tuple(sorted(failures.items())))

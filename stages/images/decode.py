@@ -26,6 +26,10 @@ class ImageError(Exception):
     """An image cannot be used. Its text is a short reason, the same for every file with the same fault."""
 
 
+class AbsentError(ImageError):
+    """An image could not be reached: it is gone, or the disk that it lies on. That says nothing about its content."""
+
+
 def decode_image(data: bytes | memoryview) -> Image.Image:
     """Decode an image file: upright by its EXIF orientation, of an animation the first frame, mode RGB.
 

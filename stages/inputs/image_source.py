@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,28 @@ class LabelledImage(FoundImage):
     class_id: str = ""
 
 
+Found = TypeVar("Found", bound=FoundImage)
+
+
+class ImageList(list[Found]):
+    """The images that a source lists, and what there is to say about the listing.
+
+    Attributes:
+        notes: lines on what was passed over; a source from outside of the package may have none of them.
+    """
+
+    notes: Sequence[str] = ()
+
+
+def list_notes(images: Sequence[FoundImage], key: str) -> list[str]:
+    """What a listing passed over, a line for each kind.
+
+    Args:
+        key: the config's name for the source.
+    """
+    return [f"{key}: {note}" for note in getattr(images, "notes", ())]
+
+
 @runtime_checkable
 class ImageSource(Protocol):
     """Encoded images. Derive from it, and implement `list` and `read`; the rest has defaults.
@@ -94,9 +116,22 @@ class ImageSource(Protocol):
         """The encoded image: JPEG, PNG or WebP. Called by several threads and processes at once.
 
         Raises:
-            ImageError: if it cannot be read.
+            ImageError: if it cannot be used.
+            AbsentError: an ImageError, if it cannot be reached: it may be there again later, and stage one asks again.
             InputError: if that is not the image's fault.
         """
+
+    def stat(self, key: Any) -> tuple[int, int]:
+        """Size of the encoded image in bytes, and the time of its last change (0: not known), as `list` gives them.
+
+        Raises:
+            ImageError: if it cannot be used; AbsentError if it cannot be reached.
+        """
+        return len(self.read(key)), 0
+
+    def passes_over(self, name: str) -> bool:
+        """Whether `list` leaves an image out for its name; rows of an earlier listing may have such names."""
+        return False
 
     def digest(self, key: Any) -> str | None:
         """XXH3-128 of the encoded image; None if it cannot be read."""
@@ -116,14 +151,16 @@ def require_at_hand(source: ImageSource, wanted: str) -> None:
         raise InputError(f"{source.location}: {source.absent}; {wanted}")
 
 
-def label_images(source: ImageSource, class_ids: Collection[str]) -> list[LabelledImage]:
+def label_images(source: ImageSource, class_ids: Collection[str]) -> ImageList[LabelledImage]:
     """The images of a labelled set, whose names begin with `<class id>/`; a class without images is allowed.
 
     Raises:
         InputError: as `ImageSource.list`, and if the name of an image does not begin so.
     """
     known = frozenset(class_ids)
-    images = [LabelledImage(**asdict(image), class_id=image.source.partition("/")[0]) for image in source.list()]
+    found = source.list()
+    images = ImageList(LabelledImage(**asdict(image), class_id=image.source.partition("/")[0]) for image in found)
+    images.notes = getattr(found, "notes", ())
     strangers = sorted({image.class_id for image in images} - known)
     if strangers:
         shown = ", ".join(strangers[:3]) + (f" and {len(strangers) - 3} more" if len(strangers) > 3 else "")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...cache.disk.durable import read_json
+from ...cache.disk.durable import parse_file, read_json
 from ...cache.errors import InputError
 from ..settings.data import EvaluateSettings, PromptSettings
 
@@ -57,12 +57,7 @@ def read_templates(spec: str) -> list[str]:
         templates = runpy.run_path(str(file))["OPENAI_IMAGENET_TEMPLATES"]  # importing the package would load torch
         return [str(template(SLOT)) for template in templates]
     path = Path(spec)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; wanted 'openai' or a file of templates") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8; wanted one template a line") from error
+    lines = parse_file(path, lambda text: text.split("\n"), "UTF-8", "'openai' or a file with one template a line")
     templates = []
     for number, line in enumerate(lines, start=1):
         if SLOT in line:

@@ -6,17 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from ...cache.disk.durable import TO_UTF8, foreign_encoding
 from ...cache.errors import InputError
 
 MAX_LINE_BYTES = 65_536
 """Longer lines are no sentences, and a file without line ends must not fill the memory."""
-
-_FOREIGN_BOMS = {  # the longer ones first: UTF-32's begins with UTF-16's
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +64,8 @@ def _read_file(path: Path, file: BinaryIO) -> Iterator[Sentence]:
 
 
 def _without_mark(path: Path, line: bytes) -> bytes:
-    for mark, encoding in _FOREIGN_BOMS.items():
-        if line.startswith(mark):
-            raise InputError(
-                f"{path}: encoded as {encoding}; wanted UTF-8, for example by iconv -f {encoding} -t UTF-8"
-            )
+    if encoding := foreign_encoding(line):
+        raise InputError(f"{path}: encoded as {encoding}; {TO_UTF8.format(encoding)}")
     return line.removeprefix(codecs.BOM_UTF8)
 
 

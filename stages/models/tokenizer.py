@@ -1,6 +1,10 @@
 """Sentences to token ids, with the tokenizer that a text tower was trained with."""
 
-from collections.abc import Sequence
+import codecs
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,7 @@ from ...cache.disk.durable import digest
 from ...cache.errors import InputError
 
 _CHARACTERS_PER_TOKEN = 64
+_LOCAL, _CONFIG = "local-dir:", "open_clip_config.json"
 _PROBE = (
     "",
     "a photo of a goldfish.",
@@ -28,7 +33,8 @@ def load_tokenizer(name: str) -> Any:
         InputError: if it needs files or a package that are not here.
     """
     try:
-        return open_clip.get_tokenizer(name)
+        with _without_mark(name) as readable:
+            return open_clip.get_tokenizer(readable)
     except ImportError as error:
         raise InputError(f"{name}: its tokenizer needs the package {error.name}; pip install {error.name}") from error
     except (OSError, ValueError) as error:
@@ -36,6 +42,22 @@ def load_tokenizer(name: str) -> Any:
         raise InputError(
             f"{name}: its tokenizer cannot be loaded ({reason}); put its files beside the model's"
         ) from error
+
+
+@contextmanager
+def _without_mark(name: str) -> Iterator[str]:
+    """The same model for open_clip, which cannot read a folder's config that begins with a byte order mark."""
+    folder = Path(name.removeprefix(_LOCAL))
+    config = folder / _CONFIG
+    if not name.startswith(_LOCAL) or not config.is_file() or not config.read_bytes().startswith(codecs.BOM_UTF8):
+        yield name
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        for file in folder.iterdir():
+            if file.name != _CONFIG:
+                Path(copy, file.name).symlink_to(file.resolve())
+        Path(copy, _CONFIG).write_bytes(config.read_bytes().removeprefix(codecs.BOM_UTF8))
+        yield f"{_LOCAL}{copy}"
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> Tensor:

@@ -18,7 +18,7 @@ class ImagesSettings(Settings):
     """`[images]`: the unlabelled images."""
 
     source: ImageLocation
-    """A folder, read recursively: .jpg, .jpeg, .png and .webp; or `package.module:function` that makes an
+    """A folder, read recursively: JPEG, PNG and WebP by their endings; or `package.module:function` that makes an
     `ImageSource`, called without arguments."""
     max_failed: Fraction = 0.01
     """Share of unreadable images above which stage one stops."""

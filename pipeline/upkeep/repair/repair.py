@@ -85,6 +85,8 @@ def outcome_lines(found: dict[str, Any]) -> list[str]:
     for array, runs in found["lost"].items():
         shown = show_runs(tuple((first, last) for first, last in runs))
         lines.append(f"{array}: lost: {shown}; repair again once their sources and the teacher are at hand")
+    if found["lost"]:
+        lines.append(f"`dimefm cache inspect {found['cache']} --failed` names them")
     lines += [f"left: {line}" for line in found["lines"]] + found["notes"]
     state = f"{found['found']} problems, {len(found['mended'])} files mended, {len(found['left'])} left"
     return [*lines, f"{found['cache']}: version {found['version']}: {state if found['found'] else 'sound'}"]

@@ -20,12 +20,14 @@ from ....cache.disk.arrays import read_chunk, write_chunk
 from ....cache.disk.durable import digest, make_folder, to_json_line, write_bytes
 from ....cache.disk.layout import SENTENCES, Layout, table_of
 from ....cache.disk.row_tables import LOST, OK, RowTable, good_rows, restate_rows
+from ....cache.errors import InputError
 from ....cache.version.journal import Journal, ShardRecord, read_records
 from ....cache.version.schema import Origin, Plan
 from ....cache.version.versions import move_file
 from ....stages.images.decode import ImageError
 from ....stages.inputs.image_source import keys_of
 from ....stages.inputs.prompts import class_prompts
+from ...stage_one.absent_files import require_few_absent
 from ...stage_one.inputs import classes_document
 from ...stage_one.sources import Sources
 from ..live_teacher import SAME_ROW, LiveTeacher, crops_of, image_source
@@ -59,20 +61,27 @@ def repair_shards(context: RepairContext, actions: Actions, damage: Damage, outc
         from ...stage_one.cluster.dispatch import run_shards
 
         assert context.live is not None
-        tasks = [_task(context, context.live, piece, new.states) for piece in actions.embed]
+        of_piece = {piece: _task(context, context.live, piece, new.states) for piece in actions.embed}
         pieces = {(piece.array, piece.chunk): piece for piece in actions.embed}
         weights = context.plan.teacher.weights
-        for done in run_shards(tasks, context.live.settings, weights, None):
+        for done in run_shards([*of_piece.values()], context.live.settings, weights, None):
+            record = done.settled()
+            piece = pieces[record.array, record.shard]
+            try:
+                require_few_absent(of_piece[piece], done, 1.0)
+            except InputError as error:  # a disk that is not mounted: rows that are sound must not be given up for it
+                outcome.leave({piece.name}, f"{error} (if they are gone for good, remove the empty folder)")
+                done.discard()
+                continue
             done.commit()
-            piece = pieces[done.record.array, done.record.shard]
-            if done.record.digest == piece.digest:
+            if record.digest == piece.digest:
                 move_file(context.staged.root / piece.name, context.layout.root / piece.name)
                 if piece.name in damage.files:  # else it was embedded for its lost rows, and they are lost still
                     outcome.mended[piece.name] = SAME_BYTES
-                if done.record.failures:  # a row that the teacher cannot embed and that was not marked
-                    new.mark(piece, done.record)
+                if record.failures:  # a row that the teacher cannot embed and that was not marked
+                    new.mark(piece, record)
             else:
-                _settle_changed(context, new, outcome, piece, done.record, compare)
+                _settle_changed(context, new, outcome, piece, record, compare)
     _keep_old_reasons(new, actions, outcome)
     return new
 

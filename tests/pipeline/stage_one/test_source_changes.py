@@ -10,7 +10,7 @@ from PIL import Image
 from dimefm.cache import CacheError, FeatureCache
 from dimefm.cache.disk.durable import digest
 from dimefm.cache.disk.layout import Layout
-from dimefm.cache.disk.row_tables import RowTable
+from dimefm.cache.disk.row_tables import RowTable, write_rows
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.stage_one.inputs import LineCount
@@ -118,6 +118,35 @@ def test_a_labelled_set_is_watched_too(world):
     (world.parent / "dev/c_red/0.png").unlink()
     notes = describe_plan(load_config(world))["notes"]
     assert notes == ["evaluate.dev.images: 1 images of this cache are gone: 'c_red/0.png'"]
+
+
+def test_what_lies_beside_the_images_is_no_news_but_one_line_of_plan(world):
+    images = world.parent / "images"
+    for name in ("._000.jpg", ".DS_Store", "0/Thumbs.db"):
+        (images / name).write_bytes(b"x")
+    (images / "a.heic").write_bytes(b"x")
+    assert describe_plan(load_config(world))["notes"] == [
+        "images.source: 1 .heic passed over: not JPEG, PNG or WebP",
+        "images.source: 3 hidden or system files and folders passed over (._*, .DS_Store, Thumbs.db, @eaDir, ...)",
+    ]
+    cache_teacher(load_config(world))
+
+
+def test_rows_that_are_passed_over_by_now_are_not_gone(world):
+    layout, images = Layout(world.parent / "cache"), world.parent / "images"
+    names = {"0/000.jpg": "._0.jpg", "0/003.jpg": ".a/1.jpg"}
+
+    def renamed(row):
+        return {**row, "source": names.get(row["source"], row["source"])}
+
+    table = RowTable(layout.image_rows)
+    write_rows(layout.image_rows, table.schema, list(map(renamed, table.records())), 4)
+    (images / ".a").mkdir()
+    for old, new in names.items():
+        (images / old).rename(images / new)
+    assert compare(world).counts() == {"changed": 0, "touched": 0, "gone": 0, "new": 0}
+    (images / "1/new.jfif").write_bytes((images / "1/004.jpg").read_bytes())
+    assert compare(world).new == ["1/new.jfif"]
 
 
 def test_a_pipe_in_an_images_place_is_not_waited_for(world):

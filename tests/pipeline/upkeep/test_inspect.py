@@ -9,25 +9,28 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dimefm.cache import CacheError, FeatureCache
+from dimefm.cache import FeatureCache
 from dimefm.cache.audit.inspect import skewness
 from dimefm.cache.reader.masks import add_mask
 from dimefm.pipeline.config.load import load_config
 from dimefm.pipeline.stage_one.cache_teacher import cache_teacher
 from dimefm.pipeline.upkeep.inspect import inspect, inspect_lines
 
+from ...support.commands import refused, run_dimefm
 from ...support.worlds import make_world
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_teacher):
-    """A finished cache of 30 images, one of them cut and one empty, and 22 sentences, one of them blank."""
+    """A finished cache of 30 images, two of them empty, 22 sentences, one of them blank, and a cut picture of dev."""
     config = make_world(tmp_path_factory.mktemp("inspect"), tiny_teacher)
     (config.parent / "images/0/006.jpg").write_bytes(b"")
     (config.parent / "images/0/009.jpg").write_bytes(b"")
     lines = (config.parent / "captions.txt").read_text().splitlines()
     (config.parent / "captions.txt").write_text("\n".join([*lines[:-1], " "]) + "\n")
     config.write_text(config.read_text().replace('source = "images/"', 'source = "images/"\nmax_failed = 0.2'))
+    cut = config.parent / "dev/c_green/1.png"
+    cut.write_bytes(cut.read_bytes()[:200])
     cache_teacher(load_config(config))
     return config.parent / "cache"
 
@@ -137,7 +140,36 @@ def test_a_cache_without_pairs_has_no_hubs(tmp_path, tiny_teacher):
     assert "pairs: none" in inspect_lines(found)
 
 
-def test_an_unfinished_cache_is_refused(cache):
-    (cache / "manifest.json").unlink()
-    with pytest.raises(CacheError, match="unfinished"):
-        inspect(cache)
+def test_an_unfinished_cache_is_looked_into_as_far_as_it_goes(cache, capsys):
+    for name in MANIFEST_FILES:
+        (cache / name).unlink()
+    found = inspect(cache)
+    assert found["state"] == "unfinished"
+    assert found["arrays"]["images/embedding"] == {
+        "rows": 30,
+        "failed": 2,
+        "reasons": {"empty file": 2},
+        "shards": 8,
+        "shards_done": 8,
+    }
+    text = run_dimefm(capsys, "cache", "inspect", cache).out
+    assert "unfinished" in text and "8 of 8 shards done, 2 failed: 2 x empty file" in text and "--failed" in text
+    (cache / "plan.json").unlink()
+    assert "no teacher cache" in refused(capsys, "cache", "inspect", cache)
+    assert "no teacher cache" in refused(capsys, "cache", "inspect", cache, "--failed")
+
+
+@pytest.mark.parametrize("state", ["finished", "unfinished"])
+def test_failures_of_every_kind_are_listed_by_name_and_reason(cache, state, capsys):
+    if state == "unfinished":
+        for name in MANIFEST_FILES:
+            (cache / name).unlink()
+    lines = run_dimefm(capsys, "cache", "inspect", cache, "--failed").out.splitlines()
+    assert lines == [
+        "images\t2\t0/006.jpg\tempty file",
+        "images\t3\t0/009.jpg\tempty file",
+        "sentences\t21\t' '\tblank",
+        "evaluate.dev\t4\tc_green/1.png\ttruncated",
+    ]
+    found = json.loads(run_dimefm(capsys, "cache", "inspect", cache, "--failed", "--json").out)["failed"]
+    assert found[2] == {"set": "sentences", "row": 21, "name": " ", "origin": "captions.txt", "reason": "blank"}

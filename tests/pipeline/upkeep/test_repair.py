@@ -246,6 +246,21 @@ def test_lost_rows_come_back_when_their_sources_do(root):
     assert [name for name in of_rows if now[name] != whole[name]] == []
 
 
+def test_an_empty_folder_of_images_costs_no_row_since_its_disk_may_not_be_mounted(root):
+    whole, images = tree(root), root.parent / "images"
+    change_byte(root / CHUNK, 100)
+    images.rename(root.parent / "away")
+    images.mkdir()
+    found = repair(root)
+    assert found["lost"] == {} and [item["where"] for item in found["left"]] == [CHUNK]
+    assert "is the disk mounted?" in found["left"][0]["repair"]
+    assert FeatureCache.open(root).images.usable.tolist() == list(range(30))
+    images.rmdir()
+    (root.parent / "away").rename(images)
+    repair(root)
+    assert tree(root) == whole
+
+
 def test_an_image_that_is_gone_or_changed_costs_its_own_row(root):
     sources = pq.read_table(root / "rows/images.parquet").column("source").to_pylist()
     (root.parent / "images" / sources[8]).unlink()

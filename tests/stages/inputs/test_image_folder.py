@@ -12,9 +12,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from dimefm.cache import InputError
-from dimefm.stages.images.decode import ImageError, decode_image
+from dimefm.stages.images.decode import AbsentError, ImageError, decode_image
 from dimefm.stages.inputs.image_folder import ImageFolder
-from dimefm.stages.inputs.image_source import label_images
+from dimefm.stages.inputs.image_source import label_images, list_notes
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -66,6 +66,60 @@ def test_images_are_told_by_their_suffix_in_any_case(tmp_path: Path) -> None:
     for name in ("a.JPG", "b.jpeg", "c.Png", "d.webp", "notes.txt", "e.gif", "png", "f.jpg.part"):
         write(tmp_path / name, b"x")
     assert sources(tmp_path) == ["a.JPG", "b.jpeg", "c.Png", "d.webp"]
+
+
+def test_jpegs_by_their_other_names_are_images(tmp_path: Path) -> None:
+    names = ["a.jfif", "b.JPE", "c.jif", "d.jfi", "e.pjpeg", "f.pjp", "g.JFIF"]
+    for name in names:
+        write(tmp_path / name, encoded(picture(), "JPEG"))
+    assert sources(tmp_path) == names
+    assert decode_image((tmp_path / "a.jfif").read_bytes()).size == (8, 6)
+
+
+def test_what_is_not_taken_is_counted_by_its_ending_in_one_line(tmp_path: Path) -> None:
+    others = ["x.heic", "b/y.HEIC", "z.heic", "u.gif", "v.gif", "w.tif", "no ending", "b/v1.0_a long name", "dot."]
+    for name in ["a.png", *others]:
+        write(tmp_path / name, b"x")
+    found = ImageFolder(tmp_path).list()
+    assert [image.source for image in found] == ["a.png"]
+    assert list_notes(found, "images.source") == [
+        "images.source: 3 .heic, 3 without an ending, 2 .gif, 1 .tif passed over: not JPEG, PNG or WebP"
+    ]
+
+
+def test_many_endings_still_are_one_line(tmp_path: Path) -> None:
+    for i in range(20):
+        write(tmp_path / f"a.{i}x", b"x")
+    write(tmp_path / "a.png")
+    (note,) = ImageFolder(tmp_path).list().notes
+    assert note.startswith("1 .") and note.endswith("12 of other endings passed over: not JPEG, PNG or WebP")
+
+
+LITTER = ["._1.png", ".DS_Store", "Thumbs.db", "b/desktop.ini", "b/@eaDir/1.png/thumb.jpg", "__MACOSX/._1.png"]
+
+
+def test_what_systems_leave_in_folders_is_passed_over_and_counted_in_one_line(tmp_path: Path) -> None:
+    for name in ["1.png", *LITTER, ".ipynb_checkpoints/1-checkpoint.png", ".hidden.jpg"]:
+        write(tmp_path / name)
+    found = ImageFolder(tmp_path).list()
+    assert [image.source for image in found] == ["1.png"]
+    (note,) = found.notes  # a folder counts as one: nobody looks into it
+    assert note == "8 hidden or system files and folders passed over (._*, .DS_Store, Thumbs.db, @eaDir, ...)"
+    assert all(ImageFolder(tmp_path).passes_over(name) for name in LITTER)
+    assert not any(ImageFolder(tmp_path).passes_over(name) for name in ("1.png", "a/b.c/1.png", "thumbs.db.png"))
+
+
+def test_litter_in_a_labelled_set_is_no_class(tmp_path: Path) -> None:
+    for name in ["n01/a.png", "n01/._a.png", ".ipynb_checkpoints/a.png", "__MACOSX/n01/a.png"]:
+        write(tmp_path / name)
+    found = label_images(ImageFolder(tmp_path), ["n01"])
+    assert [image.source for image in found] == ["n01/a.png"] and len(found.notes) == 1
+
+
+def test_a_folder_of_other_files_alone_says_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path / "a.gif", b"x")
+    with pytest.raises(InputError, match=r"no image below it; 1 \.gif passed over: .*; wanted files that end in \.jpg"):
+        ImageFolder(tmp_path).list()
 
 
 def test_a_row_knows_its_size_and_time(tmp_path: Path) -> None:
@@ -122,6 +176,24 @@ def test_a_missing_an_empty_and_a_wrong_folder_are_refused(tmp_path: Path) -> No
     for name, words in (("missing", "no such folder"), ("empty", "no image below it"), ("file.png", "not a folder")):
         with pytest.raises(InputError, match=f"{name}: {words}"):
             ImageFolder(tmp_path / name).list()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_image_that_may_not_be_read_is_absent_and_not_broken(tmp_path: Path) -> None:
+    write(tmp_path / "a.png").chmod(0)
+    with pytest.raises(AbsentError, match="permission denied"):
+        ImageFolder(tmp_path).read("a.png")
+
+
+def test_an_image_that_is_not_there_is_absent_and_a_folder_in_its_place_is_none(tmp_path: Path) -> None:
+    (tmp_path / "folder.png").mkdir()
+    write(tmp_path / "file.png")
+    for name in ("none.png", "nowhere/none.png", "file.png/none.png"):
+        with pytest.raises(AbsentError, match="gone"):
+            ImageFolder(tmp_path).read(name)
+    with pytest.raises(ImageError, match="not a regular file") as caught:
+        ImageFolder(tmp_path).read("folder.png")
+    assert not isinstance(caught.value, AbsentError)
 
 
 def test_a_labelled_image_has_its_first_folder_as_class(tmp_path: Path) -> None:

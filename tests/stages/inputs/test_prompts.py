@@ -79,7 +79,7 @@ def test_a_template_file_without_slots_is_refused(tmp_path: Path, data: bytes, w
 
 
 def test_a_missing_template_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="wanted 'openai' or a file of templates"):
+    with pytest.raises(InputError, match="wanted 'openai' or a file with one template a line"):
         read_templates(str(tmp_path / "open ai"))
 
 
