@@ -66,8 +66,8 @@ def _forget_failures(layout: Layout, plan: Plan, sources: Sources) -> None:
         of_row = np.arange(num_rows) // plan.shard_rows
         missing = {shard for shard in set(of_row.tolist()) if shard not in records}
         # Files of shards that are embedded only now may have changed since they were listed.
-        asked = set(np.flatnonzero(np.isin(of_row, list(missing))).tolist()) | failed
-        wanted = sorted(row for row in asked if row >= first_new.get(array, 0))
+        unsettled = set(np.flatnonzero(np.isin(of_row, list(missing))).tolist()) | failed
+        wanted = sorted(row for row in unsettled if row >= first_new.get(array, 0))
         again[array] = _as_listed(layout, plan, sources, array, wanted, failed)
     shards = {(array, row // plan.shard_rows) for array, rows in again.items() for row in rows}
     shards |= {(record.array, record.shard) for record in read_records(layout) if record.failures}
