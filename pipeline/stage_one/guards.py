@@ -10,7 +10,7 @@ from ...cache.reader.pixel_packs import kept_setting
 from ...cache.version.manifest import read_manifest
 from ...cache.version.plan_file import identity, read_plan, require_same
 from ...cache.version.schema import Plan, Views
-from ...stages.models.teacher_identity import configured_identity
+from ...stages.models.teacher_identity import configured_identity, recorded_identity
 from ...stages.settings.cache import CENTER, CacheSettings, PairsSettings
 from ...stages.settings.models import TeacherSettings
 from .planned import asked_views, rows_of
@@ -78,8 +78,7 @@ def is_finished(layout: Layout, pairs: PairsSettings, pixels: str | None) -> boo
 def require_same_settings(layout: Layout, plan: Plan, teacher: TeacherSettings, cache: CacheSettings) -> None:
     """Refuse a cache of another teacher, division, row tables, views or kept pixels."""
     wanted = configured_identity(teacher)
-    identified = plan.teacher.to_dict()
-    there = {key: identified.get(key) for key in wanted}
+    there = recorded_identity(plan.teacher.to_dict(), wanted)
     asked_views_, views = asked_views(cache), plan.views
     for found, asked in (
         ({"teacher": there}, {"teacher": wanted}),

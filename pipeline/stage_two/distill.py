@@ -12,7 +12,7 @@ from ...stages.devices import memory_errors_as
 from ...stages.inputs.image_source import FILES, ImageSource
 from ...stages.inputs.kept_pixels import choose_pixels
 from ...stages.inputs.open_source import open_source
-from ...stages.models.teacher_identity import configured_identity
+from ...stages.models.teacher_identity import configured_identity, recorded_identity
 from ...stages.run_folder.run_record import CHECKPOINT, read_run_record
 from ...stages.score.embed_set import labelled_set
 from ...stages.settings.models import StudentSettings
@@ -158,7 +158,7 @@ def _chosen(config: Config, names: list[str]) -> dict[str, StudentSettings]:
 
 def _require_configured_teacher(config: Config, cache: FeatureCache) -> None:
     wanted = configured_identity(config.teacher)
-    difference = first_difference({key: cache.teacher.get(key) for key in wanted}, wanted)
+    difference = first_difference(recorded_identity(cache.teacher, wanted), wanted)
     if difference:
         key, found, asked = difference
         raise CacheError(

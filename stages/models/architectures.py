@@ -33,7 +33,10 @@ def read_model_config(path: Path, keys: Sequence[str], shown: str) -> tuple[dict
     """`model_cfg` and `preprocess_cfg` of a file; the second is empty where there is none. Arguments as above."""
     document = read_json(path, "an open_clip model config", shown, parse_constant=_refuse_constant)
     document = document if isinstance(document, dict) else {}
-    return _require_keys(document.get("model_cfg", document), keys, shown), document.get("preprocess_cfg", {})
+    preprocess = document.get("preprocess_cfg") or {}
+    if not isinstance(preprocess, dict):
+        raise InputError(f"{shown}: preprocess_cfg is no object; wanted open_clip's keys, such as mean and std")
+    return _require_keys(document.get("model_cfg", document), keys, shown), preprocess
 
 
 def _require_keys(config: Any, keys: Sequence[str], shown: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from ...cache.errors import InputError
 from ..devices import memory_errors_as
 from ..settings.models import TeacherSettings
 from ..settings.plugins import load_function
+from .plausible import is_logit_scale
 from .teacher import ImageTeacher, Teacher, basic_identity
 from .weights_file import one_line
 
@@ -32,6 +33,11 @@ def _require_teacher(teacher: Teacher, settings: TeacherSettings) -> None:
         raise InputError(
             f"{settings.model}: returned a {type(teacher).__name__} without {', '.join(missing)}; wanted all of "
             "dimefm.stages.models.teacher.Teacher"
+        )
+    if not is_logit_scale(teacher.logit_scale):
+        raise InputError(
+            f"{settings.model}: its logit_scale is {teacher.logit_scale}; wanted what cosines are multiplied by, up to "
+            "about 100, not the logarithm of it"
         )
     identity = teacher.identity()
     missing = sorted({"weights", *basic_identity(teacher)} - identity.keys())

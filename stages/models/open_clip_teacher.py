@@ -19,12 +19,15 @@ from ...cache.errors import InputError
 from ..images.crops import Crop, cut, resample_filter
 from ..images.decode import ImageError
 from ..settings.models import TeacherSettings
+from .checkpoint_states import State
 from .frozen_text_tower import text_state, write_text_tower
+from .open_clip_towers import in_open_clips_names, load_into_clip
+from .plausible import bias_remark, require_finite, require_logit_scale
 from .pretrained_tags import quiet_open_clip
 from .teacher import basic_identity
 from .teacher_source import TeacherSource, find_teacher
 from .tokenizer import check_vocabulary, load_tokenizer, tokenize, tokenizer_identity
-from .weights_file import one_line, weights_digest, weights_errors
+from .weights_file import one_line, read_weights, weights_digest, weights_errors
 
 MAX_ASPECT = 64
 """Of an image longer than this, in its own widths, only the middle is resized: open_clip's resize would fill gigabytes
@@ -37,6 +40,7 @@ class OpenClipTeacher:
     Attributes:
         model: the open_clip model, in evaluation mode.
         model_cfg: its architecture, as in open_clip's model configs.
+        notes: what the person who loads it should know, a line each.
     """
 
     def __init__(self, settings: TeacherSettings, model: Any, model_cfg: Mapping[str, Any], tokenizer: Any) -> None:
@@ -45,7 +49,8 @@ class OpenClipTeacher:
         self.model_cfg = dict(model_cfg)
         self.tokenizer = tokenizer
         self.embed_dim = int(model_cfg["embed_dim"])
-        self.logit_scale = float(self.model.logit_scale.exp())
+        self.logit_scale = settings.logit_scale or float(self.model.logit_scale.exp())
+        self.notes: list[str] = []
         self.device: torch.device = self.model.logit_scale.device
         cfg = PreprocessCfg(**self.model.visual.preprocess_cfg)
         self.preprocess_cfg: dict[str, Any] = {
@@ -135,19 +140,46 @@ def load_open_clip_teacher(settings: TeacherSettings, device: torch.device) -> O
     """Load the open_clip model that `[teacher]` describes; a local one never touches the network.
 
     Raises:
-        InputError: if it cannot be found, built, filled with its weights or held by the device: one line.
+        InputError: if it cannot be found, built, filled with its weights or held by the device, or if weights are not
+            finite or its logit scale can be none: one line.
     """
     with quiet_open_clip():
         source = find_teacher(settings)
         model = _build(settings, source, device)
-        with weights_errors(source.weights):
-            open_clip.load_checkpoint(model, str(source.weights), strict=True, weights_only=True)
+        line = _fill(model, source.weights)
         tokenizer = load_tokenizer(source.tokenizer)
     check_vocabulary(tokenizer, getattr(model, "text", model).vocab_size, settings.model)
-    teacher = OpenClipTeacher(settings, model, source.model_cfg, tokenizer)
-    if not math.isfinite(teacher.logit_scale):
-        raise InputError(f"{source.weights}: their logit scale is {teacher.logit_scale}; fetch the weights again")
+    require_finite(model, source.weights, settings)
+    if settings.logit_scale is None:
+        require_logit_scale(model.logit_scale.item(), source.weights)
+    else:
+        model.logit_scale.data.fill_(math.log(settings.logit_scale))
+    try:
+        teacher = OpenClipTeacher(settings, model, source.model_cfg, tokenizer)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise InputError(f"{settings.model}: no such preprocessing: {source.preprocess} ({one_line(error)})") from error
+    teacher.notes = [note for note in (line, source.note, bias_remark(model.logit_bias)) if note]
     return teacher
+
+
+def _fill(model: Any, path: Path) -> str:
+    """Fill a model with weights of a file; returns what to say of it."""
+    if path.suffix == ".npz":  # big_vision's, which open_clip reads by itself
+        with weights_errors(path):
+            open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
+        return ""
+    own = model.state_dict()
+    num_elements = sum(tensor.numel() for tensor in own.values())
+
+    def share(state: State) -> float:
+        named = in_open_clips_names(model, state)
+        fits = (name for name, tensor in own.items() if name in named and named[name].shape == tensor.shape)
+        return sum(own[name].numel() for name in fits) / num_elements
+
+    state, line = read_weights(path, share)
+    with weights_errors(path):
+        load_into_clip(model, state)
+    return line and f"{path}: {line}"
 
 
 def _build(settings: TeacherSettings, source: TeacherSource, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...cache.errors import InputError
 from ..devices import memory_errors_as
+from .plausible import scale_remark
 from .teacher import Teacher, out_of_memory
 
 CONSTANT_COSINE = 1e-4
@@ -25,7 +26,7 @@ def check_teacher(teacher: Teacher, crops: Sequence[np.ndarray], sentences: Sequ
     Returns:
         What to show a user, a line for each finding: the width and logit scale; of the images and of the sentences the
         L2 norms before normalisation, and the standard deviation of the unit rows, mean over the dimensions; the
-        cosines of every image with every sentence.
+        cosines of every image with every sentence; then what is unusual, and the teacher's own `notes`, if any.
 
     Raises:
         InputError: if a batch does not fit into the device's memory, or if embeddings have another width than the
@@ -40,11 +41,15 @@ def check_teacher(teacher: Teacher, crops: Sequence[np.ndarray], sentences: Sequ
     sentence_rows = _in_batches(lambda batch: teacher.encode_tokens(teacher.tokenize(batch)), sentences, teacher)
     image_units = _units(image_rows, "images", teacher)
     sentence_units = _units(sentence_rows, "sentences", teacher)
+    key = "distill.loss.logit_scale" if teacher.settings.is_from_outside else "teacher.logit_scale"
+    remark = "" if teacher.settings.logit_scale else scale_remark(teacher.logit_scale, key)
     return [
         f"teacher: {teacher.embed_dim} dimensions, logit scale {teacher.logit_scale:.2f}",
         _line(f"{len(crops)} images", image_rows, image_units),
         _line(f"{len(sentences)} sentences", sentence_rows, sentence_units),
         f"cosine of image and sentence: {_spread(image_units @ sentence_units.T)}",
+        *([remark] if remark else []),
+        *getattr(teacher, "notes", []),
     ]
 
 
@@ -70,6 +75,13 @@ def _units(rows: np.ndarray, what: str, teacher: Teacher) -> np.ndarray:
     if np.abs(rows).max() > np.finfo(np.float16).max:
         raise InputError(f"{where}: values up to {np.abs(rows).max():.3g}; the cache holds float16, up to 65504")
     units = rows / norms
+    halves = rows.astype(np.float16).astype(np.float64)
+    kept = (halves * units).sum(axis=1) / np.maximum(np.linalg.norm(halves, axis=1), np.finfo(np.float64).tiny)
+    if kept.min() < 1 - CONSTANT_COSINE:
+        raise InputError(
+            f"{where}: norms down to {norms.min():.3g}; the cache holds float16, in which they lose their direction "
+            f"(cosine {kept.min():.4f}): check the weights"
+        )
     if len(units) > 1 and (units @ units[0]).min() > 1 - CONSTANT_COSINE:
         raise InputError(
             f"{where}: the same for all {len(units)} of them; wanted them to differ: check that the weights belong to "

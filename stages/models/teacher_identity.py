@@ -2,25 +2,42 @@
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ...cache.errors import InputError
 from ..settings.models import TEACHERS, TeacherSettings
 from ..settings.plugins import require_function
 
 
-def configured_identity(settings: TeacherSettings) -> dict[str, str | int | None]:
+def configured_identity(settings: TeacherSettings) -> dict[str, Any]:
     """The part of a teacher's identity that its settings alone decide; of a file, its name, so that it may move.
+
+    Preprocessing and logit scale are in it only where they are set: else the weights decide.
 
     >>> configured_identity(TeacherSettings(model="ViT-B-32", pretrained="/data/b32.safetensors"))["pretrained"]
     'b32.safetensors'
     """
-    return {
+    identity: dict[str, Any] = {
         "model": _name(settings.model),
         "pretrained": _name(settings.pretrained) if settings.pretrained else None,
         "precision": settings.precision,
         "batch_size": settings.batch_size,
     }
+    if settings.preprocess is not None:
+        identity["preprocess"] = settings.preprocess.given
+    if settings.logit_scale is not None:
+        identity["logit_scale"] = settings.logit_scale
+    return identity
+
+
+def recorded_identity(identity: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cache's identity of its teacher says of the keys of a `configured_identity`."""
+    found = {key: identity.get(key) for key in wanted}
+    if "preprocess" in wanted:
+        found["preprocess"] = {key: (found["preprocess"] or {}).get(key) for key in wanted["preprocess"]}
+    return found
 
 
 def _name(source: str) -> str:

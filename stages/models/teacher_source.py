@@ -1,7 +1,7 @@
 """Where a teacher comes from: the settings resolved to a model config, a weights file and a tokenizer, or refused."""
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from ...cache.disk.durable import digest, to_json
 from ...cache.errors import InputError
 from ..settings.models import TeacherSettings
 from .architectures import model_config, read_model_config
+from .preprocessing import CONFIG_NAME, of_images, preprocessing_of_file
 from .pretrained_tags import Asked, download, quick_gelu, tag_weights, wrong_activation
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
-CONFIG_NAME = "open_clip_config.json"
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz")
 _WEIGHTS_IN_FOLDER = (
     "open_clip_model.safetensors",
@@ -24,8 +24,6 @@ _WEIGHTS_IN_FOLDER = (
     "model.safetensors",
 )
 _BOTH_TOWERS = ("embed_dim", "vision_cfg", "text_cfg")
-_PREPROCESS_KEYS = ("mode", "mean", "std", "interpolation", "resize_mode", "fill_color")
-"""What weights say of their images; the size is the architecture's."""
 _BY_HAND = "give the path of the .safetensors file as teacher.pretrained, or of its folder as model = 'local-dir:…'"
 
 
@@ -37,8 +35,9 @@ class TeacherSource:
         name: what open_clip knows the architecture by; a config from a file is registered under a name of its own.
         model_cfg: the architecture, as in open_clip's model configs.
         weights: checkpoint with both towers.
-        preprocess: image preprocessing that comes with the weights; keys as in open_clip's `preprocess_cfg`.
+        preprocess: image preprocessing; keys as in open_clip's `preprocess_cfg`.
         tokenizer: what `open_clip.get_tokenizer` is asked for.
+        note: one line on where the preprocessing comes from, "" where that is plain.
     """
 
     name: str
@@ -46,15 +45,29 @@ class TeacherSource:
     weights: Path
     tokenizer: str
     preprocess: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 def find_teacher(settings: TeacherSettings) -> TeacherSource:
     """Resolve `[teacher]`; downloads what is named by a tag or on the hub, and nothing before the names are checked.
 
+    Images are prepared as `teacher.preprocess` sets, else as the model's or the weights' own config says, the tag, or
+    for weights given by path the tags of the architecture.
+
     Raises:
         InputError: for an unknown architecture or tag, for weights that were trained with another activation than the
-            architecture's, for files that are missing, and when a download fails.
+            architecture's, for files that are missing, when a download fails, and where nothing says how images are
+            prepared.
     """
+    given = {} if settings.preprocess is None else settings.preprocess.given
+    source = _find(settings)
+    said, note = source.preprocess, ""
+    if not said:
+        said, note = preprocessing_of_file(source.weights, settings.model, source.model_cfg, given)
+    return replace(source, preprocess={**said, **given}, note="" if given else note)
+
+
+def _find(settings: TeacherSettings) -> TeacherSource:
     model, pretrained = settings.model, settings.pretrained
     if model.startswith((HUB, LOCAL)):
         if pretrained:
@@ -88,7 +101,7 @@ def find_teacher(settings: TeacherSettings) -> TeacherSource:
         )
     else:
         weights, tag_cfg = tag_weights(name, pretrained, asked)
-        preprocess = _of_images(tag_cfg)
+        preprocess = of_images(tag_cfg)
     return TeacherSource(name, model_cfg, weights, tokenizer=name, preprocess=preprocess)
 
 
@@ -116,11 +129,7 @@ def _from_folder(model: str) -> TeacherSource:
 def _read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Model and preprocessing of a config file."""
     model_cfg, preprocess = read_model_config(path, _BOTH_TOWERS, str(path))
-    return model_cfg, _of_images(preprocess)
-
-
-def _of_images(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key in _PREPROCESS_KEYS}
+    return model_cfg, of_images(preprocess)
 
 
 def _register(model_cfg: dict[str, Any]) -> str:

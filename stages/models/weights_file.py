@@ -2,7 +2,7 @@
 
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import clean_state_dict
 from torch import Tensor
 
 from ...cache.disk.durable import digest
 from ...cache.errors import InputError
-
-_NESTED = ("ema", "state_dict_ema", "model_ema", "state_dict", "model")
-"""Where training checkpoints keep a model's tensors, averaged ones first: ours, timm's and open_clip's."""
+from .checkpoint_states import State, choose_state
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors` file or of one that `torch.save` wrote, by name, on the CPU.
+def read_weights(path: Path, share: Callable[[State], float]) -> tuple[dict[str, Tensor], str]:
+    """A model's tensors out of a `.safetensors` file or of one that `torch.save` wrote, by name, on the CPU.
 
-    Of a training checkpoint, the averaged weights where it has some, else the model's. Prefixes that DDP and
-    torch.compile add to names are taken off.
+    Args:
+        share: how much of the model a state has, 0 to 1; of those that fit equally well, averaged ones are taken.
+
+    Returns:
+        The tensors, and what to say where the file holds others that fit, else "".
 
     Raises:
         InputError: if it is missing, damaged, holds no tensors, or cannot be read without running code from it.
@@ -32,13 +32,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     with weights_errors(path):
         is_safe = path.suffix == ".safetensors"
         document: Any = load_file(path) if is_safe else torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(document, dict):
-        nested = [document[key] for key in _NESTED if isinstance(document.get(key), dict)]
-        document = nested[0] if nested else document
-        tensors = {str(name): value for name, value in document.items() if isinstance(value, Tensor)}
-        if tensors:
-            return dict(clean_state_dict(tensors))
-    raise InputError(f"{path}: no named tensors in it; wanted a state dict")
+    chosen = choose_state(document, share)
+    if chosen is None:
+        raise InputError(f"{path}: damaged or no checkpoint: no named tensors in it; wanted a state dict")
+    return chosen
 
 
 @contextmanager
@@ -61,6 +58,7 @@ def weights_errors(path: Path) -> Iterator[None]:
         KeyError,
         ValueError,
         RuntimeError,
+        AssertionError,
     ) as error:
         if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
             found = (
@@ -68,7 +66,7 @@ def weights_errors(path: Path) -> Iterator[None]:
                 "safetensors or hub weights, or, where the file came from, load it and write its state_dict() with "
                 "safetensors.torch.save_file"
             )
-        elif "loading state_dict" in str(error):
+        elif "loading state_dict" in str(error) or isinstance(error, AssertionError):
             found = (
                 f"not the weights of this architecture ({one_line(error)}); choose the model config that they were "
                 "trained with"

@@ -1,8 +1,8 @@
 """What a user sets about the teacher and the students."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from .base import Device, Settings, StudentInit, StudentModel, StudentText, TeacherModel, TeacherWeights
 from .plugins import is_function
@@ -26,6 +26,30 @@ STUDENTS = {
 image_size=…)."""
 
 
+class PreprocessSettings(Settings):
+    """`[teacher.preprocess]`: how the teacher's images are prepared, in open_clip's terms (its `preprocess_cfg`).
+
+    A key that is set counts, whatever the weights, their config or their tag say; one that is not is as they say.
+    """
+
+    mean: tuple[float, float, float] | None = Field(default=None, strict=False)
+    """Of red, green and blue between 0 and 1; what is subtracted."""
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = Field(default=None, strict=False)
+    """What is divided by then."""
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+    """The filter that resizes."""
+    resize_mode: Literal["shortest", "longest", "squash"] | None = None
+    """`shortest`: the shorter side fits and the middle is cut out; `longest`: the longer one fits and the rest is
+    padded; `squash`: both fit, proportions are lost."""
+    fill_color: int | None = Field(default=None, ge=0, le=255)
+    """Of the padding."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The keys that are set, ready for JSON: lists instead of tuples."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
 class TeacherSettings(Settings):
     """`[teacher]`: the model that is asked once."""
 
@@ -36,12 +60,22 @@ class TeacherSettings(Settings):
     """An open_clip tag, `hf-hub:org/name`, or a .safetensors / .pt file; left out where the model brings weights."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Number format of weights and activations."""
+    preprocess: PreprocessSettings | None = None
+    logit_scale: float | None = Field(default=None, gt=0.0)
+    """What cosines are multiplied by before a softmax, in the place of the number that the weights hold."""
     batch_size: int = Field(default=256, ge=1)
     """Rows of one forward pass. Part of the cache's identity: the last bits of an embedding depend on it."""
     device: Device = "auto"
     """`auto` (every GPU there is, else the CPU), `cpu`, `cuda` or `cuda:N`."""
     workers: int = Field(default=0, ge=0)
     """Threads that read and decode images for one device; 0 takes one for each core."""
+
+    @model_validator(mode="after")
+    def _a_function_sets_its_own(self) -> "TeacherSettings":
+        for key in ("preprocess", "logit_scale"):
+            if self.is_from_outside and getattr(self, key) is not None:
+                raise ValueError(f"{key} is for open_clip's models; {self.model} sets its own: remove the key")
+        return self
 
     @property
     def is_from_outside(self) -> bool:

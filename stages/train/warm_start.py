@@ -6,7 +6,9 @@ from math import isqrt
 from pathlib import Path
 from sys import modules
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import timm
 import torch
 from open_clip.model import resize_pos_embed
@@ -14,12 +16,13 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from ...cache.errors import InputError
+from ..models.architectures import read_model_config
+from ..models.checkpoint_states import State
+from ..models.preprocessing import CONFIG_NAME, of_images
 from ..models.pretrained_tags import Asked, quiet_open_clip, tag_weights
 from ..models.weights_file import one_line, read_weights, weights_digest
 from ..run_folder.checkpoint import load_checkpoint, weights_to_use
 from ..run_folder.run_record import CHECKPOINT, read_run_record
-
-State = Mapping[str, Tensor]
 
 _MIN_SHARE = 0.5
 """Of the student's parameters, its projection aside: with less it is another model's weights."""
@@ -36,12 +39,25 @@ class WarmStart:
         fresh: names of those that keep their random ones.
         line: one line for the user.
         digest: of the weights as they were read, whatever file they came in.
+        preprocess: what is known of the images that they were trained with; keys as in open_clip's `preprocess_cfg`.
     """
 
     num_taken: int
     fresh: list[str]
     line: str
     digest: str
+    preprocess: Mapping[str, Any]
+
+    def remark(self, preprocess: Mapping[str, Any]) -> str:
+        """One line if the weights were trained with other mean or std than a student sees, the teacher's; else ""."""
+        other = [key for key in ("mean", "std") if key in self.preprocess and key in preprocess]
+        other = [key for key in other if not np.allclose(self.preprocess[key], preprocess[key], atol=0.02)]
+        if not other:
+            return ""
+        of_init, of_teacher = (
+            ", ".join(f"{key} {list(cfg[key])}" for key in other) for cfg in (self.preprocess, preprocess)
+        )
+        return f"init was trained on images of {of_init}; here it sees those of the teacher's {of_teacher}, and adapts"
 
     @property
     def record(self) -> dict[str, object]:
@@ -60,7 +76,8 @@ def warm_start(student: nn.Module, spec: str, init: str, image_size: int) -> War
         spec: what it was built from: `timm:NAME`, `open_clip:ARCH` or `package.module:function`.
         init: `run:FOLDER` (another run's last step, its averaged weights where it has some), `pretrained` (timm's own
             weights of a `timm:` model), `open_clip:TAG` (the image tower of the same architecture's tag), or a
-            `.safetensors` or `.pt` file: of this tower, of timm's model, or of a CLIP that has it as `visual`.
+            `.safetensors` or `.pt` file: of this tower, of timm's model, or of a CLIP that has it as `visual`, in any
+            container that `choose_state` knows.
         image_size: side of the student's input, pixels.
 
     Raises:
@@ -68,11 +85,16 @@ def warm_start(student: nn.Module, spec: str, init: str, image_size: int) -> War
             parameters, its projection aside.
     """
     with quiet_open_clip():
-        read, said = _read(spec, init)
-        state = {name: _widened(tensor) for name, tensor in read.items()}
         own = student.state_dict()
-        fits = [_fit(own, named) for named in _namings(student, state)]
-    taken = max(fits, key=lambda fit: sum(tensor.numel() for tensor in fit.values()))
+        sizes = {name: tensor.numel() for name, tensor in own.items() if name not in _projection(student)}
+
+        def share(state: State) -> float:
+            fit = _best_fit(student, own, {name: _widened(tensor) for name, tensor in state.items()})
+            return sum(size for name, size in sizes.items() if name in fit) / max(1, sum(sizes.values()))
+
+        read, said, preprocess = _read(spec, init, share)
+        state = {name: _widened(tensor) for name, tensor in read.items()}
+        taken = _best_fit(student, own, state)
     fresh = [name for name in own if name not in taken]
     _require_enough(student, taken, spec, said, image_size)
     if bad := [name for name, tensor in taken.items() if not tensor.isfinite().all()]:
@@ -84,22 +106,30 @@ def warm_start(student: nn.Module, spec: str, init: str, image_size: int) -> War
         line += f"; adapted: {_some(adapted)}"
     if fresh:
         line += f"; fresh: {_some(fresh)}"
-    return WarmStart(len(taken), fresh, line, weights_digest(read))
+    return WarmStart(len(taken), fresh, line, weights_digest(read), preprocess)
 
 
-def _read(spec: str, init: str) -> tuple[dict[str, Tensor], str]:
-    """Weights under the names that they have, and what to call them."""
+def _read(spec: str, init: str, share: Callable[[State], float]) -> tuple[dict[str, Tensor], str, Mapping[str, Any]]:
+    """Weights under the names that they have, what to call them, and what is known of the images that they know.
+
+    Args:
+        share: how much of the student a state has.
+    """
     kind, _, rest = init.partition(":")
     if kind == "run":
-        return _of_run(Path(rest))
+        return *_of_run(Path(rest)), read_run_record(Path(rest)).get("preprocess", {})
     if kind == "open_clip":
         architecture = spec.removeprefix("open_clip:")
         asked = Asked(f"model = {spec!r}", f"init = {init!r}", _BY_HAND, prefix="open_clip:")
-        path, _ = tag_weights(architecture.replace("/", "-"), rest, asked)
-        return read_weights(path), f"{architecture}, {rest}"
+        path, tag = tag_weights(architecture.replace("/", "-"), rest, asked)
+        return read_weights(path, share)[0], f"{architecture}, {rest}", tag
     if init == "pretrained":
-        return _of_timm(spec)
-    return read_weights(Path(init)), init
+        cfg = timm.get_pretrained_cfg(spec.removeprefix("timm:"))
+        return *_of_timm(spec), {} if cfg is None else {"mean": cfg.mean, "std": cfg.std}
+    state, line = read_weights(Path(init), share)
+    config = Path(init).parent / CONFIG_NAME
+    preprocess = of_images(read_model_config(config, (), str(config))[1]) if config.is_file() else {}
+    return state, f"{init} ({line})" if line else init, preprocess
 
 
 def _of_run(run_dir: Path) -> tuple[dict[str, Tensor], str]:
@@ -129,6 +159,12 @@ def _of_timm(spec: str) -> tuple[dict[str, Tensor], str]:
 def _widened(tensor: Tensor) -> Tensor:
     """Half precision as float32: a CPU cannot interpolate fp16, and the student gets its own format either way."""
     return tensor.float() if tensor.is_floating_point() and tensor.itemsize < 4 else tensor
+
+
+def _best_fit(student: nn.Module, own: State, state: State) -> dict[str, Tensor]:
+    """The tensors that a student can take of a state, its names meant in the way in which most fit."""
+    fits = (_fit(own, named) for named in _namings(student, state))
+    return max(fits, key=lambda fit: sum(tensor.numel() for tensor in fit.values()))
 
 
 def _namings(student: nn.Module, state: State) -> Iterator[State]:
