@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import EvaluateSet, FeatureCache
@@ -75,7 +75,14 @@ def embed_pictures(
         for rows, batch in pictures:
             if stopped is not None and stopped():
                 raise Stopped
-            embeddings[rows] = student(pictures.normalise(batch.to(device))).float().cpu().numpy()
+            emitted = student(pictures.normalise(batch.to(device)))
+            if not isinstance(emitted, Tensor) or emitted.shape != (len(rows), embeddings.shape[1]):
+                found = tuple(emitted.shape) if isinstance(emitted, Tensor) else f"a {type(emitted).__name__}"
+                raise InputError(
+                    f"the student emits {found} for {len(rows)} images; wanted ({len(rows)}, {embeddings.shape[1]}), "
+                    "the width of the teacher's embeddings"
+                )
+            embeddings[rows] = emitted.float().cpu().numpy()
     return EmbeddedSet.of(embeddings, labelled)
 
 

@@ -1,5 +1,6 @@
 """The processes of one training run: one alone, or several that torchrun started, each with a device of its own."""
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ...cache.disk.cores import usable_cores
 from ...cache.errors import InputError
@@ -154,6 +156,16 @@ def open_world(device: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def data_parallel(model: nn.Module, *, has_unused: bool) -> DistributedDataParallel:
+    """A model whose gradients are the mean over all processes; each process keeps its own statistics.
+
+    Args:
+        has_unused: whether some of its parameters get no gradient, which the others would wait for.
+    """
+    keep_apart: dict[str, Any] = {_SYNC_BUFFERS: False}
+    return DistributedDataParallel(model, find_unused_parameters=has_unused, **keep_apart)
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error only says that another process of the run has ended; that one reports the cause."""
     told = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
@@ -162,7 +174,12 @@ def is_lost_peer(error: BaseException) -> bool:
     )
 
 
-# torch 2.14 renamed it.
+# torch 2.13 renamed the one, torch 2.14 the other.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 

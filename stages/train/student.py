@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..counter_random import key_of
 from ..losses.terms import load_losses
 from ..models.image_student import build_student
+from ..models.plausible import scale_remark
 from ..models.text_student import build_text_student
 from ..run_folder.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from ..settings.distill import DistillSettings
@@ -18,6 +19,7 @@ from ..settings.models import StudentSettings
 from .processes import World
 from .targets import Targets
 from .tower import Tower
+from .trial_step import piece_sizes, try_step
 from .warm_start import WarmStart, warm_start
 
 TEXT = "text_"
@@ -55,10 +57,11 @@ class Student:
             fresh: whether a run begins, and `student.init` counts; otherwise `restore` follows.
 
         Raises:
-            InputError: if the student cannot be built, its first weights not be read, or a loss not be imported.
+            InputError: if the student cannot be built, its first weights not be read, a loss not be imported, or a
+                step's pieces do not suit the student.
         """
         self.step, self._processes_before = 0, world.size
-        self._settings, self._world = settings, world
+        self._settings, self._world, self._logit_scale = settings, world, logit_scale
         losses = load_losses(settings.losses)
         torch.manual_seed(key_of(settings.seed, "student"))
         model = build_student(student.model, embed_dim, student.image_size)
@@ -70,7 +73,10 @@ class Student:
             model = share_batch_statistics(model)
         # Channels last, as images are: convolutions gain up to twofold.
         model = model.to(memory_format=torch.channels_last)
-        self.image = Tower(model, losses, settings, world, precision, logit_scale, settings.accumulate)
+        has_unused = try_step(model, student, embed_dim, settings, world, precision)
+        self.image = Tower(
+            model, losses, settings, world, precision, logit_scale, settings.accumulate, has_unused=has_unused
+        )
         if world.rank:
             torch.manual_seed(key_of(settings.seed, "student", world.rank))  # another dropout for other images
         self._random = random_state(world.device)
@@ -100,6 +106,9 @@ class Student:
         if self.warm is not None:
             yield self.warm.line
         now, before = self._world.size, self._processes_before
+        remark = scale_remark(self._logit_scale, "distill.loss.logit_scale")
+        if remark and self._settings.loss.logit_scale == "teacher":
+            yield f"the teacher's {remark}"
         if now != before:
             yield (
                 f"trained by {before} processes before, by {now} now: it goes on with the same batches, but no longer "
@@ -107,7 +116,7 @@ class Student:
             )
         norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.image.model.modules())
         apart = now if self._world.device.type != "cuda" else 1  # GPUs share the statistics of their processes
-        parts = apart * len(torch.empty(self._settings.batch_images // now).chunk(self._settings.accumulate))
+        parts = apart * len(piece_sizes(self._settings, self._world))
         if norms and parts > 1:
             yield f"has batch norms: their statistics are those of {parts} parts of the batch each, not of the whole"
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..losses.loss_inputs import logit_factor
 from ..losses.terms import Loss, loss_terms
@@ -17,10 +16,10 @@ from ..profiling import phase
 from ..run_folder.checkpoint import load_weights, random_state, restore_random_state
 from ..settings.distill import DistillSettings
 from .optim import build_optimizer, set_lr
-from .processes import World
+from .processes import World, data_parallel
 from .targets import Targets
+from .trial_step import AUTOCAST
 
-_AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _LARGEST_SCALE = 100.0  # CLIP's bound (Radford et al., ICML 2021, section 2.5): beyond it training was unstable
 
 
@@ -70,6 +69,8 @@ class Tower:
         precision: str,
         logit_scale: float,
         pieces: int = 1,
+        *,
+        has_unused: bool = False,
     ) -> None:
         """Prepare a model for training.
 
@@ -77,6 +78,7 @@ class Tower:
             model: on its device, in training mode.
             precision: `fp32`, `fp16` or `bf16`.
             pieces: that a batch goes through the model in, one after the other.
+            has_unused: whether some of its parameters get no gradient.
         """
         self.model, self.losses, self._settings, self._world = model, losses, settings, world
         self._precision, self._logit_scale, self._pieces = precision, logit_scale, pieces
@@ -91,7 +93,7 @@ class Tower:
         self.averaged = None if settings.ema is None else ModelEmaV3(model, settings.ema, use_warmup=True)
         if settings.compile:
             model.compile()  # in place: the names of the weights stay
-        self._parallel = None if world.size == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+        self._parallel = None if world.size == 1 else data_parallel(model, has_unused=has_unused)
         self.terms: dict[str, Tensor] = {}
         self.loss = torch.tensor(torch.nan)
         self.embeddings: Tensor | None = None
@@ -193,7 +195,7 @@ class Tower:
     def _embed(self, batch: Tensor, model: nn.Module | None = None) -> Tensor:
         """(B, D) embeddings under autocast, as float32 at least."""
         model = model or self._parallel or self.model
-        with torch.autocast(batch.device.type, _AUTOCAST.get(self._precision), enabled=self._precision in _AUTOCAST):
+        with torch.autocast(batch.device.type, AUTOCAST.get(self._precision), enabled=self._precision in AUTOCAST):
             embeddings: Tensor = model(batch)
         # Once, here: each loss would cast for itself, and gradients would be rounded for each and added in few bits.
         return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

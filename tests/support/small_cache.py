@@ -43,6 +43,14 @@ def plain(embed_dim, image_size):
     return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.Flatten(),
                          nn.Linear(8 * (image_size // 2) ** 2, embed_dim))
 
+def norms_over_one_pixel(embed_dim, image_size):
+    return nn.Sequential(nn.Conv2d(3, 8, image_size), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, embed_dim))
+
+def with_unused(embed_dim, image_size):
+    model = plain(embed_dim, image_size)
+    model[0].head_of_old = nn.Linear(3, 4)
+    return model
+
 def broken(embed_dim, image_size):
     class Broken(nn.Module):
         def __init__(self):

@@ -55,7 +55,7 @@ def gradients_of(student: Student) -> dict[str, torch.Tensor]:
     for prefix, tower in zip(("", "text."), student.towers):
         learned |= {f"{prefix}{name}": parameter for name, parameter in tower.model.named_parameters()}
         learned |= {f"{prefix}{name}_scale": scale.log for name, scale in tower.scales.items()}
-    return {name: parameter.grad.clone() for name, parameter in learned.items()}
+    return {name: parameter.grad.clone() for name, parameter in learned.items() if parameter.grad is not None}
 
 
 def weights_of(run_dir: Path, key: str = "model") -> dict[str, torch.Tensor]:

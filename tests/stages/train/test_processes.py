@@ -1,6 +1,7 @@
 """Two processes with half of a batch each are one process with the batch: same losses, gradients, weights."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -35,8 +36,10 @@ WORKER = ROOT / "tests" / "support" / "one_of_several.py"
 def two_processes(folder, run, model, steps, settings=SETTINGS, interrupt_at=0, text="teacher"):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(WORKER)]
     command += [str(folder), run, model, str(steps), settings.model_dump_json(), str(interrupt_at), text]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    env = {**os.environ, "PYTHONWARNINGS": "always"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "broadcast_buffers" not in done.stderr  # which torch has renamed
     return [torch.load(folder / f"{run}-gradients-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -85,6 +88,23 @@ def test_two_processes_give_losses_and_gradients_of_one(world, monkeypatch, more
         assert found[0]["cosine"] == pytest.approx(wanted[0]["cosine"], abs=1e-3)
     one, two = weights_of(folder / "one"), weights_of(folder / "two")
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_parameters_without_a_gradient_hold_no_process_up(world, accumulate):
+    settings = SETTINGS.model_copy(update={"accumulate": accumulate})
+    one_process(world, "one", "with_unused", 3, settings)
+    two_processes(world[1], "two", "with_unused", 3, settings)
+    for wanted, found in zip(lines_of(world[1] / "one"), lines_of(world[1] / "two"), strict=True):
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_share_that_does_not_suit_a_student_is_refused_by_every_process_in_one_line(world):
+    settings = SETTINGS.model_copy(update={"batch_images": 2, "batch_sentences": 2, "bank_images": 0})
+    two_processes(world[1], "two", "norms_over_one_pixel", 3, settings)
+    for rank in (0, 1):
+        (line,) = notes_of(world[1], "two", rank)
+        assert "distill.batch_images = 2 and distill.accumulate = 1 give pieces of 1 image in each of 2" in line
 
 
 def test_two_processes_weigh_retrieved_sentences_as_one_does(world):
