@@ -69,7 +69,7 @@ def choose_state(document: Any, share: Callable[[State], float]) -> tuple[dict[s
     best = max(shares)
     fit = [one for one, its in zip(found, shares) if its == best]
     taken = min(fit, key=lambda one: (not one.is_averaged, not one.is_usual, -len(one.state)))
-    return taken.state, _line(taken, [one for one, its in zip(found, shares) if best and its >= min(best, _ENOUGH)])
+    return taken.state, _line(taken, [one for one, its in zip(found, shares) if its >= _ENOUGH])
 
 
 def _states(document: Any, where: str = "", depth: int = 0) -> Iterator[Found]:

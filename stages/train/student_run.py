@@ -149,6 +149,8 @@ class StudentRun:
             write_run_record(run.folder, record)
         for line in self.student.notes():
             tell(f"{run.name}: {line}")
+        if self.student.warm is not None and (remark := self.student.warm.remark(record["preprocess"])):
+            tell(f"{run.name}: {remark}")
         self.failure: str | None = None
         self.first_step = self.student.step
         end = schedule.total_steps if stop_after is None else self.first_step + stop_after

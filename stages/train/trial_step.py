@@ -1,7 +1,7 @@
 """A student tried on every kind of batch that it will meet, before its first step: what would fail there fails here.
 
 A student may be another model while it trains (auxiliary heads, batch norms), and the last piece of a batch may be a
-single image. What is tried is a copy: weights, statistics, counters and random numbers stay as they are.
+single image. Weights, statistics, counters and random numbers stay as they are.
 """
 
 import copy
@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ...cache.errors import InputError
@@ -18,6 +21,8 @@ from ..settings.distill import DistillSettings
 from ..settings.models import STUDENTS, StudentSettings
 from .processes import World, is_lost_peer
 
+_KNOWN = (TimmModel, VisionTransformer, ModifiedResNet)
+"""What `timm:` and `open_clip:` students are built of."""
 AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}
 """What a forward pass is cast to, by the run's precision."""
 
@@ -30,9 +35,9 @@ def piece_sizes(settings: DistillSettings, world: World) -> list[int]:
 def try_step(
     model: nn.Module, student: StudentSettings, embed_dim: int, settings: DistillSettings, world: World, precision: str
 ) -> bool:
-    """A forward and backward pass of two images, and of one where a step has such a piece; then one image is scored.
+    """A forward and backward pass of two images, and of one where a step has such a piece.
 
-    A student from outside is tried with pieces of all sizes that a step has.
+    A student from outside is tried with pieces of all sizes that a step has, and scores one image.
 
     Args:
         model: on its device, as it will be trained, not compiled yet.
@@ -44,7 +49,8 @@ def try_step(
         InputError: if it fails, emits anything but (B, embed_dim) finite numbers, or has nothing to learn.
     """
     shown, pieces = student.model, set(piece_sizes(settings, world))
-    sizes = {1} & pieces if shown.partition(":")[0] in STUDENTS else pieces
+    is_own = shown.partition(":")[0] not in STUDENTS
+    sizes = pieces if is_own else {1} & pieces
     halves = [p for p in model.parameters() if p.requires_grad and p.dtype == torch.float16]
     if halves and precision == "fp16":
         raise InputError(
@@ -64,13 +70,14 @@ def try_step(
                 _learn(model, pictures(size), embed_dim, shown, what, world)
             except InputError as error:
                 raise InputError(f"{_piece(size, settings, world)}: {error}") from error
-        with _copied(model, world) as trial:
-            require_embeddings(trial, pictures(1), embed_dim, shown, what)
+        if is_own:
+            with _on_trial(model, world) as trial:
+                require_embeddings(trial, pictures(1), embed_dim, shown, what)
     return has_unused
 
 
 def _learn(model: nn.Module, images: Tensor, embed_dim: int, shown: str, what: str, world: World) -> bool:
-    with _copied(model, world) as trial:
+    with _on_trial(model, world) as trial:
         output = require_embeddings(trial, images, embed_dim, shown, f"{what} while it trains", training=True)
         if not output.requires_grad:
             raise InputError(f"{shown}: its embeddings depend on no weight that learns; wanted some with a gradient")
@@ -84,11 +91,14 @@ def _learn(model: nn.Module, images: Tensor, embed_dim: int, shown: str, what: s
 
 
 @contextmanager
-def _copied(model: nn.Module, world: World) -> Iterator[nn.Module]:
-    """A copy of a model; one that cannot be copied itself, its statistics and gradients put back afterwards."""
+def _on_trial(model: nn.Module, world: World) -> Iterator[nn.Module]:
+    """A copy of a model; or, where that fails, the model itself, its statistics and gradients put back afterwards.
+
+    timm's and open_clip's models have nothing else that a pass changes, and copies of their many modules take time.
+    """
     before = [buffer.clone() for buffer in model.buffers()]
     try:
-        trial = copy.deepcopy(model)
+        trial = model if isinstance(model, _KNOWN) else copy.deepcopy(model)
     except Exception:  # a user's own module may refuse in any way
         trial = model
     with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):

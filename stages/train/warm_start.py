@@ -6,7 +6,9 @@ from math import isqrt
 from pathlib import Path
 from sys import modules
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import timm
 import torch
 from open_clip.model import resize_pos_embed
@@ -14,7 +16,9 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from ...cache.errors import InputError
+from ..models.architectures import read_model_config
 from ..models.checkpoint_states import State
+from ..models.preprocessing import CONFIG_NAME, of_images
 from ..models.pretrained_tags import Asked, quiet_open_clip, tag_weights
 from ..models.weights_file import one_line, read_weights, weights_digest
 from ..run_folder.checkpoint import load_checkpoint, weights_to_use
@@ -35,12 +39,25 @@ class WarmStart:
         fresh: names of those that keep their random ones.
         line: one line for the user.
         digest: of the weights as they were read, whatever file they came in.
+        preprocess: what is known of the images that they were trained with; keys as in open_clip's `preprocess_cfg`.
     """
 
     num_taken: int
     fresh: list[str]
     line: str
     digest: str
+    preprocess: Mapping[str, Any]
+
+    def remark(self, preprocess: Mapping[str, Any]) -> str:
+        """One line if the weights were trained with other mean or std than a student sees, the teacher's; else ""."""
+        other = [key for key in ("mean", "std") if key in self.preprocess and key in preprocess]
+        other = [key for key in other if not np.allclose(self.preprocess[key], preprocess[key], atol=0.02)]
+        if not other:
+            return ""
+        of_init, of_teacher = (
+            ", ".join(f"{key} {list(cfg[key])}" for key in other) for cfg in (self.preprocess, preprocess)
+        )
+        return f"init was trained on images of {of_init}; here it sees those of the teacher's {of_teacher}, and adapts"
 
     @property
     def record(self) -> dict[str, object]:
@@ -69,13 +86,13 @@ def warm_start(student: nn.Module, spec: str, init: str, image_size: int) -> War
     """
     with quiet_open_clip():
         own = student.state_dict()
-        num_elements = sum(tensor.numel() for tensor in own.values())
+        sizes = {name: tensor.numel() for name, tensor in own.items() if name not in _projection(student)}
 
         def share(state: State) -> float:
-            wide = {name: _widened(tensor) for name, tensor in state.items()}
-            return sum(tensor.numel() for tensor in _best_fit(student, own, wide).values()) / max(1, num_elements)
+            fit = _best_fit(student, own, {name: _widened(tensor) for name, tensor in state.items()})
+            return sum(size for name, size in sizes.items() if name in fit) / max(1, sum(sizes.values()))
 
-        read, said = _read(spec, init, share)
+        read, said, preprocess = _read(spec, init, share)
         state = {name: _widened(tensor) for name, tensor in read.items()}
         taken = _best_fit(student, own, state)
     fresh = [name for name in own if name not in taken]
@@ -89,23 +106,30 @@ def warm_start(student: nn.Module, spec: str, init: str, image_size: int) -> War
         line += f"; adapted: {_some(adapted)}"
     if fresh:
         line += f"; fresh: {_some(fresh)}"
-    return WarmStart(len(taken), fresh, line, weights_digest(read))
+    return WarmStart(len(taken), fresh, line, weights_digest(read), preprocess)
 
 
-def _read(spec: str, init: str, share: Callable[[State], float]) -> tuple[dict[str, Tensor], str]:
-    """Weights under the names that they have, and what to call them; `share`: how much of the student a state has."""
+def _read(spec: str, init: str, share: Callable[[State], float]) -> tuple[dict[str, Tensor], str, Mapping[str, Any]]:
+    """Weights under the names that they have, what to call them, and what is known of the images that they know.
+
+    Args:
+        share: how much of the student a state has.
+    """
     kind, _, rest = init.partition(":")
     if kind == "run":
-        return _of_run(Path(rest))
+        return *_of_run(Path(rest)), read_run_record(Path(rest)).get("preprocess", {})
     if kind == "open_clip":
         architecture = spec.removeprefix("open_clip:")
         asked = Asked(f"model = {spec!r}", f"init = {init!r}", _BY_HAND, prefix="open_clip:")
-        path, _ = tag_weights(architecture.replace("/", "-"), rest, asked)
-        return read_weights(path, share)[0], f"{architecture}, {rest}"
+        path, tag = tag_weights(architecture.replace("/", "-"), rest, asked)
+        return read_weights(path, share)[0], f"{architecture}, {rest}", tag
     if init == "pretrained":
-        return _of_timm(spec)
+        cfg = timm.get_pretrained_cfg(spec.removeprefix("timm:"))
+        return *_of_timm(spec), {} if cfg is None else {"mean": cfg.mean, "std": cfg.std}
     state, line = read_weights(Path(init), share)
-    return state, f"{init} ({line})" if line else init
+    config = Path(init).parent / CONFIG_NAME
+    preprocess = of_images(read_model_config(config, (), str(config))[1]) if config.is_file() else {}
+    return state, f"{init} ({line})" if line else init, preprocess
 
 
 def _of_run(run_dir: Path) -> tuple[dict[str, Tensor], str]:

@@ -196,6 +196,32 @@ def test_another_runs_cache_is_refused_with_the_key(copy, no_teacher, change, ke
         run(copy, change)
 
 
+def test_keys_that_say_what_a_cache_was_made_with_leave_it_open(copy, no_teacher):
+    teacher = FeatureCache.open(copy.parent / "cache").teacher
+    said = f"logit_scale = {teacher['logit_scale']!r}\n[teacher.preprocess]\nmean = {teacher['preprocess']['mean']}\n"
+    run(copy, ("[images]", f'{said}resize_mode = "shortest"\n[images]'))
+    for change, key in (
+        (("0.48145466", "0.5"), "teacher.preprocess.mean"),
+        (("mean", "std"), "teacher.preprocess.std"),
+    ):
+        before = copy.read_text()
+        with pytest.raises(CacheError, match=key):
+            run(copy, change)
+        copy.write_text(before)
+    with pytest.raises(CacheError, match=r"teacher\.logit_scale"):
+        run(copy, ("logit_scale = ", "logit_scale = 1"))
+
+
+def test_an_unusual_scale_and_a_chosen_average_are_said_before_the_long_run(fresh, tiny_teacher, tmp_path, capsys):
+    state = {**load_file(tiny_teacher[1]), "logit_scale": torch.tensor(0.07)}
+    torch.save({"model": load_file(tiny_teacher[1]), "ema": state}, tmp_path / "both.pt")
+    run(fresh, (str(tiny_teacher[1]), str(tmp_path / "both.pt")))
+    said = capsys.readouterr()
+    said = said.out + said.err
+    assert "logit scale 1.073 is unusual" in said
+    assert "both.pt: averaged weights under `ema` are taken; others are under `model`" in said
+
+
 def test_changed_sentences_are_refused(copy, no_teacher):
     path = copy.parent / "captions.txt"
     path.write_text(path.read_text().replace("number 3", "number three"))
@@ -302,7 +328,10 @@ def test_a_profile_changes_no_byte_of_the_cache_and_may_be_asked_for_later(fresh
     run(fresh)  # the key may go, or come, at any time
 
 
-@pytest.mark.parametrize(("what", "says"), [("NaN", "NaN or infinite"), ("constant", "the same for all")])
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [("NaN", r"visual\.proj: NaN or infinite in fp32"), ("constant", "embeddings of images: the same for all")],
+)
 def test_a_teacher_that_cannot_be_one_stops_before_anything_is_planned(fresh, tiny_teacher, what, says):
     tensors = load_file(tiny_teacher[1])
     tensors["visual.proj"][:] = float("nan") if what == "NaN" else 0.0
@@ -311,7 +340,7 @@ def test_a_teacher_that_cannot_be_one_stops_before_anything_is_planned(fresh, ti
         tensors["visual.ln_post.bias"][:] = 1.0
         tensors["visual.proj"][:] = 0.1
     save_file(tensors, fresh.parent / "broken.safetensors")
-    with pytest.raises(InputError, match=f"embeddings of images: {says}"):
+    with pytest.raises(InputError, match=says):
         run(fresh, (str(tiny_teacher[1]), str(fresh.parent / "broken.safetensors")))
     assert not (fresh.parent / "cache/plan.json").exists()
 

@@ -103,6 +103,23 @@ def test_unknown_sets_other_teachers_and_missing_folders_are_refused(world):
         evaluate_student(Recall(cache), RECORD, cache, "dev", folder / "absent")
 
 
+@pytest.mark.parametrize(
+    ("emits", "words"),
+    [
+        (lambda rows: rows.mean(0, keepdim=True), r"emits \(1, 16\) for 8 images; wanted \(8, 16\)"),
+        (lambda rows: (rows, rows), "emits a tuple for 8 images"),
+        (lambda rows: rows[:, :8], r"emits \(8, 8\) for 8 images"),
+    ],
+)
+def test_a_student_that_emits_no_row_for_each_image_is_refused(world, emits, words):
+    class Odd(torch.nn.Module):
+        def forward(self, images):
+            return emits(torch.ones(len(images), 16))
+
+    with pytest.raises(InputError, match=words):
+        evaluate_student(Odd(), RECORD, world[0], "dev", world[1] / "dev", device="cpu")
+
+
 def test_a_trained_student_comes_back_from_its_run_alone(world, monkeypatch):
     cache, folder = world
     (folder / "own_students.py").write_text(STUDENTS)

@@ -189,15 +189,16 @@ def test_a_student_from_outside_is_tried_on_pieces_of_every_size() -> None:
     make_student("pairs_only", batch_images=8, accumulate=2)
 
 
-@pytest.mark.parametrize("name", ["norms", "uncopied", "training__noise"])
+@pytest.mark.parametrize("name", ["norms", "uncopied", "training__noise", "timm:resnet10t", "open_clip:RN50"])
 def test_a_trial_leaves_no_trace(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def without(*_: Any) -> bool:
         return False
 
-    tried = make_student(name)
+    size = 32 if ":" in name else 8
+    tried = make_student(name, image_size=size)
     drawn = torch.rand(3)
     monkeypatch.setattr("dimefm.stages.train.student.try_step", without)
-    untried = make_student(name)
+    untried = make_student(name, image_size=size)
     assert torch.equal(drawn, torch.rand(3))
     states = [one.image.model.state_dict() for one in (tried, untried)]
     assert states[0].keys() == states[1].keys()

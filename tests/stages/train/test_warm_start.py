@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -248,6 +249,23 @@ def test_an_open_clip_tag_gives_the_image_tower(monkeypatch, tagged):
     clip = open_clip.CLIP(**teacher_config())
     load_into_clip(clip, str(tagged))
     assert same(student, clip.visual) and "from dimefm-test, mine" in warm.line
+
+
+@pytest.mark.parametrize("init", ["open_clip:mine", "file"])
+def test_weights_that_know_other_images_say_so(monkeypatch, tagged, tmp_path, init):
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda cfg: str(tagged))
+    cfg = {"url": "https://example.org/mine.pt", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: cfg)
+    if init == "file":
+        (tmp_path / "own").mkdir()
+        init = str(tmp_path / "own/w.safetensors")
+        Path(init).write_bytes(tagged.read_bytes())
+        document = {"preprocess_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
+        (tmp_path / "own/open_clip_config.json").write_text(json.dumps(document))
+    _, warm = start("open_clip:dimefm-test", init, embed_dim=EMBED_DIM)
+    assert warm.remark({"mean": [0.01, 0, 0], "std": [1, 1, 1]}) == ""
+    said = warm.remark({"mean": [0.5, 0.5, 0.5], "std": [1, 1, 1]})
+    assert "the teacher's mean [0.5, 0.5, 0.5]" in said and "std" not in said
 
 
 def test_an_open_clip_tag_that_is_not_there_or_cannot_be_fetched_is_refused(monkeypatch, tagged):
