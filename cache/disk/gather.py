@@ -22,8 +22,8 @@ ROWS_PER_PIECE = 16
 WAITS_PER_ROW = 1 / 8
 """Share of the rows of a piece that were waited for from which on the others are left to threads."""
 
-_GROWTH = 8
-"""Each further piece that is copied on the spot is so many times larger: looking costs less than two copied rows."""
+_GROWTH = 32
+"""Each further piece that is copied on the spot is so many times larger: looking costs as much as some rows."""
 
 _THIS_THREAD = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
 
@@ -68,16 +68,15 @@ def gather(source: Items, items: NDArray[np.int64]) -> NDArray[np.void]:
         (n,) items.
     """
     out = np.empty(len(items), dtype=source.dtype)
-    start, size = 0, ROWS_PER_PIECE
+    start, size, waits = 0, ROWS_PER_PIECE, _waits()
     while start < len(items):
         stop = min(start + size, len(items))
-        before = _waits()
         source.take(items[start:stop], out[start:stop])
-        is_cold = _waits() - before > WAITS_PER_ROW * (stop - start)
-        start, size = stop, size * _GROWTH
-        if is_cold and len(items) - start > ROWS_PER_PIECE:
-            _take_in_threads(source, items[start:], out[start:])
+        before, waits = waits, _waits()
+        if waits - before > WAITS_PER_ROW * (stop - start) and len(items) - stop > ROWS_PER_PIECE:
+            _take_in_threads(source, items[stop:], out[stop:])
             break
+        start, size = stop, size * _GROWTH
     return out
 
 
