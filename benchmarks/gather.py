@@ -15,6 +15,7 @@ import gc
 import mmap
 import os
 import re
+import resource
 import statistics
 import sys
 import tempfile
@@ -145,20 +146,24 @@ def measure_warm(folder: Path, spec: ArraySpec, num_gathered: int, repeats: int)
     rng = np.random.default_rng(1)
     readers = {"MappedArray": open_mapped, "np.memmap": open_plain}
     gathers = {name: reader(folder, spec) for name, reader in readers.items()}
-    for gather in gathers.values():  # one pass over every page: page cache and page tables are warm
-        for rows in np.array_split(rng.permutation(spec.shape[0]), spec.shape[0] // num_gathered + 1):
+    # One pass over every page, of both in turn: page cache and page tables are warm.
+    for rows in np.array_split(rng.permutation(spec.shape[0]), spec.shape[0] // num_gathered + 1):
+        for gather in gathers.values():
             gather(rows)
+    waited = dict.fromkeys(readers, 0)
     warm: dict[str, list[float]] = {name: [] for name in readers}
     for repeat in range(repeats):
         rows = rng.integers(spec.shape[0], size=num_gathered)
         for name in list(readers) if repeat % 2 else list(readers)[::-1]:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
             warm[name].append(time_s(gathers[name], rows))
+            waited[name] += resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before
     mapped, plain = (gathers[name](rows) for name in readers)
     if mapped.tobytes() != plain.tobytes():
         raise SystemExit("MappedArray and np.memmap gave different bytes")
     print(f"warm, {repeats} repeats in turn:")
     for name, seconds in warm.items():
-        print(describe(name, seconds))
+        print(f"{describe(name, seconds)}   {waited[name]} pages were on disk")
     ratio = statistics.median(warm["MappedArray"]) / statistics.median(warm["np.memmap"])
     print(f"  ratio of medians {ratio:.2f} (wanted: at most {LIMIT})")
     return ratio

@@ -165,7 +165,7 @@ image_size = 64
 
 [distill]
 output = "runs"
-epochs = 7
+epochs = 6
 batch_images = 64
 batch_sentences = 1024
 lr = 4e-3

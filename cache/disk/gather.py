@@ -16,14 +16,11 @@ from numpy.typing import NDArray
 THREADS = 16
 """At most; they wait rather than work, so it is no matter of cores."""
 
-ROWS_PER_PIECE = 16
-"""Rows that a thread takes at a time, and the first rows, which are looked at. Fewer are not worth a thread."""
+ITEMS_PER_PIECE = 16
+"""What a thread takes at a time."""
 
-WAITS_PER_ROW = 1 / 8
-"""Share of the rows of a piece that were waited for from which on the others are left to threads."""
-
-_GROWTH = 8
-"""Each further piece that is copied on the spot is so many times larger: looking costs less than two copied rows."""
+LOOKED_AT = (16, 64)
+"""Items, from the first on, after which it is asked whether there was anything to wait for."""
 
 _THIS_THREAD = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
 
@@ -42,11 +39,11 @@ class Items:
         self._chunks = [chunk.reshape(-1).view(self.dtype) for chunk in chunks]
         self._joined = None if joined is None else joined.view(self.dtype)
 
-    def take(self, items: NDArray[np.int64], out: NDArray[np.void] | None = None) -> NDArray[np.void]:
-        """Copy items, which must exist, into a new array or into `out`; lets other threads run meanwhile."""
+    def take(self, items: NDArray[np.int64]) -> NDArray[np.void]:
+        """Copy items, which must exist, into a new array; lets other threads run meanwhile."""
         if self._joined is not None:
-            return self._joined.take(items, out=out, mode="clip")  # the other modes copy twice
-        out = np.empty(len(items), dtype=self.dtype) if out is None else out
+            return self._joined.take(items)
+        out = np.empty(len(items), dtype=self.dtype)
         order = np.argsort(items)
         items = items[order]
         in_chunk = len(self._chunks[0]) if self._chunks else 1
@@ -58,34 +55,36 @@ class Items:
         return out
 
 
-def gather(source: Items, items: NDArray[np.int64]) -> NDArray[np.void]:
+def gather(sparse: Items, plain: Items, items: NDArray[np.int64]) -> NDArray[np.void]:
     """Copy items from here and there, in the order asked for, and wait for many pages at once where they are on disk.
 
+    Pages that are missing are brought through a map that brings no others. Everything is copied through a plain one:
+    what is read through an advised map does not count as used, and is the first to go when memory is short.
+
     Args:
+        sparse, plain: the same items, of a map advised for random reads and of one without advice.
         items: (n,) numbers that exist.
 
     Returns:
         (n,) items.
     """
-    out = np.empty(len(items), dtype=source.dtype)
-    start, size = 0, ROWS_PER_PIECE
-    while start < len(items):
-        stop = min(start + size, len(items))
-        before = _waits()
-        source.take(items[start:stop], out[start:stop])
-        is_cold = _waits() - before > WAITS_PER_ROW * (stop - start)
-        start, size = stop, size * _GROWTH
-        if is_cold and len(items) - start > ROWS_PER_PIECE:
-            _take_in_threads(source, items[start:], out[start:])
+    start = 0
+    for stop in LOOKED_AT:
+        waits = _waits()
+        sparse.take(items[start:stop])
+        if _waits() > waits and len(items) > stop:
+            _touch_in_threads(sparse, items[stop:])
             break
-    return out
+        start = stop
+    # A missing page among many that are there is read with its neighbours: with those of them that are missing, too.
+    return plain.take(items)
 
 
-def _take_in_threads(source: Items, items: NDArray[np.int64], out: NDArray[np.void]) -> None:
-    pieces = [slice(start, start + ROWS_PER_PIECE) for start in range(0, len(items), ROWS_PER_PIECE)]
+def _touch_in_threads(source: Items, items: NDArray[np.int64]) -> None:
+    pieces = [items[start : start + ITEMS_PER_PIECE] for start in range(0, len(items), ITEMS_PER_PIECE)]
     # Threads of their own each time: they cost less than the pages of one piece, and a fork finds none.
     with ThreadPoolExecutor(min(THREADS, len(pieces)), thread_name_prefix="gather") as pool:
-        for _ in pool.map(lambda piece: source.take(items[piece], out[piece]), pieces):
+        for _ in pool.map(source.take, pieces):
             pass
 
 

@@ -30,35 +30,35 @@ class _Map:
     joined: NDArray[np.uint8] | None
 
     @classmethod
-    def of(cls, paths: list[Path], spec: ArraySpec, advice: int) -> "_Map":
+    def of(cls, paths: list[Path], spec: ArraySpec, advice: int | None) -> "_Map":
         joined = map_side_by_side(paths, spec.chunk_bytes)
         if joined is not None:
-            advise(joined, advice)
             shape = (spec.chunk_rows, *spec.shape[1:])
-            parts = np.split(joined, spec.num_chunks)
-            return cls([part.view(spec.disk_dtype).reshape(shape) for part in parts], joined)
-        chunks = [map_chunk(path, spec) for path in paths]
-        for chunk in chunks:
-            advise(chunk, advice)
-        return cls(chunks, None)
+            chunks = [part.view(spec.disk_dtype).reshape(shape) for part in np.split(joined, spec.num_chunks)]
+        else:
+            chunks = [map_chunk(path, spec) for path in paths]
+        if advice is not None:
+            for mapped in chunks if joined is None else [joined]:
+                advise(mapped, advice)
+        return cls(chunks, joined)
 
 
 class MappedArray:
     """Rows of an array, gathered from memory-mapped chunk files. Any number of readers; none of them writes.
 
     Files are mapped twice: once for rows here and there, of which the system reads the pages alone, and once for
-    scans, for which it reads ahead.
+    scans, for which it reads ahead, and for whatever is in memory.
     """
 
-    def __init__(self, sparse: _Map, scanned: _Map, spec: ArraySpec, view: int | None = None) -> None:
+    def __init__(self, sparse: _Map, plain: _Map, spec: ArraySpec, view: int | None = None) -> None:
         """Use `open`."""
-        self._whole = sparse, scanned, spec
+        self._whole = sparse, plain, spec
         self._num_views = 1 if view is None else spec.shape[1]
         self._view = view or 0
-        self._chunks = scanned.chunks if view is None else [chunk[:, view] for chunk in scanned.chunks]
+        self._chunks = plain.chunks if view is None else [chunk[:, view] for chunk in plain.chunks]
         self.spec = spec if view is None else ArraySpec((spec.shape[0], *spec.shape[2:]), spec.dtype, spec.chunk_rows)
         num_bytes = int(np.prod(self.spec.shape[1:])) * spec.disk_dtype.itemsize
-        self._sparse, self._dense = (Items(each.chunks, each.joined, num_bytes) for each in (sparse, scanned))
+        self._sparse, self._plain = (Items(each.chunks, each.joined, num_bytes) for each in (sparse, plain))
 
     @classmethod
     def open(cls, store: Path, name: str, num_rows: int | None = None, under: Path | None = None) -> "MappedArray":
@@ -82,8 +82,8 @@ class MappedArray:
             paths = [path if path.exists() else under / path.relative_to(store) for path in paths]
         for path in paths:
             require_whole(path, spec)
-        sparse, scanned = (_Map.of(paths, spec, advice) for advice in (mmap.MADV_RANDOM, mmap.MADV_SEQUENTIAL))
-        return cls(sparse, scanned, spec)
+        # No MADV_SEQUENTIAL: without advice the system reads ahead as well, and keeps longer what was read.
+        return cls(_Map.of(paths, spec, mmap.MADV_RANDOM), _Map.of(paths, spec, None), spec)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,7 +109,8 @@ class MappedArray:
             IndexError: if a row is negative or beyond the last one.
             TypeError: for anything but integers: a boolean mask would be taken for rows 0 and 1.
         """
-        return self._gather(self._checked(rows) * self._num_views + self._view)
+        numbers = self._checked(rows)
+        return self._gather(numbers if self._num_views == 1 else numbers * self._num_views + self._view)
 
     @property
     def num_views(self) -> int:
@@ -123,10 +124,10 @@ class MappedArray:
         Raises:
             IndexError: if there is no such view.
         """
-        sparse, scanned, spec = self._whole
+        sparse, plain, spec = self._whole
         if len(spec.shape) != 3 or not 0 <= number < spec.shape[1]:
             raise IndexError(f"view {number} of an array of shape {spec.shape}")
-        return MappedArray(sparse, scanned, spec, number)
+        return MappedArray(sparse, plain, spec, number)
 
     def at(self, rows: NDArray[np.integer[Any]], views: NDArray[np.integer[Any]]) -> NDArray[Any]:
         """Gather one view of each row, of a (rows, views, D) array.
@@ -154,7 +155,7 @@ class MappedArray:
         rows = np.asarray(rows)
         if rows.size and rows.dtype.kind not in "iu":
             raise TypeError(f"rows of {rows.dtype}: wanted row numbers; np.flatnonzero makes them of a mask")
-        numbers: NDArray[np.int64] = rows.astype(np.int64)
+        numbers: NDArray[np.int64] = rows.astype(np.int64, copy=False)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of an array of {len(self)} rows")
         return numbers
@@ -162,9 +163,13 @@ class MappedArray:
     def _gather(self, items: NDArray[np.int64]) -> NDArray[Any]:
         """Copy items, counted through the whole array: rows, or views of rows."""
         wanted = items.reshape(-1)
-        is_dense = wanted.size > 0 and wanted.max() - wanted.min() < DENSE * wanted.size * self._num_views
-        found = self._dense.take(wanted) if is_dense else gather(self._sparse, wanted)
+        found = self._plain.take(wanted) if self._is_dense(wanted) else gather(self._sparse, self._plain, wanted)
         return found.view(self.spec.disk_dtype).reshape(*items.shape, *self.shape[1:])
+
+    def _is_dense(self, items: NDArray[np.int64]) -> bool:
+        most = DENSE * items.size * self._num_views
+        # The first and the last one mostly tell, and looking at all of them costs some per cent of the copying.
+        return items.size > 0 and abs(items[-1] - items[0]) < most and items.max() - items.min() < most
 
     def blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
         """(first row, read-only view of the rows) of each chunk, in order, nothing copied."""

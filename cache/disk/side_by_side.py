@@ -27,7 +27,7 @@ def advise(mapped: NDArray[Any], advice: int) -> None:
 
     Args:
         mapped: from the first byte of a map to its last.
-        advice: `mmap.MADV_RANDOM` or `mmap.MADV_SEQUENTIAL`.
+        advice: `mmap.MADV_RANDOM`, for example.
     """
     if mapped.nbytes:
         tell = ctypes.CDLL(None).madvise

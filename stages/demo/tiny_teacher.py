@@ -36,7 +36,7 @@ class TeacherRecipe:
     """Pictures, each with `num_captions` captions."""
     num_captions: int = 4
     """Captions of one picture, one for each pass over the pictures in turn."""
-    steps: int = 1400
+    steps: int = 1700
     batch_size: int = 64
     lr: float = 2e-3
     """Peak learning rate of AdamW; one cycle with a short warm-up and a cosine."""

@@ -20,7 +20,7 @@ from dimefm.stages.models.class_vectors import ClassVectors
 from dimefm.stages.models.load_teacher import load_teacher
 from dimefm.stages.settings.models import TeacherSettings
 
-SHA256 = "8b74686cdb55d708727b6ad025ddaf8077666c94d107ce1896b0fa94e60fb309"
+SHA256 = "9b759b1c7999b3e005bfba9c08366c4c7460e3b68ad410e2c94cc609e00c91f0"
 
 
 @pytest.fixture(autouse=True)
