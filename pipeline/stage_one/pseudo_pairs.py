@@ -27,8 +27,8 @@ NEIGHBOUR_BYTES = 8 + 4
 """An int64 id and a float32 score."""
 
 
-PROCESS_BYTES = 100_000_000
-"""The interpreter and its libraries, row tables, and one shard's pairs."""
+PROCESS_BYTES = 150_000_000
+"""The interpreter and its libraries, without torch."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def retrieval_memory(sides: Sequence[tuple[int, ...]], settings: PairsSettings) 
 
     One index at a time is in memory; both are read through memory maps afterwards, whose pages the system may drop.
     """
-    if not settings.k:
+    if not settings.k or not sides:
         return 0
     return PROCESS_BYTES + max(build_bytes(rows, width, settings.index) for rows, width in sides)
 
