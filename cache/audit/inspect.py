@@ -148,8 +148,10 @@ def _bytes(cache: FeatureCache, manifest: Manifest) -> dict[str, int]:
         kind = "pairs" if folder.startswith("pairs") else KINDS.get(folder, "other")
         sizes[kind] += entry.bytes
     superseded = (cache.layout.root / name for name in manifest.superseded)
+    states = (path.stat() for path in superseded if path.is_file())
     found = dict(sorted(sizes.items())) | {"total": sum(sizes.values())}
-    return found | {"superseded": sum(path.stat().st_size for path in superseded if path.is_file())}
+    # What the version in force has under another name takes no room of its own.
+    return found | {"superseded": sum(state.st_size for state in states if state.st_nlink == 1)}
 
 
 def _pixels(cache: FeatureCache, manifest: Manifest) -> dict[str, Any] | None:

@@ -56,6 +56,7 @@ class Index:
     Attributes:
         width: D of the rows and queries.
         num_rows: rows of the array that it was built over; those without a direction are not in it.
+        is_plain: it has no lists and rounded rows: whoever has the rows themselves need not ask it (`nearest_rows`).
     """
 
     def __init__(self, cpu_index: Any, num_rows: int) -> None:
@@ -63,7 +64,7 @@ class Index:
         self._searcher: Any = None
         self.width = int(cpu_index.d)
         self.num_rows = num_rows
-        self._is_plain = _is_plain(cpu_index)
+        self.is_plain = _is_plain(cpu_index)
 
     def __len__(self) -> int:
         return int(self._cpu_index.ntotal)  # rows that are in it
@@ -73,7 +74,7 @@ class Index:
         """How far a score may be off the cosine: rows of all but small indexes are rounded to float16. In lists the
         likely error will do: they are approximate, and equal rows lie in one list and have equal scores."""
         is_lists = not isinstance(self._cpu_index, faiss.IndexIDMap)
-        return product_error(self.width) + (2.0**-13 if is_lists else self._is_plain * 2.0**-10)
+        return product_error(self.width) + (2.0**-13 if is_lists else self.is_plain * 2.0**-10)
 
     def search(self, queries: NDArray[Any], k: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The k rows nearest to each query, best first.
@@ -99,7 +100,7 @@ class Index:
         ids = np.full((len(queries), k), -1, dtype=np.int64)
         scores = np.full((len(queries), k), np.nan, dtype=np.float32)
         if good.any() and self._cpu_index.ntotal:
-            plain = self._is_plain and self._searcher is self._cpu_index
+            plain = self.is_plain and self._searcher is self._cpu_index
             search = partial(_search_plain, self._cpu_index) if plain else self._searcher.search
             found_scores, found = search(unit[good], k)
             if found.max() >= self.num_rows:
@@ -269,15 +270,14 @@ def _fill(index: Any, embeddings: Rows, usable: NDArray[np.int64]) -> None:
 def _fill_lists(index: Any, embeddings: Rows, usable: NDArray[np.int64]) -> None:
     """Add rows to an IVF index; the memory of an empty one's lists is taken once."""
     centres = index.quantizer.reconstruct_n(0, index.nlist)
+    chosen = [_nearest_list(index, centres, unit).astype(np.int32) for _, unit in unit_blocks(embeddings, usable)]
     if not index.ntotal:
-        sizes = np.zeros(index.nlist, dtype=np.int64)
-        for _, unit in unit_blocks(embeddings, usable):
-            sizes += np.bincount(_nearest_list(index, centres, unit), minlength=index.nlist)
+        sizes = sum((np.bincount(lists, minlength=index.nlist) for lists in chosen), np.zeros(index.nlist, np.int64))
         for which, size in enumerate(sizes.tolist()):
             index.invlists.resize(which, size)
-            index.invlists.resize(which, 0)
-    for numbers, unit in unit_blocks(embeddings, usable):
-        arrays = unit, np.ascontiguousarray(numbers), _nearest_list(index, centres, unit)
+            index.invlists.resize(which, 0)  # keeps what it has taken
+    for (numbers, unit), lists in zip(unit_blocks(embeddings, usable), chosen, strict=True):
+        arrays = unit, np.ascontiguousarray(numbers), lists.astype(np.int64)
         index.add_core(len(unit), *(faiss.swig_ptr(array) for array in arrays))
 
 

@@ -43,8 +43,11 @@ def index_bytes(num_rows: int, width: int, kind: IndexKind) -> int:
 
 
 def build_bytes(num_rows: int, width: int, kind: IndexKind) -> int:
-    """About the most anonymous memory that building an index takes: its training sample, or then its rows."""
-    work = 8 * min(BLOCK_BYTES, 4 * width * num_rows)
+    """About the most anonymous memory that building an index takes: its training sample or, later, its rows.
+
+    Beside them there are about six blocks at a time: rows being brought to length 1, and products to measure recall.
+    """
+    work = int(6.2 * min(BLOCK_BYTES, 4 * width * num_rows))
     if resolve_kind(num_rows, kind) == "flat":
         return index_bytes(num_rows, width, kind) + work
     training = num_lists(num_rows) * TRAIN_ROWS_PER_LIST * 4 * width

@@ -12,7 +12,7 @@ from ...cache.disk.arrays import ArraySpec, chunk_data, chunk_path, declare_arra
 from ...cache.disk.cosine import nearest_rows, unit_rows
 from ...cache.disk.durable import digest, share_file, to_json, write_bytes
 from ...cache.disk.index import MOST_PROBED
-from ...cache.disk.index_size import index_bytes
+from ...cache.disk.index_size import build_bytes, index_bytes
 from ...cache.disk.layout import DIRECTIONS, SIDES, Layout, table_of
 from ...cache.errors import CacheError
 from ...cache.reader.feature_cache import EmbeddingSet
@@ -25,6 +25,10 @@ from .side_indexes import Earlier, SideIndex, side_index
 
 NEIGHBOUR_BYTES = 8 + 4
 """An int64 id and a float32 score."""
+
+
+PROCESS_BYTES = 150_000_000
+"""The interpreter and its libraries, without torch."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,16 @@ def retrieval_bytes(sides: Sequence[tuple[int, ...]], settings: PairsSettings) -
     if not settings.k:
         return 0
     return sum(index_bytes(rows, width, settings.index) + rows * settings.k * NEIGHBOUR_BYTES for rows, width in sides)
+
+
+def retrieval_memory(sides: Sequence[tuple[int, ...]], settings: PairsSettings) -> int:
+    """About the most anonymous memory (RssAnon) of the process while it makes indexes and pairs, its own included.
+
+    One index at a time is in memory; both are read through memory maps afterwards, whose pages the system may drop.
+    """
+    if not settings.k or not sides:
+        return 0
+    return PROCESS_BYTES + max(build_bytes(rows, width, settings.index) for rows, width in sides)
 
 
 def pairs_document(settings: PairsSettings) -> dict[str, Any] | None:

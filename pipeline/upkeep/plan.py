@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from ...cache.disk.arrays import ArraySpec
 from ...cache.disk.durable import read_lines
-from ...cache.disk.index_size import build_bytes
 from ...cache.disk.layout import IMAGES, SENTENCES, Layout
 from ...cache.reader.pixel_packs import kept_setting
 from ...cache.version.journal import Journal
@@ -23,7 +22,7 @@ from ..stage_one.free_space import existing_parent
 from ..stage_one.guards import check_run, is_finished, require_own_folder
 from ..stage_one.kept_packs import image_sizes, pack_bytes
 from ..stage_one.planned import array_specs, views_of
-from ..stage_one.pseudo_pairs import retrieval_bytes
+from ..stage_one.pseudo_pairs import retrieval_bytes, retrieval_memory
 from ..stage_one.sources import Sources
 
 
@@ -33,8 +32,8 @@ def describe_plan(config: Config) -> dict[str, Any]:
     Returns:
         `cache`, `state` (not started, unfinished, finished), `arrays` (rows, views, shards done and in all, bytes),
         `pixels` (None, or setting, rows, packs done and in all, estimated bytes), `notes`, `disk` of the whole cache,
-        `memory_bytes` to build its larger index, `rows_left`, `rows_per_s` and `seconds_left` (None until a shard has
-        been measured). Sizes are None where only a hub knows the width.
+        `memory_bytes`, the peak of anonymous memory while indexes and pairs are made, `rows_left`, `rows_per_s` and
+        `seconds_left` (None until a shard has been measured). Sizes are None where only a hub knows the width.
 
     Raises:
         CacheError: if the cache belongs to another run.
@@ -54,8 +53,8 @@ def describe_plan(config: Config) -> dict[str, Any]:
     # A row with K crops takes as long as 1 + K rows of other arrays.
     embeddings_left = sum(item["rows_left"] * item["views"] for item in arrays.values())
     rows = {side: specs[side].shape[0] for side in (IMAGES, SENTENCES)}
-    largest_build = max(build_bytes(n, width, config.pairs.index) for n in rows.values()) if width else 0
-    retrieval = retrieval_bytes([(num_rows, width) for num_rows in rows.values()], config.pairs) if width else 0
+    sides = [(num_rows, width) for num_rows in rows.values()] if width else []
+    retrieval = retrieval_bytes(sides, config.pairs)
     pixels = _pixels_state(config, layout, specs[IMAGES], sizes, journal)
     num_bytes = sum(spec.num_bytes for spec in specs.values()) + (pixels["estimated_bytes"] if pixels else 0)
     rate = _rows_per_s(layout, specs)
@@ -69,7 +68,7 @@ def describe_plan(config: Config) -> dict[str, Any]:
             "cache_bytes": num_bytes + retrieval if width else None,
             "free_bytes": shutil.disk_usage(existing_parent(layout.root)).free,
         },
-        "memory_bytes": largest_build if width and config.pairs.k else None,
+        "memory_bytes": retrieval_memory(sides, config.pairs) or None,
         "rows_left": rows_left,
         "rows_per_s": rate,
         "seconds_left": embeddings_left / (rate * views_of(specs[IMAGES])) if rate else None,
@@ -93,7 +92,7 @@ def plan_lines(found: dict[str, Any]) -> list[str]:
     wanted = "unknown before the teacher is loaded" if disk is None else _size(disk)
     lines.append(f"disk: {wanted} for embeddings, indexes and pairs, beside the text tower; {free} free")
     if found["memory_bytes"]:
-        lines.append(f"memory: {_size(found['memory_bytes'])} to build the larger index, after the teacher is gone")
+        lines.append(f"memory: {_size(found['memory_bytes'])} at the peak of indexes and pairs, beside the teacher's")
     if not found["rows_left"]:
         pixels_left = kept and kept["packs_done"] < kept["packs"]
         lines.append("left: nothing to embed" + ("; pixels to keep, without the teacher" if pixels_left else ""))

@@ -86,7 +86,7 @@ def nearest_targets(
     ids = np.full((len(block), k), -1, dtype=np.int64)
     scores = np.full((len(block), k), np.nan, dtype=np.float32)
     pending, wanted = np.flatnonzero(good), max(2 * k, k + 8)
-    while len(pending) and wanted <= MOST_CANDIDATES:
+    while len(pending) and wanted <= MOST_CANDIDATES and not index.is_plain:
         found, about = index.search(block[pending], wanted)
         # Whatever is farther than the k-th by more than twice the error is none of the k.
         found[about < about[:, k - 1 : k] - 2 * index.error] = -1

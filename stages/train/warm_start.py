@@ -1,6 +1,6 @@
 """Warm start: a student takes what fits of weights that exist already, before its first step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path

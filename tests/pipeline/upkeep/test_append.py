@@ -13,6 +13,7 @@ import dimefm.pipeline.upkeep.append
 import dimefm.stages.models.load_teacher
 import dimefm.stages.models.open_clip_teacher
 from dimefm.cache import CacheError, FeatureCache, InputError
+from dimefm.cache.audit.verify import verify_cache
 from dimefm.cache.disk.arrays import chunk_path
 from dimefm.cache.disk.layout import IMAGES, SENTENCES, Layout
 from dimefm.cache.version.lock import writer_lock
@@ -40,6 +41,32 @@ def test_rows_that_come_last_anyway_end_in_the_bytes_of_a_fresh_run_over_everyth
     compared |= {name: name.replace(".", "-2.") for name in compared if name.startswith("index/")}
     assert {name for name, there in compared.items() if fresh[name] != grown[there]} == set()
     assert len(compared) > 80
+
+
+def test_images_alone_end_in_the_bytes_of_a_fresh_run_and_share_what_is_the_same(config):
+    """Lines that repeat earlier ones, k above the number of rows, a picture that cannot be read."""
+    world = config.parent
+    edit(config, "k = 3", "k = 40")
+    edit(config, 'source = "images/"', 'source = "images/"\nmax_failed = 0.2')
+    lines = (world / "captions.txt").read_text().splitlines()
+    add_lines(world, *lines[3:6], lines[3])
+    shutil.rmtree(world / "cache")
+    stage_one(config)
+    add_images(world, ["9/0.png", "9/1.png", "9/2.png"])
+    shutil.copy(world / "images/9/0.png", world / "images/9/3.png")
+    (world / "images/9/1.png").write_bytes(b"")
+    grow(config)
+    shutil.move(world / "cache", world / "grown")
+    stage_one(config)
+    fresh, grown = tree(world / "cache"), tree(world / "grown")
+    names = [name for name in fresh if name.startswith(("pairs", "index/"))]
+    there = {name: name.replace("pairs.zarr", "pairs-2.zarr") for name in names}
+    there |= {name: name.replace(".", "-2.") for name in names if name.startswith("index/")}
+    assert {name for name in names if fresh[name] != grown[there[name]]} == set()
+    first, second = (world / "grown" / f"index/sentences{suffix}.faiss" for suffix in ("", "-2"))
+    assert first.samefile(second)
+    report = verify_cache(world / "grown")
+    assert report.findings == []
 
 
 def test_rows_never_move_and_new_ones_follow_them(config):

@@ -24,6 +24,7 @@ from dimefm.pipeline.upkeep.repair.repair import outcome_lines, repair, require_
 from dimefm.pipeline.upkeep.verify import verify
 
 from ...support.damage import change_byte, replace_index, rewrite_rows
+from ...support.growing import add_images, grow
 
 CHUNK = "teacher.zarr/images/embedding/c/2/0"
 """Rows 8 to 11."""
@@ -121,6 +122,20 @@ def test_an_index_of_other_embeddings_is_built_again_and_the_manifest_says_so(ro
     assert not verify(root)["sound"]
     assert repair(root)["mended"] == {"index/images.faiss": "made again: other bytes"}
     assert verify(root)["sound"]
+
+
+def test_indexes_and_pairs_of_a_cache_that_has_grown_are_made_again_to_the_same_bytes(config, root):
+    """Some of them are merged and some are links to those of the version before."""
+    add_images(config.parent, ["9/0.png", "9/1.png"])
+    grow(config)
+    whole = tree(root)
+    for name in ("sentence_to_image/ids/c/2/0", "image_to_sentence/scores/c/0/0", "image_to_sentence/ids/c/7/0"):
+        (root / "pairs-2.zarr" / name).unlink()
+    for name in ("images-2.faiss", "sentences-2.faiss", "sentences-2.json"):
+        (root / "index" / name).unlink()
+    found = repair(root)
+    assert set(found["mended"].values()) == {"made again: the same bytes"} and not found["left"]
+    assert tree(root) == whole and verify(root)["sound"]
 
 
 def test_a_row_that_was_written_wrong_is_computed_again_with_its_pairs(root):
