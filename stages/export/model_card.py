@@ -121,8 +121,8 @@ def _proof(document: Mapping[str, Any]) -> list[str]:
     lines += [
         f"On {rest['rows']:,} unlabelled images of the cache: cosine with the student "
         f"{_number(rest, 'cosine_with_student')}, with the teacher {_number(rest, 'cosine_with_teacher')} (the "
-        f"student: {_number(rest, 'student_cosine_with_teacher')}). Of {rest['sentences']:,} sentences the nearest one is the "
-        f"student's for {_share(rest, 'agreement_with_student')} % of them and the teacher's for "
+        f"student: {_number(rest, 'student_cosine_with_teacher')}). Of {rest['sentences']:,} sentences the "
+        f"nearest one is the student's for {_share(rest, 'agreement_with_student')} % of them and the teacher's for "
         f"{_share(rest, 'agreement_with_teacher')} % (the student: {_share(rest, 'student_agreement_with_teacher')} %)."
     ]
     if "proof" in (document["text"] or {}):

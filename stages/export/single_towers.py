@@ -1,26 +1,12 @@
-"""What the formats share that write each tower by itself: half precision, and how inputs are made, beside the files."""
+"""What the formats share that write each tower by itself: how inputs are made, written down beside the files."""
 
 from typing import Any
-
-from torch import Tensor, nn
 
 from ...cache.disk.durable import write_json
 from .export_job import ExportJob
 from .to_open_clip import write_config
 
 PREPROCESSING = "preprocessing.json"
-
-
-class HalfPrecision(nn.Module):
-    """A tower that computes in float16 and speaks float32."""
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        self.tower = tower.half()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        embeddings: Tensor = self.tower(inputs.half() if inputs.is_floating_point() else inputs)
-        return embeddings.float()
 
 
 def write_preprocessing(job: ExportJob) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .export_job import ONNX_TOLERANCE, Exported, ExportJob, OneTensor, require_same
-from .single_towers import HalfPrecision, input_facts, write_preprocessing
+from .single_towers import input_facts, write_preprocessing
 
 IMAGE, TEXT = "image.pt2", "text.pt2"
 
@@ -42,6 +42,18 @@ def _write(job: ExportJob, tower: nn.Module, example: Tensor, name: str) -> nn.M
     torch.export.save(program, path)
     loaded: nn.Module = torch.export.load(path).module()
     return Program(loaded)
+
+
+class HalfPrecision(nn.Module):
+    """A tower that computes in float16 and speaks float32."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower.half()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        embeddings: Tensor = self.tower(inputs.half() if inputs.is_floating_point() else inputs)
+        return embeddings.float()
 
 
 class Program(nn.Module):
