@@ -22,6 +22,8 @@ PROOF_ROWS = 1000
 """Rows that are drawn, at most, to calibrate int8 and to prove an export."""
 SAME_IMAGE = 0.99
 """Teacher cosine from which a training image counts as one of a labelled set."""
+EQUAL = 1 - 1e-6
+"""Cosine of equal embeddings."""
 
 
 class TrainingPictures:
@@ -69,21 +71,24 @@ def split_rows(cache: FeatureCache) -> tuple[NDArray[np.int64], NDArray[np.int64
     drawn = np.random.default_rng(SEED).permutation(cache.images.usable)
     count = min(CALIBRATION_ROWS, max(1, len(drawn) // 3))
     candidates = drawn[: 2 * count]
-    labelled = _near_a_labelled_image(cache, candidates)
+    nearest = _nearest_labelled(cache, candidates)
+    # A teacher that is as sure of most images does not tell images apart by that cosine: then only repeats count.
+    same = SAME_IMAGE if (nearest < SAME_IMAGE).mean() > 0.5 else EQUAL
+    labelled = nearest >= same
     calibration = candidates[~labelled][:count]
     proof = drawn[~np.isin(drawn, calibration)][:PROOF_ROWS]
     return np.sort(calibration), np.sort(proof), int(labelled.sum())
 
 
-def _near_a_labelled_image(cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    near = np.zeros(len(rows), dtype=bool)
+def _nearest_labelled(cache: FeatureCache, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """(n,) largest teacher cosine of each row with an image of a labelled set; -1 where there is none."""
+    nearest = np.full(len(rows), -1, dtype=np.float32)
     if not len(rows):
-        return near
-    mine, _ = unit_rows(cache.images.embeddings[np.sort(rows)])
-    mine = mine[np.argsort(np.argsort(rows))]
+        return nearest
+    mine, _ = unit_rows(cache.images.embeddings[rows])
     for labelled in cache.evaluate.values():
         usable = labelled.images.usable
         for first in range(0, len(usable), 4096):
             theirs, _ = unit_rows(labelled.images.embeddings[usable[first : first + 4096]])
-            near |= (mine @ theirs.T > SAME_IMAGE).any(axis=1)
-    return near
+            nearest = np.maximum(nearest, (mine @ theirs.T).max(axis=1))
+    return nearest

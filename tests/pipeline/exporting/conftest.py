@@ -33,12 +33,9 @@ def trained(tmp_path_factory, tiny_teacher):
     config = make_world(folder, tiny_teacher)
     (folder / "text.json").write_text(json.dumps({"embed_dim": 32, "text_cfg": TEXT}))
     (folder / "own_students_x.py").write_text(STUDENTS)
-    text = (
-        config.read_text()
-        .replace("[student.vit]", f"{MORE}\n[student.vit]")
-        .replace("[cache]", '[cache]\npixels = "jpeg-64"')
-    )
-    config.write_text(text)
+    text = config.read_text().replace("[student.vit]", f"{MORE}\n[student.vit]")
+    text = text.replace("batch_sentences = 12", "batch_sentences = 12\nbatch_texts = 8")
+    config.write_text(text.replace("[cache]", '[cache]\npixels = "jpeg-64"'))
     sys.path.insert(0, str(folder))
     try:
         loaded = load_config(config)
