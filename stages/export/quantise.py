@@ -123,7 +123,7 @@ class _Graph:
         return found
 
 
-class _Reader(CalibrationDataReader):  # type: ignore[misc]
+class _Reader(CalibrationDataReader):
     """Inputs, `BATCH` at a time."""
 
     def __init__(self, name: str, inputs: Tensor) -> None:

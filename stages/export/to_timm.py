@@ -74,7 +74,8 @@ def write_timm(job: ExportJob) -> Exported:
 
 def _traits(name: str) -> dict[str, Any]:
     """What timm says of a model's weights: names of its first convolution and of its classifier."""
-    return dict(timm.get_pretrained_cfg(name).to_dict()) if timm.get_pretrained_cfg(name) else {}
+    known = timm.get_pretrained_cfg(name)
+    return dict(known.to_dict()) if known else {}
 
 
 def _twin(job: ExportJob) -> Twin:
