@@ -71,7 +71,9 @@ def text_side(cache: FeatureCache, record: dict[str, Any], own: TextStudent | No
     if not folder.exists():
         return None
     encoder = _in_float(load_text_tower(folder, CPU))
-    config = read_json(folder / CONFIG_NAME, "the text tower of a cache").get("model_cfg")
+    config = None  # a text tower that open_clip did not make
+    if (folder / CONFIG_NAME).exists():
+        config = read_json(folder / CONFIG_NAME, "the text tower of a cache").get("model_cfg")
     ours = {CONFIG_NAME, WEIGHTS_NAME}
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in ours]
     return TextSide(TEACHER, encoder, config, files, _logit_bias(folder / WEIGHTS_NAME))
@@ -84,6 +86,8 @@ def _in_float(encoder: TextEncoder) -> TextEncoder:
 
 
 def _logit_bias(path: Path) -> float | None:
+    if not path.exists():
+        return None
     try:
         with safe_open(path, "pt") as file:
             return float(file.get_tensor("logit_bias")) if "logit_bias" in file.keys() else None  # noqa: SIM118

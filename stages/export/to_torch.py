@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...cache.errors import InputError
+from ..models.weights_file import one_line
 from .export_job import ONNX_TOLERANCE, Exported, ExportJob, OneTensor, require_same
 from .single_towers import input_facts, write_preprocessing
 
@@ -37,8 +39,13 @@ def _write(job: ExportJob, tower: nn.Module, example: Tensor, name: str) -> nn.M
     path = job.folder / name
     module = HalfPrecision(copy.deepcopy(tower)) if job.precision == "fp16" else tower
     dynamic: tuple[Any, ...] = ({0: torch.export.Dim("batch")},)
-    with torch.no_grad():
-        program = torch.export.export(module, (example,), dynamic_shapes=dynamic)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, (example,), dynamic_shapes=dynamic)
+    except Exception as error:  # what torch.export cannot trace has no error in common
+        raise InputError(
+            f"{name}: torch.export cannot take this tower ({one_line(error)}); take --format onnx"
+        ) from error
     torch.export.save(program, path)
     loaded: nn.Module = torch.export.load(path).module()
     return Program(loaded)

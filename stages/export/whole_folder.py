@@ -46,8 +46,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
             for leftover in (unfinished, before):  # a killed run's
                 shutil.rmtree(leftover, ignore_errors=True)
             make_folder(unfinished)
+            yield unfinished
             try:
-                yield unfinished
                 for file in unfinished.rglob("*"):
                     if file.is_file():
                         sync_file(file)
