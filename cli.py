@@ -146,6 +146,38 @@ def evaluate(
     _report(run(runs, weights, changes or ()), lambda scores: [score_table(scores)], as_json)
 
 
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    form: Annotated[Literal["open_clip", "timm", "onnx", "torch"], typer.Option("--format", help="What will load it.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="Folder to write: whole or absent at any time.")],
+    weights: Annotated[
+        Literal["best", "last"] | None,
+        typer.Option(help="Export the best step or the last one. Default: the best where the run has kept it."),
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "int8"], typer.Option(help="Number format of the weights; int8 is for onnx.")
+    ] = "fp32",
+    certify: Annotated[
+        bool,
+        typer.Option("--certify", help="Also measure whether it may replace the teacher before a vector database."),
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Also upload the folder to this repository of the hub.")
+    ] = None,
+    license_name: Annotated[
+        str, typer.Option("--license", metavar="NAME", help="Licence for the card, as the hub abbreviates it.")
+    ] = "unknown",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a student as files that load without dimefm, with a proof of what they are worth and a model card."""
+    from .pipeline.exporting.export import ExportOptions, export_lines
+    from .pipeline.exporting.export import export as write
+
+    options = ExportOptions(form, out, weights, precision, certify, push, license_name)
+    _report(write(run, options), export_lines, as_json)
+
+
 @cache_app.command("inspect")
 def cache_inspect(
     folder: CacheArgument,

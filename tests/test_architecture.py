@@ -16,10 +16,11 @@ FLOORS = {
     "cache": ["errors", "disk", "version", "reader", "audit"],
     "stages": [
         *("devices", "counter_random", "profiling", "settings", "images", "inputs", "models"),
-        *("embed", "retrieve", "sample", "losses", "load", "run_folder", "score", "train", "demo"),
+        *("embed", "retrieve", "sample", "losses", "load", "run_folder", "score", "export"),
+        *("train", "demo"),
         *("feature_losses", "view_losses"),
     ],
-    "pipeline": ["progress", "config", "stage_one", "stage_two", "row_masks", "upkeep", "demo"],
+    "pipeline": ["progress", "config", "stage_one", "stage_two", "exporting", "row_masks", "upkeep", "demo"],
 }
 """Rooms of each storey, from the ground up: one may import those before it, never those after it."""
 STOREYS = [*FLOORS, "cli"]

@@ -1,7 +1,7 @@
 """The pictures of a labelled set as a student of one size sees them: decoded by threads, kept in memory if small."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import Compose
 from torchvision.transforms.functional import pil_to_tensor
@@ -21,6 +22,24 @@ from ..inputs.open_source import open_source
 
 Pictures = tuple[list[int], Tensor]
 """Row numbers in the set, and (B, 3, S, S) uint8."""
+
+
+def evaluation_steps(
+    preprocess: dict[str, Any], image_size: int
+) -> tuple[Callable[[Image.Image], Image.Image], Callable[[Tensor], Tensor]]:
+    """open_clip's own steps for a teacher's `preprocess_cfg` at another size.
+
+    Returns:
+        What resizes and crops one RGB image to S x S, and what makes (B, 3, S, S) float32 input of uint8 pictures.
+    """
+    cfg = PreprocessCfg(**{**preprocess, "size": image_size})
+    *to_picture, _, normalise = image_transform_v2(cfg, is_train=False).transforms
+
+    def to_inputs(pictures: Tensor) -> Tensor:
+        inputs: Tensor = normalise(pictures.to(torch.float32).div(255))
+        return inputs
+
+    return Compose(to_picture), to_inputs
 
 
 class LabelledPictures:
@@ -46,9 +65,7 @@ class LabelledPictures:
             workers: threads that decode; 0 takes one for each core.
             keep_bytes: a set whose pictures need no more than that is decoded once and stays in memory.
         """
-        cfg = PreprocessCfg(**{**preprocess, "size": image_size})
-        *to_picture, _, self._normalise = image_transform_v2(cfg, is_train=False).transforms
-        self._to_picture = Compose(to_picture)
+        self._to_picture, self._normalise = evaluation_steps(preprocess, image_size)
         self._source = open_source(images_root)
         self._keys = row_keys(self._source, labelled.images.rows)(np.arange(len(labelled.images)))
         self._workers = workers or usable_cores()
@@ -78,8 +95,7 @@ class LabelledPictures:
 
     def normalise(self, pictures: Tensor) -> Tensor:
         """A student's input, (B, 3, S, S) float32, from pictures on whatever device they are: open_clip's own steps."""
-        inputs: Tensor = self._normalise(pictures.to(torch.float32).div(255))
-        return inputs
+        return self._normalise(pictures)
 
     def _load(self, row: int) -> Tensor | None:
         try:
