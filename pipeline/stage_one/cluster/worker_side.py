@@ -133,8 +133,11 @@ def versions() -> dict[str, str]:
         "libjpeg": features.version_feature("libjpeg_turbo") or features.version_codec("jpg"),
         "libwebp": features.version_module("webp"),
     }
-    own = {"dimefm": importlib.metadata.version("dimefm")}
-    return own | library_versions() | {name: version or "none" for name, version in decoders.items()}
+    try:
+        own = importlib.metadata.version("dimefm")
+    except importlib.metadata.PackageNotFoundError:  # on the path, and not installed
+        own = "not installed"
+    return {"dimefm": own} | library_versions() | {name: version or "none" for name, version in decoders.items()}
 
 
 def introduce(setting: str) -> Introduction:
