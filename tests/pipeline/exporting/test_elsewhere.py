@@ -49,7 +49,8 @@ def python(tmp_path_factory):
     site = next(folder.glob("lib/python*/site-packages"))
     # A folder that is named in a .pth file is on the path, and its own .pth files, this project's, are not read.
     (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    subprocess.run([found, "-m", "pip", "install", "--quiet", "clip-benchmark"], check=True)
+    # It imports requests and does not say so.
+    subprocess.run([found, "-m", "pip", "install", "--quiet", "clip-benchmark", "requests"], check=True)
     return found
 
 
