@@ -49,8 +49,9 @@ def python(tmp_path_factory):
     site = next(folder.glob("lib/python*/site-packages"))
     # A folder that is named in a .pth file is on the path, and its own .pth files, this project's, are not read.
     (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    # It imports requests and does not say so.
-    subprocess.run([found, "-m", "pip", "install", "--quiet", "clip-benchmark", "requests"], check=True)
+    # It imports requests and does not say so, and makes numbers of arrays of one, which NumPy 2.4 refuses.
+    wanted = ["clip-benchmark", "requests", "numpy<2.4"]
+    subprocess.run([found, "-m", "pip", "install", "--quiet", *wanted], check=True)
     return found
 
 
