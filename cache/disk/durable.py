@@ -1,12 +1,11 @@
 """Writing so that a crash at any moment leaves either the old file or the new one, never half of one."""
 
-import codecs
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +13,9 @@ from typing import Any
 
 import xxhash
 
-from ..errors import OS_ADVICE, CacheError, InputError
+from ..errors import OS_ADVICE, CacheError
 
 PARTIAL = ".partial"
-
-TO_UTF8 = "wanted UTF-8, for example by iconv -f {} -t UTF-8"
-_FOREIGN_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 
 
 def digest(*pieces: bytes | memoryview) -> str:
@@ -228,20 +219,6 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, to_json(value))
 
 
-def read_json(path: Path, wanted: str, shown: str | None = None, **options: Any) -> Any:
-    """A JSON document: UTF-8, with or without a byte order mark.
-
-    Args:
-        wanted: what the file should hold, for messages.
-        shown: how messages call the file; None shows its path.
-        options: of `json.loads`.
-
-    Raises:
-        InputError: if it cannot be read or is not JSON.
-    """
-    return parse_file(path, lambda text: json.loads(text, **options), "JSON", wanted, shown)
-
-
 def to_json_line(value: Any) -> bytes:
     """One line of a file that `append_line` writes. NaN and infinities raise ValueError, as in `to_json`."""
     return (json.dumps(value, sort_keys=True, allow_nan=False) + "\n").encode()
@@ -294,50 +271,3 @@ def sweep_partials(root: Path) -> None:
             shutil.rmtree(partial)
         else:
             partial.unlink(missing_ok=True)
-
-
-def parse_file(path: Path, parse: Callable[[str], Any], kind: str, wanted: str, shown: str | None = None) -> Any:
-    """Read a text file that a user wrote, UTF-8 with or without a byte order mark, whatever its line ends.
-
-    Args:
-        parse: raises ValueError for what is not of its kind.
-        kind: what messages call the format: `TOML`.
-        wanted: what messages say the file should be.
-        shown: how messages call the file; None shows its path.
-
-    Raises:
-        InputError: if the file is missing, cannot be read or is not of its kind.
-    """
-    name = shown or path
-    try:
-        return parse(decode_text(path.read_bytes()))
-    except FileNotFoundError as error:
-        raise InputError(f"{name}: no such file; wanted {wanted}") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{name}: a folder; wanted {wanted}") from error
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}; wanted {wanted}") from error
-    except ValueError as error:
-        raise InputError(f"{name}: not {kind}: {error}; wanted {wanted}") from error
-
-
-def decode_text(data: bytes) -> str:
-    """The text of a file that a user wrote: UTF-8 with or without a byte order mark, line ends as `\\n`.
-
-    Raises:
-        ValueError: if it is in another encoding.
-    """
-    if encoding := foreign_encoding(data):
-        raise ValueError(f"encoded as {encoding}, {TO_UTF8.format(encoding)}")
-    return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-
-
-def foreign_encoding(data: bytes) -> str | None:
-    """The encoding other than UTF-8 that the beginning of a file names by its mark, or shows by zeros in between."""
-    for mark, encoding in _FOREIGN_MARKS.items():
-        if data.startswith(mark):
-            return encoding
-    zeros = [byte == 0 for byte in data[:4]]
-    if zeros in ([False, True, False, True], [True, False, True, False]):
-        return "UTF-16LE" if zeros[1] else "UTF-16BE"
-    return None

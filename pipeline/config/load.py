@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator
 
-from ...cache.disk.durable import parse_file
+from ...cache.disk.text_files import parse_file
 from ...cache.errors import InputError, did_you_mean
 from ...stages.settings.base import Settings
 from ...stages.settings.cache import CacheSettings, PairsSettings

@@ -6,7 +6,7 @@ from typing import cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cache.disk.durable import decode_text
+from ...cache.disk.text_files import decode_text
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import EmbeddingSet, FeatureCache
 from ...cache.reader.masks import Side, add_mask

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from ...cache.audit.failures import failed_rows
@@ -137,7 +137,7 @@ def embed_shards(
     if folder and scheduler:
         say("cache.profile: looks at this process alone, and with --scheduler others embed; run without it to see more")
 
-    def embed(wanted: Sequence[ShardTask]) -> Iterator[tuple[ShardTask, ShardDone]]:
+    def embed(wanted: Sequence[ShardTask]) -> Generator[tuple[ShardTask, ShardDone]]:
         for shard in run_shards(wanted, settings, plan.teacher.weights, scheduler, limits):
             task = of_shard[shard.record.array, shard.record.shard]
             require_few_absent(task, shard, sources.max_failed)
@@ -159,18 +159,22 @@ def embed_shards(
         failed.update(failures)
         _require_few_failures(layout, plan, sources, failed)
 
-    with profiled(folder, say), bar("stage one", total, "embeddings", done) as shown:
-        for task, shard in embed(tasks):
-            if shard.absent:
-                shard.discard()
-                aside.append(task)
-            else:
-                count(task, shard)
-        if aside:
-            say(f"some images of {len(aside):,} shards could not be reached: these shards are tried once more")
-            for task, shard in embed(aside):
-                count(task, shard)
-    sweep_partials(layout.root)  # what workers that were given up have written meanwhile
+    try:
+        with profiled(folder, say), bar("stage one", total, "embeddings", done) as shown:
+            with closing(embed(tasks)) as embedded:
+                for task, shard in embedded:
+                    if shard.absent:
+                        shard.discard()
+                        aside.append(task)
+                    else:
+                        count(task, shard)
+            if aside:
+                say(f"some images of {len(aside):,} shards could not be reached: these shards are tried once more")
+                with closing(embed(aside)) as embedded:
+                    for task, shard in embedded:
+                        count(task, shard)
+    finally:
+        sweep_partials(layout.root)  # what was finished beside a failure, or by workers that were given up
     seconds, num_rows = time.perf_counter() - start, sum(task.num_rows for task in tasks)
     say(f"embedded {num_rows:,} rows in {seconds:,.1f} s, {num_rows / seconds:,.0f} rows/s")
     shares = ", ".join(f"{name} {spent[name]:,.1f} s" for name in _SPENT if name in spent)

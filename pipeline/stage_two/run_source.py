@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...cache.disk.durable import read_json
+from ...cache.disk.text_files import read_json
 from ...cache.errors import InputError
 from ...stages.score.scores import FROM_OUTSIDE, SCORES
 from ..config.load import Config, load_config

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...cache.disk.durable import read_json
+from ...cache.disk.text_files import read_json
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
 from ..models.frozen_text_tower import WEIGHTS_NAME, load_text_tower

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...cache.disk.durable import parse_file, read_json
+from ...cache.disk.text_files import parse_file, read_json
 from ...cache.errors import InputError
 from ..settings.data import EvaluateSettings, PromptSettings
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ...cache.disk.durable import TO_UTF8, foreign_encoding
+from ...cache.disk.text_files import TO_UTF8, foreign_encoding
 from ...cache.errors import InputError
 
 MAX_LINE_BYTES = 65_536

@@ -6,7 +6,7 @@ from typing import Any
 
 import open_clip
 
-from ...cache.disk.durable import read_json
+from ...cache.disk.text_files import read_json
 from ...cache.errors import InputError, did_you_mean
 
 

@@ -70,7 +70,12 @@ def require_finite(model: nn.Module, weights: Path, settings: TeacherSettings) -
     Raises:
         InputError: naming the first tensors.
     """
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != "logit_scale"}
+    # A CoCa's captioner is not used, and open_clip leaves one of its tensors as the memory was.
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name != "logit_scale" and not name.startswith("text_decoder.")
+    }
     bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if bad:
         shown = ", ".join(bad[:_SHOWN]) + (f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else "")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ...cache.disk.durable import read_json, write_json
+from ...cache.disk.durable import write_json
+from ...cache.disk.text_files import read_json
 from ...cache.errors import InputError
 from ...cache.reader.feature_cache import FeatureCache
 from ..images.crops import decoder

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cache.disk.durable import read_json
+from ...cache.disk.text_files import read_json
 from ...cache.errors import InputError
 from ..devices import resolve_device
 from ..models.frozen_text_tower import load_text_tower

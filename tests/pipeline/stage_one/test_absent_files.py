@@ -65,7 +65,8 @@ def disk(monkeypatch):
 
 
 def failures(config):
-    lines = (config.parent / "cache/log/shards.jsonl").read_text().splitlines()
+    journal = config.parent / "cache/log/shards.jsonl"  # there once a shard counts
+    lines = journal.read_text().splitlines() if journal.exists() else []
     return [failure for line in lines for failure in json.loads(line)["failures"]]
 
 

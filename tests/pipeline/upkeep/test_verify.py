@@ -126,7 +126,7 @@ def test_the_log_and_pairs_of_the_version_before_are_no_strangers(root, finished
 def test_pairs_that_an_interrupted_run_was_making_are_no_strangers_and_are_finished(root, monkeypatch):
     config = root.parent / "run.toml"
     config.write_text(config.read_text().replace("k = 3", "k = 2"))
-    write, calls = pseudo_pairs.write_chunk, itertools.count(1)
+    write, calls = pseudo_pairs.write_bytes, itertools.count(1)
 
     def stopping(*arguments):
         if next(calls) == 5:
@@ -134,7 +134,7 @@ def test_pairs_that_an_interrupted_run_was_making_are_no_strangers_and_are_finis
         return write(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pseudo_pairs, "write_chunk", stopping)
+        patch.setattr(pseudo_pairs, "write_bytes", stopping)
         cache_teacher(load_config(config))
     found = verify(root)
     assert found["sound"], found["lines"]
