@@ -190,6 +190,11 @@ def map_chunk(path: Path, spec: ArraySpec) -> NDArray[Any]:
             raise CacheError(
                 f"{path}: too few file handles for {spec.num_chunks} chunk files; raise `ulimit -n`"
             ) from error
+        if error.errno == errno.ENOMEM:
+            raise CacheError(
+                f"{path}: no more memory maps are allowed for {spec.num_chunks} chunk files; raise "
+                "vm.max_map_count (sysctl)"
+            ) from error
         raise
 
 

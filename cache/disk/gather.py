@@ -19,8 +19,9 @@ THREADS = 16
 ITEMS_PER_PIECE = 16
 """What a thread takes at a time."""
 
-LOOKED_AT = (16, 64)
-"""Items, from the first on, after which it is asked whether there was anything to wait for."""
+LOOKED_AT = 64
+"""Items that are touched before it is asked whether there was anything to wait for, from all over: rows in ascending
+order may be in memory at their beginning alone."""
 
 _THIS_THREAD = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
 
@@ -68,14 +69,13 @@ def gather(sparse: Items, plain: Items, items: NDArray[np.int64]) -> NDArray[np.
     Returns:
         (n,) items.
     """
-    start = 0
-    for stop in LOOKED_AT:
+    sample = items[:: max(1, len(items) // LOOKED_AT)]
+    for few in (sample[::4], sample):
         waits = _waits()
-        sparse.take(items[start:stop])
-        if _waits() > waits and len(items) > stop:
-            _touch_in_threads(sparse, items[stop:])
+        sparse.take(few)
+        if _waits() > waits and len(items) > ITEMS_PER_PIECE:
+            _touch_in_threads(sparse, items)
             break
-        start = stop
     # A missing page among many that are there is read with its neighbours: with those of them that are missing, too.
     return plain.take(items)
 

@@ -18,6 +18,7 @@ from ..errors import CacheError
 from . import cosine
 from .cosine import Rows, best_cosines, dots, exact_recall, product_error, recall, unit_blocks, unit_rows
 from .durable import replacing
+from .freed_memory import return_freed_memory
 from .index_size import TRAIN_ROWS_PER_LIST, IndexKind, num_lists, resolve_kind, trainable_lists
 
 FLAT, EXACT = "IDMap2,Flat", "IDMap,SQfp16"
@@ -198,6 +199,7 @@ def build_index(
         raise ValueError(f"queries of shape {queries.shape}: wanted (n, {width})")
     if usable.size and not (usable[0] >= 0 and usable[-1] < num_rows and (np.diff(usable) > 0).all()):
         raise ValueError(f"usable rows must ascend within 0 to {num_rows - 1}")
+    return_freed_memory()  # that of the other side's index
     info: dict[str, Any] = {"nlist": None, "nprobe": None, "train_rows": None}
     if resolve_kind(len(usable), kind) == "flat":
         flat = faiss.IndexIDMap2(faiss.IndexFlatIP(width))

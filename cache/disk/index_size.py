@@ -17,6 +17,9 @@ MIN_ROWS_PER_LIST = 39
 
 TRAIN_ROWS_PER_LIST = 64
 
+FAISS_TRAIN_ROWS = 100_000
+"""Of the sample, for which FAISS computes residuals, whatever the scalar quantizer does with them."""
+
 
 def resolve_kind(num_rows: int, kind: IndexKind) -> Literal["flat", "ivf"]:
     """What `auto` means for this many rows."""
@@ -43,15 +46,18 @@ def index_bytes(num_rows: int, width: int, kind: IndexKind) -> int:
 
 
 def build_bytes(num_rows: int, width: int, kind: IndexKind) -> int:
-    """About the most anonymous memory that building an index takes: its training sample or, later, its rows.
+    """About the most anonymous memory that building an index takes: to train it or, later, to measure it.
 
-    Beside them there are about six blocks at a time: rows being brought to length 1, and products to measure recall.
+    FAISS trains on the sample and on two copies of a part of it. Beside the rows of the index there are a few blocks:
+    rows being brought to length 1, and products with the queries that recall is measured on.
     """
-    work = int(6.2 * min(BLOCK_BYTES, 4 * width * num_rows))
+    block = min(BLOCK_BYTES, 4 * width * num_rows)
+    measuring = index_bytes(num_rows, width, kind) + int(4.6 * block)
     if resolve_kind(num_rows, kind) == "flat":
-        return index_bytes(num_rows, width, kind) + work
-    training = num_lists(num_rows) * TRAIN_ROWS_PER_LIST * 4 * width
-    return max(training, index_bytes(num_rows, width, kind) + 16 * num_rows) + work
+        return measuring
+    num_train = num_lists(num_rows) * TRAIN_ROWS_PER_LIST
+    training = 4 * width * num_train + max(int(3.4 * block), 8 * width * min(num_train, FAISS_TRAIN_ROWS))
+    return max(training, measuring)
 
 
 def _power_of_two(number: float) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import CacheError
 from .arrays import ArraySpec, chunk_path, map_chunk, read_spec, require_whole
-from .gather import Items, gather
+from .gather import LOOKED_AT, Items, gather
 from .side_by_side import advise, map_side_by_side
 
 DENSE = 8
@@ -83,7 +83,12 @@ class MappedArray:
         for path in paths:
             require_whole(path, spec)
         # No MADV_SEQUENTIAL: without advice the system reads ahead as well, and keeps longer what was read.
-        return cls(_Map.of(paths, spec, mmap.MADV_RANDOM), _Map.of(paths, spec, None), spec)
+        plain = _Map.of(paths, spec, None)
+        try:
+            sparse = _Map.of(paths, spec, mmap.MADV_RANDOM)
+        except (CacheError, OSError):  # the system allows no more maps: what is on disk is read as it reads ahead
+            sparse = plain
+        return cls(sparse, plain, spec)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -167,9 +172,11 @@ class MappedArray:
         return found.view(self.spec.disk_dtype).reshape(*items.shape, *self.shape[1:])
 
     def _is_dense(self, items: NDArray[np.int64]) -> bool:
+        if items.size < LOOKED_AT:  # too few to read ahead for
+            return False
         most = DENSE * items.size * self._num_views
         # The first and the last one mostly tell, and looking at all of them costs some per cent of the copying.
-        return items.size > 0 and abs(items[-1] - items[0]) < most and items.max() - items.min() < most
+        return abs(items[-1] - items[0]) < most and items.max() - items.min() < most
 
     def blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
         """(first row, read-only view of the rows) of each chunk, in order, nothing copied."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...cache.disk.arrays import ArraySpec, chunk_data, chunk_path, declare_arrays, first_rows, read_spec
 from ...cache.disk.cosine import nearest_rows, unit_rows
-from ...cache.disk.durable import digest, share_file, to_json, write_bytes
+from ...cache.disk.durable import digest, file_digest, share_file, to_json, write_bytes
 from ...cache.disk.index import MOST_PROBED
 from ...cache.disk.index_size import build_bytes, index_bytes
 from ...cache.disk.layout import DIRECTIONS, SIDES, Layout, table_of
@@ -27,8 +27,10 @@ NEIGHBOUR_BYTES = 8 + 4
 """An int64 id and a float32 score."""
 
 
-PROCESS_BYTES = 150_000_000
+PROCESS_BYTES = 195_000_000
 """The interpreter and its libraries, without torch."""
+BYTES_PER_ROW = 25
+"""Of row tables, while indexes are made."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ def retrieval_memory(sides: Sequence[tuple[int, ...]], settings: PairsSettings) 
     """
     if not settings.k or not sides:
         return 0
-    return PROCESS_BYTES + max(build_bytes(rows, width, settings.index) for rows, width in sides)
+    tables = BYTES_PER_ROW * sum(rows for rows, _ in sides)
+    return PROCESS_BYTES + tables + max(build_bytes(rows, width, settings.index) for rows, width in sides)
 
 
 def pairs_document(settings: PairsSettings) -> dict[str, Any] | None:
@@ -118,7 +121,10 @@ class EarlierPairs:
         pairs, spec = earlier.manifest.pairs, specs[f"{direction}/ids"]
         assert pairs is not None
         info, store = answering.info, earlier.layout.root / pairs.store
-        there = read_spec(store, f"{direction}/ids")
+        try:
+            there = read_spec(store, f"{direction}/ids")
+        except CacheError:  # damaged: all pairs are found anew
+            return None
         if not answering.goes_on or (there.chunk_rows, there.shape[1]) != (spec.chunk_rows, spec.shape[1]):
             return None
         probed = info["rows"] * info["nprobe"] / info["nlist"] if info.get("nlist") else np.inf
@@ -218,8 +224,16 @@ class _PairsWriter:
         data, path = chunk_data(name, self.specs[name], block), chunk_path(self.store, name, shard)
         written = digest(data)
         same = self.earlier.same_file(name, shard, written) if self.earlier else None
-        if same:
+        if same and _holds(same, written):
             share_file(same, path)
         else:
             write_bytes(path, data)
         return written
+
+
+def _holds(path: Path, wanted: str) -> bool:
+    """Whether a file has the bytes that the manifest says: it may have been damaged since, or be gone."""
+    try:
+        return file_digest(path) == wanted
+    except OSError:
+        return False

@@ -73,14 +73,14 @@ def choose_state(document: Any, share: Callable[[State], float]) -> tuple[dict[s
 
 
 def _states(document: Any, where: str = "", depth: int = 0) -> Iterator[Found]:
-    """The document itself and the dicts in it that hold tensors; an optimiser's are by number and are none."""
+    """The document itself and the dicts in it that hold tensors. Not an optimiser's, which may average by name."""
     if not isinstance(document, Mapping) or depth > _DEPTH:
         return
     tensors = {name: value for name, value in document.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if tensors:
         yield Found(where, tensors)
     for key, value in document.items():
-        if isinstance(key, str) and isinstance(value, Mapping):
+        if isinstance(key, str) and isinstance(value, Mapping) and not key.startswith("optim"):
             yield from _states(value, f"{where}.{key}" if where else key, depth + 1)
 
 

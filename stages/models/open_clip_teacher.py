@@ -172,7 +172,10 @@ def _fill(model: Any, path: Path) -> str:
     num_elements = sum(tensor.numel() for tensor in own.values())
 
     def share(state: State) -> float:
-        named = in_open_clips_names(model, state)
+        try:
+            named = in_open_clips_names(model, state)
+        except Exception:  # open_clip converts by the names alone: another model's may be anything to it
+            return 0.0
         fits = (name for name, tensor in own.items() if name in named and named[name].shape == tensor.shape)
         return sum(own[name].numel() for name in fits) / num_elements
 

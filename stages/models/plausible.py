@@ -21,9 +21,9 @@ _USUAL = (5.0, 150.0)
 _SHOWN = 3
 
 
-def is_logit_scale(scale: float) -> bool:
-    """Whether a number can multiply cosines before a softmax: above 0, up to 1,000."""
-    return 0 < scale <= _LARGEST  # which a NaN is not
+def is_logit_scale(scale: float | None) -> bool:
+    """Whether it is a number that can multiply cosines before a softmax: above 0, up to 1,000."""
+    return scale is not None and 0 < scale <= _LARGEST  # which a NaN is not
 
 
 def require_logit_scale(log: float, weights: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...cache.disk.cosine import Rows, cosines, nearest_rows, unit_rows
+from ...cache.disk.cosine import BLOCK_BYTES, Rows, cosines, nearest_rows, unit_rows
 from ...cache.disk.index import Index, build_index
 from ...cache.disk.mapped import MappedArray
 from ...cache.reader.feature_cache import EmbeddingSet
@@ -86,15 +86,22 @@ def nearest_targets(
     ids = np.full((len(block), k), -1, dtype=np.int64)
     scores = np.full((len(block), k), np.nan, dtype=np.float32)
     pending, wanted = np.flatnonzero(good), max(2 * k, k + 8)
+    if k < MOST_CANDIDATES:
+        wanted = min(wanted, MOST_CANDIDATES)
     while len(pending) and wanted <= MOST_CANDIDATES and not index.is_plain:
-        found, about = index.search(block[pending], wanted)
-        # Whatever is farther than the k-th by more than twice the error is none of the k.
-        found[about < about[:, k - 1 : k] - 2 * index.error] = -1
-        exact = cosines(unit[pending], found, targets)
-        order = np.lexsort((found, np.where(found >= 0, -exact, np.inf)))[:, :k]
-        ids[pending] = np.take_along_axis(found, order, axis=1)
-        scores[pending] = np.take_along_axis(exact, order, axis=1)
-        is_open = about[:, -1] + index.error >= scores[pending, -1]  # False for NaN: there are no more
+        is_open = np.zeros(len(pending), dtype=np.bool_)
+        step = max(1, BLOCK_BYTES // (32 * wanted))  # about that many bytes for a candidate
+        for start in range(0, len(pending), step):
+            rows = pending[start : start + step]
+            found, about = index.search(block[rows], wanted)
+            # Whatever is farther than the k-th by more than twice the error is none of the k.
+            found[about < about[:, k - 1 : k] - 2 * index.error] = -1
+            exact = cosines(unit[rows], found, targets)
+            order = np.lexsort((found, np.where(found >= 0, -exact, np.inf)))[:, :k]
+            ids[rows] = np.take_along_axis(found, order, axis=1)
+            scores[rows] = np.take_along_axis(exact, order, axis=1)
+            # False for NaN: there are no more.
+            is_open[start : start + step] = about[:, -1] + index.error >= scores[rows, -1]
         pending, wanted = pending[is_open & (wanted < len(index))], 4 * wanted
     if len(pending):
         ids[pending], scores[pending] = nearest_rows(unit[pending], targets, index.rows(), k)

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dimefm.cache.disk import gather
+from dimefm.cache.disk import gather, mapped
 from dimefm.cache.disk.arrays import ArraySpec, declare_arrays, write_chunk
 from dimefm.cache.disk.gather import THREADS, Items
 from dimefm.cache.disk.mapped import MappedArray
+from dimefm.cache.errors import CacheError
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -134,3 +135,18 @@ def test_of_pages_on_disk_a_gather_reads_those_of_its_rows_and_a_scan_all(tmp_pa
     assert read <= 1.2 * wanted
     assert all(np.array_equal(block, values[start : start + 4096]) for start, block in array.blocks())
     assert bytes_read() - before >= 0.9 * values.nbytes
+
+
+def test_where_no_more_maps_are_allowed_one_of_each_file_will_do(tmp_path, monkeypatch):
+    values, calls, map_files = write(tmp_path, 50, 8, 4), [], mapped.map_chunk
+    monkeypatch.setattr(mapped, "map_side_by_side", lambda *_: None)
+
+    def allowed(path, spec):
+        calls.append(path)
+        if len(calls) > spec.num_chunks:
+            raise CacheError("no more memory maps")
+        return map_files(path, spec)
+
+    monkeypatch.setattr(mapped, "map_chunk", allowed)
+    array = MappedArray.open(tmp_path, "rows")
+    assert np.array_equal(array[[3, 49, 8]], values[[3, 49, 8]])

@@ -69,6 +69,22 @@ def test_images_alone_end_in_the_bytes_of_a_fresh_run_and_share_what_is_the_same
     assert report.findings == []
 
 
+@pytest.mark.parametrize("damage", ["flipped", "gone", "no metadata"])
+def test_pairs_that_are_damaged_are_found_anew_and_not_carried_into_the_next_version(config, damage):
+    """New images change nothing in the pairs of images that were there: their file would be shared."""
+    cache = config.parent / "cache"
+    path = chunk_path(cache / "pairs.zarr", "image_to_sentence/ids", 0)
+    if damage == "flipped":
+        data = bytearray(path.read_bytes())
+        data[0] ^= 1
+        path.write_bytes(data)
+    else:
+        (path if damage == "gone" else cache / "pairs.zarr/image_to_sentence/ids/zarr.json").unlink()
+    add_images(config.parent, ["9/0.png"])
+    grow(config)
+    assert verify_cache(cache).findings == []
+
+
 def test_rows_never_move_and_new_ones_follow_them(config):
     """New files that sort between the old ones get other batches than in a fresh run: cosine >= 0.999, not equal."""
     world = config.parent

@@ -33,12 +33,17 @@ def optimizer(state: State) -> dict[str, Any]:
     return {"state": dict(enumerate({"exp_avg": tensor} for tensor in state.values())), "param_groups": [{"lr": 1.0}]}
 
 
+def averaging_optimizer(state: State) -> dict[str, Any]:
+    return {"grad_ema": other(state), "param_groups": [{"lr": 1.0}]}
+
+
 WRITTEN = {
     "bare": lambda w: w,
     "state_dict": lambda w: {"epoch": 3, "state_dict": w, "optimizer": optimizer(w)},
     "model": lambda w: {"model": w, "optimizer": optimizer(w), "epoch": torch.tensor(3)},
     "model_state_dict": lambda w: {"model_state_dict": w, "optimizer_state_dict": optimizer(w)},
     "a name of its own": lambda w: {"net": {"weights": w}, "step": 3},
+    "an optimizer that averages": lambda w: {"state_dict": w, "optimizer": averaging_optimizer(w)},
     "DDP": lambda w: below("module.", w),
     "compiled": lambda w: {"model": below("_orig_mod.", w)},
     "compiled in DDP": lambda w: below("module._orig_mod.", w),
@@ -140,4 +145,14 @@ def test_a_text_tower_of_another_width_is_refused_in_one_line(tiny_teacher: tupl
     state["positional_embedding"] = torch.zeros(16, 48)
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(InputError, match="not the weights of this architecture"):
+        load(tiny_teacher[0], tmp_path / "w.pt")
+
+
+def test_another_models_weights_are_one_line_whatever_open_clip_makes_of_their_names(
+    tiny_teacher: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """open_clip takes these names for Apple's MobileCLIP and looks for its tower."""
+    names = ("image_encoder.model.patch_embed.0.rbr_conv.0.conv.weight", "text_encoder.projection_layer", "logit_scale")
+    torch.save({name: torch.ones(2, 2) for name in names}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"w\.pt"):
         load(tiny_teacher[0], tmp_path / "w.pt")

@@ -121,6 +121,15 @@ def test_more_equal_rows_than_an_index_is_asked_for_do_not_hide_the_lowest(tmp_p
     np.testing.assert_array_equal(ids, by_hand(images, sentences, 3))
 
 
+def test_queries_that_are_asked_for_in_pieces_find_the_same(sides: Any, monkeypatch: Any) -> None:
+    images, sentences = sides
+    index, _ = build_side(sentences, images, PairsSettings(k=5))
+    whole = retrieve(images.embeddings, sentences.embeddings, index, 5, 0, 300)
+    monkeypatch.setattr("dimefm.stages.retrieve.pairs.BLOCK_BYTES", 32 * 13 * 7)
+    parts = retrieve(images.embeddings, sentences.embeddings, index, 5, 0, 300)
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(whole, parts))
+
+
 def test_a_cosine_has_the_same_bits_wherever_its_rows_stand() -> None:
     rng = np.random.default_rng(5)
     rows, (queries, _) = rng.standard_normal((700, 96)).astype(np.float16), unit_rows(rng.standard_normal((9, 96)))
