@@ -25,7 +25,7 @@ def kill(*words):
 
 @pytest.mark.parametrize(
     ("job", "moments", "steps"),
-    [("stage-one", 1, 2), ("pixels", 1, 2), ("append", 1, 4), ("repair", 1, 2), ("give-up", 1, 2)],
+    [("stage-one", 1, 2), ("pixels", 1, 2), ("append", 1, 2), ("repair", 1, 2), ("give-up", 1, 2)],
 )
 def test_killed_anywhere_the_next_run_ends_with_the_same_bytes(job, moments, steps):
     """42 images and 33 sentences in shards of 4: 24 shards of embeddings; append begins with a third of them.

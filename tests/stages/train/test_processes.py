@@ -150,6 +150,7 @@ def test_processes_go_on_bit_for_bit_and_a_signal_to_one_stops_all_after_the_sam
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.acceptance  # 40 s; `test_dev_scores.py` has it for one process
 def test_a_signal_while_the_first_process_scores_stops_all_at_that_step_which_is_scored_when_they_go_on(world):
     folder, settings = world[1], SETTINGS.model_copy(update={"evaluate_every": 2})
     two_processes(folder, "whole", "plain", 100, settings)
