@@ -47,15 +47,34 @@ def require_few_absent(task: ShardTask, done: ShardDone, max_failed: float) -> N
     what += f" ({show_counts(Counter(done.absent_reasons))}): {some_names(names)}"
     others = _sample(table, absent)
     num_others = _count_absent(task, table, others)
-    if num_others and 2 * num_others >= len(others):
+    if 2 * num_others >= len(others):  # or all that there are
+        looked = f", nor can {num_others} of {len(others)} others that were looked for" if len(others) else ""
         raise InputError(
-            f"{what}, nor can {num_others} of {len(others)} others that were looked for; is the disk mounted? Nothing "
-            "is lost: run the same command again once they are there"
+            f"{what}{looked}; is the disk mounted? Nothing is lost: run the same command again once they are there"
         )
     if num > 1 and num > max(MOST_ABSENT, max_failed) * done.record.num_rows:
         raise InputError(
             f"{what}, of {done.record.num_rows:,} of their shard; is a disk not mounted? Nothing is lost: put them "
             "back and run the same command again, or raise images.max_failed to go on without them"
+        )
+
+
+def require_absent(task: ShardTask, done: ShardDone) -> None:
+    """Stop a run if images that were absent twice where they were embedded can be reached here: they are no failures.
+
+    Raises:
+        InputError: naming the first ones.
+    """
+    if not done.absent:
+        return
+    assert task.table is not None and task.source is not None
+    absent, table = absent_rows(task, done), RowTable(task.table, task.spec.shape[0])
+    here = [row for row in absent.tolist() if not _count_absent(task, table, np.array([row]))]
+    if here:
+        raise InputError(
+            f"{task.source.location}: {len(here):,} images that could not be reached twice are there now: "
+            f"{some_names(table.take(here, 'source'))}; do all workers see the same folder, is its disk sound? Nothing "
+            "is lost: run the same command again"
         )
 
 

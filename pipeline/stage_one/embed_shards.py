@@ -23,7 +23,7 @@ from ...stages.inputs.prompts import class_prompts
 from ...stages.settings.cluster import ClusterSettings
 from ...stages.settings.models import TeacherSettings
 from ..progress import NAMES_SHOWN, bar, say, show_counts
-from .absent_files import require_few_absent
+from .absent_files import require_absent, require_few_absent
 from .kept_packs import pack_task
 from .planned import planned_specs, views_of
 from .sources import Sources
@@ -87,6 +87,7 @@ def missing_shards(layout: Layout, plan: Plan, sources: Sources) -> list[ShardTa
                     existing=existing_rows(array, shard),
                     pack=pack,
                     crops=crops if array == IMAGES else None,
+                    is_shared=plan.rows_of is not None,
                 )
 
     tasks = [*shards_of(IMAGES), *shards_of(SENTENCES)]
@@ -137,10 +138,12 @@ def embed_shards(
     if folder and scheduler:
         say("cache.profile: looks at this process alone, and with --scheduler others embed; run without it to see more")
 
-    def embed(wanted: Sequence[ShardTask]) -> Generator[tuple[ShardTask, ShardDone]]:
+    def embed(wanted: Sequence[ShardTask], *, again: bool = False) -> Generator[tuple[ShardTask, ShardDone]]:
         for shard in run_shards(wanted, settings, plan.teacher.weights, scheduler, limits):
             task = of_shard[shard.record.array, shard.record.shard]
             require_few_absent(task, shard, sources.max_failed)
+            if again:
+                require_absent(task, shard)
             yield task, shard
 
     def count(task: ShardTask, shard: ShardDone) -> None:
@@ -170,7 +173,7 @@ def embed_shards(
                         count(task, shard)
             if aside:
                 say(f"some images of {len(aside):,} shards could not be reached: these shards are tried once more")
-                with closing(embed(aside)) as embedded:
+                with closing(embed(aside, again=True)) as embedded:
                     for task, shard in embedded:
                         count(task, shard)
     finally:

@@ -12,9 +12,10 @@ import numpy as np
 
 from ...cache.audit.failures import arrays_of, set_of
 from ...cache.disk.arrays import ArraySpec, chunk_path, declare_arrays, first_rows, write_chunk
+from ...cache.disk.durable import file_digest
 from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
 from ...cache.disk.row_tables import RowTable, read_own_failures, revise_rows, write_own_failures
-from ...cache.errors import InputError
+from ...cache.errors import CacheError, InputError
 from ...cache.reader.pixel_packs import PixelPacks, pack_path, read_offsets, writing_pack
 from ...cache.version.journal import Journal, ShardRecord
 from ...cache.version.manifest import file_entry
@@ -173,6 +174,9 @@ def _write_pack(
     assert kept is not None
     first, spec = shard * plan.shard_rows, planned_specs(plan)[IMAGES]
     packs = PixelPacks(layout.root / kept.folder, kept.setting, spec.shape[0], kept.shard_rows)
+    name = layout.name_of(packs.path(first))
+    if file_digest(packs.path(first)) != manifest.files[name].digest:
+        raise CacheError(f"{packs.path(first)}: damaged; run `dimefm cache repair {layout.root}` first")
     sizes = np.diff(read_offsets(packs.path(first), kept.shard_rows))
     task, path = pack_task(layout, kept.setting, shard, plan), pack_path(staged.root / kept.folder, shard)
     keys = dict(zip(rows, row_keys(sources.images, RowTable(layout.image_rows))(np.array(rows)), strict=True))

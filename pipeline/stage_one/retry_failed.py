@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from ...cache.audit.failures import arrays_of, failed_rows
-from ...cache.disk.layout import IMAGES, SENTENCES, Layout, table_of
-from ...cache.disk.row_tables import LOST, OK, RowTable, revise_rows
+from ...cache.disk.layout import IMAGES, SENTENCES, SIDES, Layout, table_of
+from ...cache.disk.row_tables import LOST, OK, RowTable, read_own_failures, revise_rows, write_own_failures
 from ...cache.errors import InputError
 from ...cache.version.journal import Journal, read_records
 from ...cache.version.manifest import read_manifest
@@ -64,7 +64,8 @@ def _forget_failures(layout: Layout, plan: Plan, sources: Sources) -> None:
         failed = {row for row in _retriable(layout, plan, array) if row >= first_new.get(array, 0)}
         records = {record.shard: record for record in journal.of(array)}
         of_row = np.arange(num_rows) // plan.shard_rows
-        missing = {shard for shard in set(of_row.tolist()) if shard not in records}
+        fails = {row // plan.shard_rows for row in failed} | {n for n, record in records.items() if record.failures}
+        missing = {shard for shard in set(of_row.tolist()) if shard not in records} | fails
         # Files of shards that are embedded only now may have changed since they were listed.
         unsettled = set(np.flatnonzero(np.isin(of_row, list(missing))).tolist()) | failed
         wanted = sorted(row for row in unsettled if row >= first_new.get(array, 0))
@@ -74,7 +75,21 @@ def _forget_failures(layout: Layout, plan: Plan, sources: Sources) -> None:
     num_shards = sum((record.array, record.shard) in shards for record in journal)
     if plan.pixels:
         shards |= {(layout.packs(plan.pixels), shard) for array, shard in shards if array == IMAGES}
+    if shards:  # what was found among the embeddings before knows nothing of these rows
+        for side in SIDES:
+            layout.index(side, before.version + 1 if before else 1).with_suffix(".json").unlink(missing_ok=True)
+        shards |= {(record.array, record.shard) for record in read_records(layout) if record.array.startswith("pairs")}
     journal.drop(shards)  # first: a shard that is embedded again in vain does no harm
+    if layout.own_failures.exists():
+        own = {
+            array: {
+                row: why
+                for row, why in rows.items()
+                if row < first_new.get(array, 0) or (array, row // plan.shard_rows) not in shards
+            }
+            for array, rows in read_own_failures(layout.own_failures).items()
+        }
+        write_own_failures(layout.own_failures, own)
     for array, rows in again.items():
         table = table_of(layout, array)
         if rows and table.is_relative_to(layout.root) and not plan.rows_of:

@@ -50,6 +50,8 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
             tuple((first + row, reason) for row, reason in rows if given[row] is not None)
             for rows in (result.failures, result.absent)
         )
+        if task.is_shared:  # the table is another cache's, and what failed there now may be mended before this one ends
+            failures = tuple(sorted({**dict(failures), **_listed_failures(task, num_existing)}.items()))
         block, seconds = result.embeddings[num_existing - first :], dict(result.seconds)
         if task.existing:
             old = first_rows(task.existing.path, task.array, task.spec, task.shard, num_existing, task.existing.digest)
@@ -62,6 +64,14 @@ def embed_shard(task: ShardTask, teacher: Teacher, settings: TeacherSettings, lo
     attempts = (pack.attempt, chunk) if pack else (chunk,)
     rows, reasons = tuple(row for row, _ in absent), tuple(reason for _, reason in absent)
     return ShardDone(record, seconds, attempts, pack.record if pack else None, rows, reasons)
+
+
+def _listed_failures(task: ShardTask, first: int) -> dict[int, str]:
+    """Rows of the shard, from `first` on, that had failed when they were listed, and why."""
+    assert task.table is not None
+    rows = RowTable(task.table, task.spec.shape[0]).shard(task.shard, ["status", "reason"])
+    listed = enumerate(zip(rows["status"], rows["reason"], strict=True))
+    return {row: str(reason) for row, (status, reason) in listed if row >= first and status != OK}
 
 
 def readable(task: ShardTask) -> list[Any]:

@@ -80,6 +80,7 @@ class ShardTask:
         existing: rows of a growing shard that were embedded before.
         pack: of images, where their pixels are kept meanwhile; None keeps none.
         crops: of images, what is embedded beside the centre; None embeds that alone.
+        is_shared: the table is another cache's, which may mend its failed rows at any time.
     """
 
     kind: Literal["images", "sentences", "head"]
@@ -93,6 +94,7 @@ class ShardTask:
     existing: ExistingRows | None = None
     pack: PackTask | None = None
     crops: Crops | None = None
+    is_shared: bool = False
 
     @property
     def num_rows(self) -> int:

@@ -82,10 +82,6 @@ class Crew:
             return []
         return [worker for worker in self.workers.values() if worker.state == "good" and not worker.is_silent]
 
-    def prospects(self) -> list[Worker]:
-        """Workers that may embed, or may be found to."""
-        return [worker for worker in self.workers.values() if worker.state != "refused" and not worker.is_silent]
-
     def look(self) -> list[Worker]:
         """See who has joined and who has gone silent; returns those that are gone. Does nothing if it just did.
 
@@ -235,8 +231,6 @@ class Devices:
     def usable(self) -> list[Worker]:
         """All of them."""
         return [*self.workers.values()]
-
-    prospects = usable
 
     def look(self) -> list[Worker]:
         """Nobody ever goes."""

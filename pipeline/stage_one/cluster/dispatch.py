@@ -22,6 +22,9 @@ from .crew import SECONDS_BETWEEN_LOOKS, Crew, Devices, Worker
 from .trial import Trial
 from .worker_side import TEACHERS, NotTriedError, embed
 
+ENOUGH_LACKING = 2
+"""Workers that lack images of a shard, after which it is no longer asked of others: the client looks for itself."""
+
 MOST_LOST = 3
 """Workers that may be lost while they have a shard, before it is taken to be the reason."""
 
@@ -164,6 +167,13 @@ class Dispatch:
             if isinstance(self._crew, Devices):
                 raise
             raise type(error)(f"worker {worker.name}: {error}") from error
+        except Exception as error:  # a device that fails, memory that is short: another worker may do better
+            if isinstance(self._crew, Devices):
+                raise
+            self._once_more(worker.running.pop(future), is_lost=True)
+            self._crew.refuse(worker, " ".join(f"{type(error).__name__}: {error}".split())[:300])
+            self._take_back(worker)
+            return None
         shard: Shard = worker.running.pop(future)
         future.release()
         try:
@@ -197,9 +207,10 @@ class Dispatch:
         shard.best = done
 
     def _nowhere_complete(self) -> Iterator[ShardDone]:
-        """Shards of which every worker lacks images: the caller decides what becomes of them."""
+        """Shards of which every worker lacks images, or two of many: the caller decides what becomes of them."""
         for shard in [shard for shard in self._waiting if shard.best]:
-            if all(worker in shard.lacking for worker in self._crew.prospects()):
+            usable = self._crew.usable()
+            if len(shard.lacking) >= ENOUGH_LACKING or (usable and all(worker in shard.lacking for worker in usable)):
                 self._waiting.remove(shard)
                 assert shard.best
                 yield shard.best

@@ -236,7 +236,7 @@ def embed(
     if token:
         try:
             token.read_bytes()  # to open it asks a file server; to look whether it is there may not
-        except OSError as error:
+        except FileNotFoundError as error:
             done.discard()
             raise InputError("the run that this shard was for is over") from error
     return done
