@@ -103,8 +103,8 @@ class Dispatch:
         while True:
             for worker in self._crew.look():
                 self._take_back(worker, is_lost=True)
-            self._hand_out()
             yield from self._nowhere_complete()
+            self._hand_out()
             if not self._waiting and not any(worker.running for worker in self._crew.workers.values()):
                 return
             future = self._connection.next_ended(SECONDS_BETWEEN_LOOKS)

@@ -103,6 +103,29 @@ def test_even_one_absent_image_stops_the_run_where_those_that_were_read_before_a
     assert failures(world) == []
 
 
+def test_an_image_that_was_absent_twice_and_is_there_by_then_is_no_failure(world, whole, disk):
+    (name, *_) = disk.gone = {IN_ORDER[-1]}
+    type(disk).gone = property(lambda self: {name} if self.reads.get(name, 0) <= 2 else set(), lambda self, value: None)
+    try:
+        with pytest.raises(InputError, match=r"could not be reached twice are there now: '2/011\.jpg'"):
+            cache_teacher(load_config(world))
+    finally:
+        del type(disk).gone
+    assert failures(world) == []
+    disk.gone = set()
+    cache_teacher(load_config(world))
+    assert tree(world.parent / "cache") == tree(whole.parent / "cache")
+
+
+def test_a_labelled_set_whose_only_image_is_absent_stops_the_run(world, disk):
+    (name, *others) = sorted(path.relative_to(world.parent / "dev") for path in (world.parent / "dev").rglob("*.*"))
+    for other in others:
+        (world.parent / "dev" / other).unlink()
+    disk.gone = {name.as_posix()}
+    with pytest.raises(InputError, match=r"evaluate\.dev\.images: .* cannot be reached .*is the disk mounted\?"):
+        cache_teacher(load_config(world))
+
+
 def test_a_shard_that_lacks_more_than_a_few_images_stops_the_run_until_they_are_back(world, whole, disk):
     disk.gone = {"1/004.jpg", "1/007.jpg"}
     with pytest.raises(InputError, match=r"2 images .*'1/004\.jpg', '1/007\.jpg', of 4 of their shard.*put them back"):
